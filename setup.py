@@ -1,0 +1,21 @@
+"Everything that pyproject.toml declares `dynamic` comes from settings.ini."
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+ini = ConfigParser(delimiters=["="])
+ini.read(Path(__file__).parent/"settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+
+setup(
+    version=cfg["version"],
+    author=cfg["author"],
+    license=cfg["license"],
+    python_requires=f">={cfg['min_python']}",
+    keywords=cfg["keywords"].split(),
+    packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+)
