@@ -35,7 +35,7 @@ class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
     order,run_valid = MixedPrecision.order+2,False
 
-    def before_fit(self): self.keys = None
+    def before_fit(self): self.pending = None
     def before_train(self):
         if self.epoch == 0 and not self.model.bank.full: self.fill()
 
@@ -48,10 +48,10 @@ class MemoryBankUpdate(Callback):
             self.model.bank.push(self.model.keys(x_k), y)
             if self.model.bank.full: break
 
-    def after_pred(self): self.keys = self.pred["z_k"],self.y
+    def after_pred(self): self.pending = self.pred["z_k"],self.y
     def after_batch(self):
-        if self.keys is not None: self.model.bank.push(*self.keys)
-        self.keys = None
+        if self.pending is not None: self.model.bank.push(*self.pending)
+        self.pending = None
 
 # %% ../nbs/06_callbacks.ipynb #ea50b86d
 def unfold_crops(x, y):

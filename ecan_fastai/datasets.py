@@ -44,13 +44,13 @@ class Face:
 # %% ../nbs/03_datasets.ipynb #c89032e1
 # pixels on a canvas of 192: inner and outer brow up, mouth corners up, mouth open and wider; eyes and nose wrinkle as factors
 _ACTIONS = dict(
-    angry    =dict(inner=-10, outer=2,   eye=0.65, corners=-4, open=2,  wider=-3, wrinkle=0.4),
-    disgust  =dict(inner=-5,  outer=-4,  eye=0.5,  corners=-8, open=5,  wider=-6, wrinkle=1.0),
-    fear     =dict(inner=9,   outer=2,   eye=1.45, corners=-4, open=8,  wider=7,  wrinkle=0.0),
-    happy    =dict(inner=1,   outer=1,   eye=0.8,  corners=13, open=6,  wider=7,  wrinkle=0.1),
-    neutral  =dict(inner=0,   outer=0,   eye=1.0,  corners=0,  open=0,  wider=0,  wrinkle=0.0),
-    sad      =dict(inner=7,   outer=-8,  eye=0.7,  corners=-9, open=0,  wider=-3, wrinkle=0.0),
-    surprise =dict(inner=11,  outer=10,  eye=1.5,  corners=0,  open=19, wider=-8, wrinkle=0.0))
+    angry    =dict(inner=-13, outer=4,   eye=0.6,  corners=-3,  open=2,  wider=-6, wrinkle=0.4),
+    disgust  =dict(inner=-6,  outer=-6,  eye=0.4,  corners=-12, open=7,  wider=-6, wrinkle=1.0),
+    fear     =dict(inner=12,  outer=2,   eye=1.6,  corners=-5,  open=10, wider=10, wrinkle=0.0),
+    happy    =dict(inner=1,   outer=1,   eye=0.8,  corners=17,  open=7,  wider=9,  wrinkle=0.1),
+    neutral  =dict(inner=0,   outer=0,   eye=1.0,  corners=0,   open=0,  wider=0,  wrinkle=0.0),
+    sad      =dict(inner=10,  outer=-10, eye=0.65, corners=-13, open=0,  wider=-3, wrinkle=0.0),
+    surprise =dict(inner=14,  outer=13,  eye=1.6,  corners=0,   open=24, wider=-9, wrinkle=0.0))
 _JITTER = dict(inner=1.5, outer=1.5, eye=0.08, corners=1.5, open=1.2, wider=2, wrinkle=0.08)
 _RAFDB_SHARES = dict(happy=0.389, neutral=0.206, sad=0.162, surprise=0.105, disgust=0.058, angry=0.057, fear=0.023)
 
@@ -92,7 +92,7 @@ def draw_face(
 )->np.ndarray: # uint8 (size, size, channels)
     "Draw one face"
     u = rng.uniform
-    strength = u(0.6, 1.1)
+    strength = u(0.7, 1.2)
     rest = _ACTIONS["neutral"]
     a = {k: rest[k] + strength*(v - rest[k]) + rng.normal(0, _JITTER[k]) for k,v in _ACTIONS[expression].items()}
     skin = tuple(int(c) for c in np.array([235, 195, 170])*u(0.4, 1) + rng.normal(0, 6, 3))
@@ -114,16 +114,16 @@ def draw_face(
 def _photograph(img, rng, size, channels):
     "Pose, light, blur and noise"
     u = rng.uniform
-    turn = cv2.getRotationMatrix2D((96, 100), u(-14, 14), u(0.85, 1.15))
-    turn[0, 1] += u(-0.08, 0.08)
-    turn[:, 2] += u(-10, 10, 2)
+    turn = cv2.getRotationMatrix2D((96, 100), u(-10, 10), u(1.0, 1.25))
+    turn[0, 1] += u(-0.06, 0.06)
+    turn[:, 2] += u(-8, 8, 2)
     img = cv2.warpAffine(img, turn, (192, 192), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     img = cv2.resize(img, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, size)
-    light = 1 + u(-0.35, 0.35)*ramp[:, None] + u(-0.35, 0.35)*ramp[None, :]
+    light = 1 + u(-0.25, 0.25)*ramp[:, None] + u(-0.25, 0.25)*ramp[None, :]
     img = img*(light*u(0.6, 1.2))[..., None]
     if channels == 1: img = cv2.cvtColor(img.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
-    img = img + rng.normal(0, u(3, 14), img.shape)
+    img = img + rng.normal(0, u(2, 9), img.shape)
     if u() < 0.3: img = cv2.GaussianBlur(img, (0, 0), u(0.4, 0.9)*size/48).reshape(img.shape)
     return img.clip(0, 255).astype(np.uint8)
 

@@ -55,7 +55,8 @@ def fit_cosine(self:Learner, n_epoch, lr_max=None, warmup=1, wd=None, cbs=None, 
 # %% ../nbs/07_learner.ipynb #5d2b5654
 def face_splitter(model):
     "Two parameter groups: encoder; classifier and class centres"
-    return L(params(model.encoder), params(model.classifier) + [model.centers]*hasattr(model, "centers"))
+    head = [p for name,p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
+    return L(params(model.encoder), head)
 
 def face_metrics():
     "Accuracy, average accuracy (mean of the confusion matrix's diagonal) and macro-F1"

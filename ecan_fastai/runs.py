@@ -1,0 +1,299 @@
+"A training run from its configuration to its folder: what `ecan_train` does. Plain machinery; the method is in the notebooks."
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.optimizer import Adam
+from fastai.torch_core import set_seed
+from fastcore.foundation import L
+from safetensors.torch import save_file
+
+from ecan_fastai import __version__
+from ecan_fastai.augment import LEVELS, RECIPES, CROPS, crop_size
+from ecan_fastai.datasets import KINDS, ExpressionDataLoaders, detect_kind, sample_faces
+from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
+from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
+from ecan_fastai.losses import ECANLoss
+from ecan_fastai.model import ECANModel
+
+METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
+OPTIMIZERS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
+SCHEDULES = ("one-cycle", "cosine")
+PRECISIONS = ("fp32", "fp16", "bf16")
+CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=tuple(OPTIMIZERS),
+               schedule=SCHEDULES, precision=PRECISIONS, affinity_reduction=("mean", "sum"), channels=(1, 3))
+
+# what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
+PRESETS = {
+    "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
+    "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
+    "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
+
+
+@dataclass
+class RunConfig:
+    "Everything that decides a run. `None` stands for the preset of the data's kind"
+    data: str
+    kind: str = "auto"
+    method: str = "ecan"
+    arch: str = "resnet18"
+    pretrained: bool = False
+    epochs: int = None
+    bs: int = None
+    lr: float = None
+    wd: float = None
+    opt: str = None
+    schedule: str = "one-cycle"
+    size: int = None
+    channels: int = None
+    level: str = None
+    recipe: str = None
+    all_crops: bool = False
+    eval_crops: str = "center"
+    l1: float = 0.2
+    l2: float = None
+    n_groups: int = 5
+    temperature: float = 0.1
+    momentum: float = None
+    bank_groups: int = 16
+    affinity_reduction: str = "mean"
+    valid_pct: float = 0.1
+    train_all: bool = False
+    skip_broken: bool = False
+    seed: int = 0
+    precision: str = "fp32"
+    workers: int = None
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
+
+    def resolve(self):
+        "Fill in the preset of the data's kind"
+        if self.kind == "auto": self.kind = "sample" if self.data == "sample" else detect_kind(self.data)
+        preset = {**PRESETS.get(self.kind, PRESETS["other"]), "l2": 0.003 if self.method == "center" else 0.7}
+        for name, value in preset.items():
+            if getattr(self, name) is None: setattr(self, name, value)
+        return self
+
+
+# Data and learner
+
+def run_loaders(cfg, out):
+    "DataLoaders of a resolved configuration; chooses the batch size where none is given"
+    kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
+                  all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
+                  skip_broken=cfg.skip_broken, num_workers=cfg.workers)
+    data, kind = (sample_faces(Path(out)/"faces", channels=cfg.channels), "folder") if cfg.kind == "sample" else (cfg.data, cfg.kind)
+    make = partial(ExpressionDataLoaders.from_path, data, kind, **kwargs)
+    if cfg.bs is None:
+        n = len(make(bs=1).train_ds)
+        cfg.bs = 256 if n >= 8*256 else 2**max(2, int(math.log2(max(n, 1)/8)))
+    return make(bs=cfg.bs)
+
+def run_learner(cfg, dls, out):
+    "Learner of a resolved configuration"
+    opt = dict(OPTIMIZERS[cfg.opt])
+    if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
+    if cfg.wd is None: cfg.wd = opt["wd"]
+    defaults = dict(wd_bn_bias=False, moms=(0.95, 0.85, 0.95)) if cfg.opt == "adam" else {}
+    kwargs = {**opt, **defaults, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+    if cfg.method == "baseline": learn = baseline_learner(dls, **kwargs)
+    else:
+        terms = dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
+        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction), **terms})
+        groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
+        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
+    return learn if cfg.precision == "fp32" else getattr(learn, f"to_{cfg.precision}")()
+
+
+# State between epochs
+
+def _rng_state(dls):
+    name, keys, *rest = np.random.get_state()
+    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                numpy=(name, keys.tolist(), *rest), python=random.getstate(), shuffle=dls.train.rng.getstate())
+
+def _set_rng_state(state, dls):
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    random.setstate(state["python"])
+    dls.train.rng.setstate(state["shuffle"])
+
+def _plain(x): return x.item() if hasattr(x, "item") else x
+
+def _replace(file, write):
+    "Write a file whole or not at all"
+    tmp = file.with_name(file.name + ".part")
+    write(tmp)
+    os.replace(tmp, file)
+
+class RunState(Callback):
+    "Keep history and checkpoint in the run's folder after every epoch, and put everything back when a run is resumed"
+    order = 70  # after the recorder, its parts and the progress bars
+
+    def __init__(self, out, resumed=None): self.out, self.resumed, self.rows, self.started = Path(out), resumed, [], None
+
+    def before_fit(self):
+        show = self.logger if hasattr(self.learn, "progress") else self._print_row
+        self.learn.logger = lambda row: show(row) if len(row) > 2 else None  # rows of epochs that a resumed run skips are empty
+
+    def after_fit(self): self.learn.logger = print
+
+    def _print_row(self, row):
+        "One line an epoch, for output that goes to a file"
+        print("  ".join(f"{name} {v:.4f}" if isinstance(v, float) else f"{name} {v}" for name, v in zip(self.recorder.metric_names, row)), flush=True)
+
+    def before_train(self):
+        if self.resumed is not None: self._restore(self.resumed)
+        self.resumed, self.started = None, time.time()
+
+    def after_epoch(self):
+        if self.started is None: return
+        row = dict(zip(self.recorder.metric_names, [self.epoch, *self.recorder.values[-1]]))
+        self.rows.append({**row, "seconds": round(time.time()-self.started, 2)})
+        self.started = None
+        self._save()
+
+    def _save(self):
+        rec, opt = self.recorder, self.opt.state_dict()
+        state = dict(epochs=self.epoch+1, rows=self.rows, model=self.model.state_dict(), rng=_rng_state(self.dls),
+                     opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
+                     scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
+                     recorder=dict(values=[list(map(_plain, v)) for v in rec.values], losses=list(map(_plain, rec.losses)), lrs=list(map(_plain, rec.lrs)),
+                                   iters=list(rec.iters), smooth=(rec.smooth_loss.count, _plain(rec.smooth_loss.val))))
+        _replace(self.out/"checkpoint.pth", lambda f: torch.save(state, f))
+        _replace(self.out/"history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
+
+    def _restore(self, state):
+        rec, old = self.recorder, state["recorder"]
+        rec.values, rec.losses, rec.lrs, rec.iters = L(map(L, old["values"])), [torch.tensor(x) for x in old["losses"]], old["lrs"], old["iters"]
+        rec.smooth_loss.count, rec.smooth_loss.val = old["smooth"][0], torch.tensor(old["smooth"][1])
+        self.rows = list(state["rows"])
+        if state["scaler"] and hasattr(self.learn, "scaler"): self.learn.scaler.load_state_dict(state["scaler"])
+        _set_rng_state(state["rng"], self.dls)
+
+def _load_weights(learn, state):
+    learn.model.load_state_dict(state["model"])
+    if learn.opt is None: learn.create_opt()
+    learn.opt.load_state_dict(dict(state=state["opt"]["state"], hypers=L(state["opt"]["hypers"])))
+
+
+# Results
+
+def _evaluate(learn, cfg, out):
+    "Metrics, predictions and a confusion matrix of every split but train; returns the metrics"
+    metrics, vocab = {}, list(learn.dls.vocab)
+    for name in learn.dls.split_names[1:]:
+        dl = learn.dls[name]
+        if not len(dl.dataset): continue
+        with learn.no_bar(): probs, targets = (t.numpy() for t in learn.get_preds(dl=dl))
+        predicted = probs.argmax(1)
+        metrics[name] = {**split_metrics(targets, predicted, vocab), "eval_crops": cfg.eval_crops}
+        metrics[name]["per_class"] = per_class_table(targets, predicted, vocab).to_dict("index")
+        table = pd.DataFrame(dict(image=list(map(str, dl.dataset.items)), label=[vocab[t] for t in targets], predicted=[vocab[p] for p in predicted]))
+        table[[f"p_{v}" for v in vocab]] = probs.round(5)
+        _replace(out/f"predictions_{name}.csv", lambda f: table.to_csv(f, index=False))
+        ax = plot_confusion(targets, predicted, vocab, f"{cfg.method} on {name}: accuracy {100*metrics[name]['accuracy']:.2f} %")
+        _save_figure(ax.figure, out/f"confusion_{name}.png")
+    return metrics
+
+def _save_figure(fig, file):
+    fig.savefig(file, dpi=110)
+    matplotlib.pyplot.close(fig)
+
+def _environment(dls):
+    import albumentations, fastai, timm
+    device = torch.device(dls.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(ecan_fastai=__version__, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__,
+                albumentations=albumentations.__version__, device=f"{device.type}: {name}", cpus=os.cpu_count())
+
+def _write_json(file, value): _replace(file, lambda f: f.write_text(json.dumps(value, indent=1)))
+
+def _write_results(learn, cfg, out, rows):
+    history = pd.DataFrame(rows)
+    _save_figure(plot_history(history), out/"curves.png")
+    metrics = _evaluate(learn, cfg, out)
+    model = learn.model.inference() if isinstance(learn.model, ECANModel) else learn.model
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    _replace(out/"model.safetensors", lambda f: save_file(weights, f))
+    learn.export("export.pkl")
+    seconds = history["seconds"]
+    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), environment=_environment(learn.dls))
+    if "alpha" in history: record["alpha"] = dict(first=float(history["alpha"].iloc[0]), last=float(history["alpha"].iloc[-1]), highest=float(history["alpha"].max()))
+    _write_json(out/"metrics.json", record)
+    return record
+
+
+# The run
+
+def start_run(
+    cfg, # `RunConfig`
+    out # Folder of the run, new or empty
+)->dict: # The record that is written to `metrics.json`
+    "Train, evaluate and write a new run; a folder that holds a run is refused"
+    out = Path(out)
+    if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume {out}")
+    if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
+    cfg.resolve()
+    set_seed(cfg.seed, reproducible=True)
+    dls = run_loaders(cfg, out)
+    learn = run_learner(cfg, dls, out)
+    out.mkdir(parents=True, exist_ok=True)
+    side = crop_size(cfg.level, cfg.recipe, cfg.size)
+    stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
+    about = dict(vocab=list(dls.vocab), view_size=side, mean=stats.mean.flatten().tolist(), std=stats.std.flatten().tolist(),
+                 images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)})
+    _write_json(out/"config.json", dict(config=asdict(cfg), about=about))
+    return _train(learn, cfg, out, None)
+
+def resume_run(
+    out # Folder of a run that was interrupted
+)->dict: # The record that is written to `metrics.json`
+    "Go on with a run from its last finished epoch, as if it had not stopped"
+    out = Path(out)
+    if not (out/"config.json").exists(): raise ValueError(f"{out} holds no run to resume: expected config.json in it")
+    if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
+    cfg = RunConfig(**json.loads((out/"config.json").read_text())["config"])
+    set_seed(cfg.seed, reproducible=True)
+    dls = run_loaders(cfg, out)
+    learn = run_learner(cfg, dls, out)
+    file = out/"checkpoint.pth"
+    return _train(learn, cfg, out, torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None)
+
+def _warn_short(learn, cfg):
+    steps, memory = cfg.epochs*len(learn.dls.train), 1/(1-cfg.momentum)
+    if cfg.method not in ("baseline", "center") and steps < 3*memory:
+        warnings.warn(f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about {memory:.0f}: {100*cfg.momentum**steps:.0f} % of it will still be its start; "
+                      "train longer or give a smaller momentum")
+
+def _train(learn, cfg, out, state):
+    if state: _load_weights(learn, state)
+    keeper, done = RunState(out, state), state["epochs"] if state else 0
+    if done < cfg.epochs:
+        _warn_short(learn, cfg)
+        fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
+        with nullcontext() if sys.stdout.isatty() else learn.no_bar(): fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
+        rows = keeper.rows
+    else: rows = state["rows"]
+    return _write_results(learn, cfg, out, rows)
