@@ -403,6 +403,7 @@ def from_fer2013(cls:ExpressionDataLoaders,
     if csvs: faces = _fer2013_csv(csvs[0])
     elif (path/"train").is_dir() and (path/"test").is_dir(): faces = _fer2013_folders(path)
     else: raise ValueError(f"{path} is not FER2013: expected train/ and test/ in it, or {' or '.join(_FER2013_FILES)}")
+    faces.sort(key=lambda f: list(FER2013_COUNTS).index(f.split))
     _warn_counts(faces, FER2013_COUNTS, "FER2013")
     defaults = {"path": path if path.is_dir() else path.parent, "vocab": EXPRESSIONS, "image_size": 48}
     return cls.from_faces(faces, size=size, channels=channels, recipe=recipe, **{**defaults, **kwargs})

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback import progress  # the progress bars of every Learner
+from fastai.callback import hook, progress  # `summary`, and the progress bars of every Learner
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, F1Score, accuracy

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+
+from ecan_fastai.augment import *
+
+def picture(size=48, channels=1, seed=0): return np.random.default_rng(seed).integers(1, 255, (size, size, channels), np.uint8)
+
+@pytest.mark.parametrize("recipe,size,channels", [("fer2013", 48, 1), ("fer2013", 48, 3), ("rafdb", 64, 3), ("rafdb", 64, 1)])
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_gives_pictures_of_its_size(level, recipe, size, channels):
+    pipe, side = train_pipeline(level, recipe, size, channels), crop_size(level, recipe, size)
+    for seed in range(30):
+        out = pipe(image=picture(57, channels, seed))["image"]
+        assert out.shape == (side, side, channels) and out.dtype == np.uint8
+
+def test_five_crop_is_part_of_strong_fer2013_alone():
+    assert [crop_size(l, "fer2013", 48) for l in LEVELS] == [48, 48, 40]
+    assert [crop_size(l, "rafdb", 224) for l in LEVELS] == [224]*3
+
+def test_level_none_is_the_picture_itself():
+    img = picture()
+    assert np.array_equal(train_pipeline("none", "fer2013", 48, 1)(image=img)["image"], img)
+
+def transforms(level, recipe, channels):
+    return [type(t).__name__ for t in train_pipeline(level, recipe, 48, channels).transforms]
+
+def test_rows_of_table_1():
+    assert set(transforms("weak", "rafdb", 3)) == {"Resize", "HorizontalFlip", "Erasing", "ToGray"}
+    assert set(transforms("strong", "rafdb", 3)) == {"Resize", "PadIfNeeded", "RandomCrop", "ColorJitter", "HorizontalFlip", "Rotate", "Erasing", "ToGray", "GaussianBlur"}
+    assert set(transforms("weak", "fer2013", 3)) == {"RandomResizedCrop", "HorizontalFlip", "Rotate", "Erasing", "ToGray"}
+    assert set(transforms("strong", "fer2013", 3)) == {"RandomResizedCrop", "ColorJitter", "HorizontalFlip", "Rotate", "Erasing", "ToGray", "Affine", "OneOf"}
+    assert "ToGray" not in transforms("strong", "fer2013", 1) and transforms("strong", "fer2013", 1)[-1] == "Erasing"
+
+def test_affine_shifts_each_direction_on_its_own():
+    pipe = train_pipeline("strong", "fer2013", 48, 1)
+    affine = next(t for t in pipe.transforms if type(t).__name__ == "Affine")
+    drawn = [affine.get_params_dependent_on_data({"shape": (48, 48, 1)}, {})["matrix"][:2, 2] for _ in range(20)]
+    assert any(abs(abs(x)-abs(y)) > 0.5 for x, y in drawn) and all(abs(v) <= 0.2*48+1 for xy in drawn for v in xy)
+
+def test_seed_repeats_and_goes_on():
+    for kwargs in (dict(), dict(all_crops=True)):
+        pipe, img = train_pipeline("strong", "fer2013", 48, 1, **kwargs), picture()
+        pipe.set_random_seed(5)
+        first = [pipe(image=img)["image"] for _ in range(4)]
+        pipe.set_random_seed(5)
+        again = [pipe(image=img)["image"] for _ in range(4)]
+        assert all(np.array_equal(a, b) for a, b in zip(first, again)) and not np.array_equal(first[0], first[1])
+
+def test_all_crops_gives_five():
+    pipe = train_pipeline("strong", "fer2013", 48, 1, all_crops=True)
+    assert pipe(image=picture())["image"].shape == (5, 40, 40, 1)
+
+def test_evaluation_crops():
+    img = picture()
+    ten = [p(image=img)["image"] for p in eval_pipelines("strong", "fer2013", 48, "ten")]
+    corners = [img[:40, :40], img[:40, 8:], img[8:, :40], img[8:, 8:], img[4:44, 4:44]]
+    assert all(np.array_equal(a, b) for a, b in zip(ten, corners))
+    flipped = img[:, ::-1]
+    corners = [flipped[:40, :40], flipped[:40, 8:], flipped[8:, :40], flipped[8:, 8:], flipped[4:44, 4:44]]
+    assert all(np.array_equal(a, b) for a, b in zip(ten[5:], corners))
+    assert np.array_equal(eval_pipelines("strong", "fer2013", 48)[0](image=img)["image"], img[4:44, 4:44])
+    assert len(eval_pipelines("weak", "fer2013", 48)) == 1
+
+@pytest.mark.parametrize("call,said", [
+    (lambda: train_pipeline("stronger"), "unknown augmentation level 'stronger'"), (lambda: train_pipeline(recipe="ck"), "unknown augmentation recipe 'ck'"),
+    (lambda: train_pipeline("weak", "fer2013", all_crops=True), "all_crops needs FiveCrop"), (lambda: eval_pipelines(crops="six"), "unknown evaluation crops 'six'"),
+    (lambda: eval_pipelines("weak", "rafdb", crops="ten"), "needs FiveCrop in training")])
+def test_wrong_arguments_are_named(call, said):
+    with pytest.raises(ValueError, match=said): call()

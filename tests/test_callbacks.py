@@ -1,0 +1,180 @@
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.schedule import SuggestionMethod
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+
+from ecan_fastai.callbacks import *
+from ecan_fastai.losses import ECANLoss
+from ecan_fastai.model import ECANModel
+
+EVENTS = []
+
+class Spy(ECANModel):
+    "Notes every momentum update and every push"
+    def update_keys(self, momentum):
+        EVENTS.append("update")
+        super().update_keys(momentum)
+
+def noise_learner(*cbs, n=12, bs=4, bank=10, momentum=0.9, crops=0):
+    torch.manual_seed(0)
+    EVENTS.clear()
+    g = torch.Generator().manual_seed(0)
+    shape = (crops, 1, 32, 32) if crops else (1, 32, 32)
+    items = [((torch.randn(shape, generator=g), torch.randn(shape, generator=g)), torch.tensor(i % 3)) for i in range(n)]
+    dls = DataLoaders(DataLoader(items, bs=bs, num_workers=0), DataLoader(items, bs=bs, num_workers=0))
+    dls.n_inp = 1
+    model = Spy("resnet18", n_classes=3, in_chans=1, bank_size=bank)
+    push = model.bank.push
+    model.bank.push = lambda z, y: (EVENTS.append(f"push{len(z)}"), push(z, y))[1]
+    learn = Learner(dls, model, loss_func=ECANLoss(), lr=1e-3, cbs=[MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *cbs])
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda row: None
+    return learn
+
+def snapshot(model): return {k: v.clone() for k, v in model.state_dict().items()}
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_events_of_a_fit_in_order():
+    learn = noise_learner()
+    learn.fit(2)
+    batch = ["update", "push4"]
+    assert EVENTS == ["push4"]*3 + batch*3 + batch*3      # three batches fill ten rows; then an update and a push each
+
+def test_filling_moves_nothing_but_the_bank():
+    learn = noise_learner()
+    learn.create_opt()
+    before = {k: v.clone() for k, v in learn.model.named_parameters()}
+    learn.model.train()
+    learn.n_epoch, learn.epoch = 1, 0
+    learn.memory_bank_update.fill()
+    assert all(torch.equal(before[k], v) for k, v in learn.model.named_parameters()) and learn.model.bank.full
+    assert learn.model.bank.y.tolist() == [1, 2, 2, 0, 1, 2, 0, 1, 2, 0]    # 12 labels 0 1 2 0 ... into 10 rows
+
+def test_a_bank_larger_than_the_data_takes_one_pass_and_grows_on():
+    learn = noise_learner(bank=100)
+    learn.fit(2)
+    assert EVENTS.count("push4") == 3 + 6 and len(learn.model.bank) == 36
+
+def test_a_full_bank_is_not_filled_again():
+    learn = noise_learner()
+    learn.fit(1)
+    EVENTS.clear()
+    learn.fit(1)
+    assert EVENTS == ["update", "push4"]*3
+
+def test_keys_in_the_bank_are_those_of_the_batch():
+    seen = []
+    class Look(Callback):
+        order = 100
+        def after_pred(self):
+            if self.training: seen.append(self.pred["z_k"].clone())
+    learn = noise_learner(Look())
+    learn.fit(1)
+    bank = learn.model.bank
+    assert torch.equal(bank.z[bank.order()][:4].flip(0), seen[-1]) and bank.y[bank.order()][:4].flip(0).tolist() == [2, 0, 1, 2]
+
+def test_the_loss_sees_the_bank_without_the_current_batch():
+    filled = []
+    class Look(Callback):
+        def after_pred(self):
+            if self.training: filled.append(len(self.pred["bank_z"]))
+    learn = noise_learner(Look(), bank=100)
+    learn.fit(1)
+    assert filled == [12, 16, 20]
+
+def test_key_parameters_follow_equation_1_through_a_fit():
+    learn = noise_learner(momentum=0.5)
+    expected = [p.detach().double().clone() for p in learn.model.key_encoder.parameters()]
+    class Twin(Callback):
+        order = 100
+        def after_step(self):
+            for e, q in zip(expected, self.model.encoder.parameters()): e.mul_(0.5).add_(0.5*q.detach().double())
+    learn.add_cb(Twin())
+    learn.fit(1)
+    assert all(torch.allclose(k.double(), e, atol=1e-6) for k, e in zip(learn.model.key_encoder.parameters(), expected))
+
+def test_gradient_accumulation_updates_once_a_step_and_pushes_every_batch():
+    learn = noise_learner(GradientAccumulation(n_acc=8), n=16, bank=10)
+    learn.fit(1)
+    assert EVENTS == ["push4"]*3 + ["push4", "update", "push4", "push4", "update", "push4"]
+
+def test_a_skipped_step_moves_no_key_and_still_pushes():
+    class Overflow(Callback):
+        "What MixedPrecision does when a gradient overflows"
+        order = MixedPrecision.order
+        def before_step(self):
+            if self.iter == 1: raise CancelStepException()
+    learn = noise_learner(Overflow())
+    learn.fit(1)
+    assert EVENTS[3:] == ["update", "push4", "push4", "update", "push4"]
+
+def test_a_batch_cancelled_before_the_model_pushes_nothing():
+    class Skip(Callback):
+        def before_batch(self):
+            if self.training and self.iter == 1: raise CancelBatchException()
+    learn = noise_learner(Skip())
+    learn.fit(1)
+    assert EVENTS[3:] == ["update", "push4"]*2
+
+@pytest.mark.parametrize("call", [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.get_preds(ds_idx=0), lambda l: l.get_preds(with_loss=True)])
+def test_evaluation_moves_nothing(call):
+    learn = noise_learner()
+    before = snapshot(learn.model)
+    call(learn)
+    assert EVENTS == [] and same(before, snapshot(learn.model))
+
+@pytest.mark.parametrize("exception", [CancelFitException, CancelEpochException])
+def test_a_cancelled_fit_leaves_a_state_that_trains_on(exception):
+    class Stop(Callback):
+        def after_loss(self):
+            if self.training and self.iter == 1: raise exception()
+    learn = noise_learner(Stop())
+    learn.fit(1)
+    assert EVENTS[3:] == ["update", "push4"]     # fastai sends no after_batch for the second batch
+    learn.remove_cb(Stop)
+    EVENTS.clear()
+    learn.fit(1)
+    assert EVENTS == ["update", "push4"]*3
+
+def test_lr_find_restores_bank_and_key_encoder(tmp_path):
+    learn = noise_learner()
+    learn.path = tmp_path
+    learn.fit(1)
+    before = snapshot(learn.model)
+    learn.lr_find(num_it=7, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
+    assert "push4" in EVENTS and same(before, snapshot(learn.model))
+
+def test_parts_of_the_loss_are_recorded_as_means_of_the_epoch():
+    parts = []
+    class Look(Callback):
+        order = 100
+        def after_loss(self):
+            if self.training: parts.append({k: v.item() for k, v in self.loss_func.parts.items()})
+    rows = []
+    learn = noise_learner(Look())
+    learn.logger = rows.append
+    learn.fit(2)
+    names = learn.recorder.metric_names
+    assert names[-5:] == ["ce", "ensc", "mva", "alpha", "time"] and all(len(r) == len(names) for r in rows)
+    for epoch in range(2):
+        row = dict(zip(names[1:], learn.recorder.values[epoch]))
+        for k in ("ce", "ensc", "mva", "alpha"): assert row[k] == pytest.approx(sum(p[k] for p in parts[3*epoch:3*epoch+3])/3, rel=1e-5)
+    assert len(learn.validate()) == 1      # validation alone has no parts
+
+def test_all_crops_are_pictures_in_training_and_a_stack_in_evaluation():
+    learn = noise_learner(crops=5, bank=70)
+    learn.fit(1)
+    assert EVENTS == ["push20"]*3 + ["update", "push20"]*3
+    bank = learn.model.bank
+    assert bank.y[bank.order()][:20].flip(0).tolist() == [2]*5 + [0]*5 + [1]*5 + [2]*5
+    assert learn.get_preds()[0].shape == (12, 3)
+
+@pytest.mark.parametrize("momentum", [-0.1, 1, 1.5])
+def test_momentum_out_of_range_is_named(momentum):
+    with pytest.raises(ValueError, match=f"momentum must be in .0, 1., got {momentum}"): MomentumUpdate(momentum)

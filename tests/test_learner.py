@@ -1,0 +1,198 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.schedule import SuggestionMethod
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import Adam
+from fastai.torch_core import set_seed
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+
+from ecan_fastai.learner import *
+from ecan_fastai.losses import ECANLoss
+from ecan_fastai.model import ECANModel, FaceClassifier
+
+MAKERS = [ecan_learner, baseline_learner]
+
+@pytest.fixture
+def make(make_dls, tmp_path):
+    def _make(maker=ecan_learner, **kwargs):
+        set_seed(0)
+        views = 1 if maker is baseline_learner else 2
+        learn = maker(make_dls(n_views=views, **kwargs.pop("dls", {})), path=tmp_path, **kwargs)
+        learn.remove_cb(learn.progress)
+        learn.logger = lambda row: None
+        return learn
+    return _make
+
+def load(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_learner(path)
+
+
+# The paper's optimizer
+
+def test_paper_optimizer_is_torchs_sgd():
+    torch.manual_seed(0)
+    nets = [torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    data = torch.utils.data.TensorDataset(x, y)
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+    dls = DataLoaders(*[DataLoader(list(data), bs=16) for _ in range(2)])
+    learn = Learner(dls, nets[0], loss_func=CrossEntropyLossFlat(), **paper_opt)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    opt = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(3):
+        for xb, yb in torch.utils.data.DataLoader(data, batch_size=16):
+            torch.nn.functional.cross_entropy(nets[1](xb), yb).backward()
+            opt.step(), opt.zero_grad()
+    for a, b in zip(*[n.parameters() for n in nets]): assert torch.allclose(a, b, atol=1e-6)
+
+def test_one_cycle_leaves_the_papers_momentum_alone(make):
+    learn = make(baseline_learner)
+    learn.fit_one_cycle(1)
+    assert set(np.round(learn.recorder.hps["mom"], 9)) == {0.9} and max(learn.recorder.hps["lr"]) > 0.08
+
+def test_cosine_schedule():
+    rate = cosine_with_warmup(0.1, 200)
+    assert rate(0.) == 0 and rate(0.0025) == pytest.approx(0.05) and rate(0.5) == pytest.approx(0.05)
+    assert rate(0.5) == rate(0.5+0.9/200) > rate(0.5+1/200)          # one step an epoch
+    assert rate(1-0.5/200) == pytest.approx(0.1*(1+np.cos(np.pi*199/200))/2)
+
+def test_fit_cosine_sets_the_rate_of_every_batch(make):
+    learn = make(baseline_learner)
+    learn.fit_cosine(4, 0.08)
+    n, lrs = len(learn.dls.train), learn.recorder.lrs
+    assert np.allclose(lrs[:n], [0.08*i/n for i in range(n)]) and np.allclose(lrs[2*n:3*n], 0.04)
+
+# What fastai's users do
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_everything_that_a_learner_does(maker, make, tmp_path):
+    learn = make(maker)
+    learn.fit(1, 0.01)
+    learn.fit_one_cycle(1, 0.01)
+    learn.fine_tune(1, 0.01)
+    learn.lr_find(num_it=6, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
+    assert len(learn.validate()) == 4
+    probs, y = learn.get_preds()
+    assert probs.shape == (len(learn.dls.valid_ds), 7) and torch.allclose(probs.sum(1), torch.ones(len(probs)), atol=1e-5)
+    assert learn.get_preds(with_loss=True)[2].shape == (len(probs),)
+    assert learn.tta(n=2)[0].shape == probs.shape
+    file = learn.dls.valid_ds.items[0].image
+    for item in (file, str(file), learn.dls.valid_ds.items[0]):
+        label, index, p = learn.predict(item)
+        assert label == learn.dls.vocab[index] and torch.allclose(p, probs[0], atol=1e-5)
+    test = learn.dls.test_dl([file]*3)
+    assert torch.allclose(learn.get_preds(dl=test)[0][2], probs[0], atol=1e-5)
+    learn.show_results(max_n=4), learn.dls.show_batch(max_n=4)
+    assert "Total params" in str(learn.summary())
+    assert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum() == len(probs)
+    learn.save("here")
+    learn.fit(1, 0.01)
+    learn.load("here")
+    assert torch.allclose(learn.get_preds()[0], probs, atol=1e-6)
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_export_predicts_the_same_and_holds_only_what_inference_needs(maker, make, tmp_path):
+    learn = make(maker, dls=dict(level="strong", size=48))
+    learn.fit(1, 0.01)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.export("e.pkl")
+    plain = load(tmp_path/"e.pkl")
+    assert type(plain) is Learner and type(plain.model) is FaceClassifier and not [c for c in plain.cbs if "ecan_fastai" in type(c).__module__ and "Crops" not in type(c).__name__]
+    file = learn.dls.valid_ds.items[0].image
+    assert plain.predict(file)[0] == learn.predict(file)[0] and torch.allclose(plain.predict(file)[2], learn.predict(file)[2], atol=1e-6)
+    files = [f.image for f in learn.dls.valid_ds.items]
+    assert torch.allclose(plain.get_preds(dl=plain.dls.test_dl(files, num_workers=0))[0], learn.get_preds()[0], atol=1e-6)
+    assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in before.items())
+    learn.fit(1, 0.01)      # and training goes on
+
+def test_export_is_smaller_by_key_encoder_and_bank(make, tmp_path):
+    learn = make()
+    learn.export("e.pkl"), learn.save("m", with_opt=False)
+    assert (tmp_path/"e.pkl").stat().st_size < 0.55*(tmp_path/"models"/"m.pth").stat().st_size
+
+def test_save_and_load_keep_bank_keys_and_centres(make):
+    learn = make(bank_groups=3)
+    learn.fit(1, 0.01)
+    learn.save("here")
+    other = make(bank_groups=3)
+    other.load("here")
+    a, b = learn.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a) and len(other.model.bank) == 48 and other.model.bank.y.sum() > 0
+
+# Parameter groups
+
+def test_key_encoder_is_in_no_group_and_stays_without_gradient(make):
+    learn = make()
+    learn.fit(1, 0.01)
+    learn.freeze()
+    assert [p.requires_grad for p in (learn.model.encoder.conv1.weight, learn.model.classifier.weight, learn.model.centers)] == [False, True, True]
+    learn.unfreeze()
+    assert learn.model.encoder.conv1.weight.requires_grad and not any(p.requires_grad for p in learn.model.key_encoder.parameters())
+    groups = face_splitter(learn.model)
+    assert len(groups) == 2 and sum(len(g) for g in groups) == sum(1 for p in learn.model.parameters() if p.requires_grad)
+
+def test_frozen_encoder_stays_and_centres_train(make):
+    learn = make()
+    learn.freeze()
+    conv, centers = learn.model.encoder.conv1.weight.clone(), learn.model.centers.clone()
+    learn.fit(1, 0.01)
+    assert torch.equal(conv, learn.model.encoder.conv1.weight) and not torch.equal(centers, learn.model.centers)
+
+# The factory
+
+def test_settings_arrive(make):
+    learn = make(l1=0.1, l2=0.3, n_groups=3, temperature=0.2, momentum=0.5, bank_groups=2, opt_func=Adam, lr=1e-3)
+    assert (learn.loss_func.l1, learn.loss_func.l2, learn.loss_func.n_groups, learn.loss_func.temperature) == (0.1, 0.3, 3, 0.2)
+    assert learn.momentum_update.momentum == 0.5 and learn.model.bank.size == 32 and learn.opt_func is Adam and learn.lr == 1e-3
+    assert make(loss_func=ECANLoss(l2=0)).loss_func.l2 == 0
+    assert make(dls=dict(level="strong", size=48, all_crops=True)).model.bank.size == 16*16*5
+
+def test_metrics_are_scikit_learns(make):
+    learn = make(baseline_learner)
+    probs, y = learn.get_preds()
+    expected = [accuracy_score(y, probs.argmax(1)), balanced_accuracy_score(y, probs.argmax(1)), f1_score(y, probs.argmax(1), average="macro")]
+    assert np.allclose(learn.validate()[1:], expected)
+
+def test_one_view_is_refused(make_dls):
+    with pytest.raises(ValueError, match="needs two views.*n_views=2"): ecan_learner(make_dls(n_views=1))
+
+def test_colour_pictures(make):
+    learn = make(dls=dict(channels=3))
+    learn.fit(1, 0.01)
+    assert learn.model.encoder.conv1.in_channels == 3
+
+def test_all_crops_train_and_several_crops_evaluate(make):
+    for maker in MAKERS:
+        learn = make(maker, dls=dict(level="strong", size=48, all_crops=True, eval_crops="ten", bs=8))
+        learn.fit(1, 0.01)
+        assert learn.get_preds()[0].shape == (len(learn.dls.valid_ds), 7)
+        assert learn.get_preds(ds_idx=0)[0].shape == (len(learn.dls.train_ds), 7)
+
+@pytest.mark.slow
+def test_ecan_learns_the_sample(tmp_path):
+    from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+    set_seed(0)
+    dls = ExpressionDataLoaders.from_folder(sample_faces(tmp_path/"f", n=700, test_pct=0.4), size=48, channels=1, level="weak", recipe="fer2013", bs=16, num_workers=0)
+    learn = ecan_learner(dls, momentum=0.9, opt_func=Adam, lr=2e-3, moms=(0.95, 0.85, 0.95), wd=1e-2, wd_bn_bias=False)
+    untrained = learn.validate(dl=dls["test"])[1]
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10)
+    assert untrained < 0.5 and learn.validate(dl=dls["test"])[1] > 0.75
+
+# Half precision on a GPU
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["to_fp16", "to_bf16"])
+def test_mixed_precision_on_a_gpu(make, precision):
+    learn = getattr(make(dls=dict(device="cuda")), precision)()
+    learn.fit(1, 0.01)
+    assert learn.model.bank.z.dtype == torch.float32 and learn.model.bank.full and np.isfinite(learn.recorder.values[0]).all()

@@ -1,0 +1,201 @@
+import naive_losses as naive
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from ecan_fastai.losses import *
+
+CLASSES = 7
+RAFDB = np.array([4772, 2524, 1982, 1290, 717, 705, 281])
+
+def draw(m, d, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.multinomial(torch.tensor(RAFDB/RAFDB.sum()), m, replacement=True, generator=g) if m else torch.zeros(0, dtype=torch.long)
+    return torch.randn(m, d, generator=g, dtype=torch.float64).to(dtype), y
+
+def close(a, b, tol=1e-5): assert abs(float(a)-float(b)) <= tol*max(1, abs(float(b))), (float(a), float(b))
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("m,bank", [(2, 0), (8, 1), (24, 7), (40, 200)])
+def test_contrastive_losses_match_the_equations(m, bank, tau):
+    (z, y), (bz, by) = draw(m, 16), draw(bank, 16, seed=1)
+    n = m//2
+    close(selfcon_loss(z[:n], z[n:], tau), naive.selfcon(z[:n].numpy(), z[n:].numpy(), tau))
+    close(supcon_loss(z, y, tau), naive.supcon(z.numpy(), y.numpy(), tau))
+    close(esc_loss(z, y, bz, tau), naive.esc(z.numpy(), y.numpy(), bz.numpy(), tau))
+    close(ensc_loss(z, y, bz, by, tau), naive.ensc(z.numpy(), y.numpy(), bz.numpy(), by.numpy(), tau))
+
+def test_unnormalised_features():
+    (z, y), (bz, by) = draw(20, 6), draw(9, 6, seed=1)
+    close(supcon_loss(z, y, 2., normalize=False), naive.supcon(z.numpy(), y.numpy(), 2., normalize=False))
+    close(esc_loss(z, y, bz, 2., normalize=False), naive.esc(z.numpy(), y.numpy(), bz.numpy(), 2., normalize=False))
+    close(ensc_loss(z, y, bz, by, 2., normalize=False), naive.ensc(z.numpy(), y.numpy(), bz.numpy(), by.numpy(), 2., normalize=False))
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_compactness_losses_match_the_equations(reduction):
+    (x, y), (g, gy) = draw(10, 12), draw(30, 12, seed=1)
+    c = torch.randn(CLASSES, 12, generator=torch.Generator().manual_seed(2))
+    groups, labels = g.view(3, 10, 12), gy.view(3, 10)
+    close(center_loss(x, y, c), naive.center(x.numpy(), y.numpy(), c.numpy()))
+    close(affinity_loss(x, y, c, reduction), naive.affinity(x.numpy(), y.numpy(), c.numpy(), reduction))
+    close(mva_loss(x, y, c, groups, labels, reduction), naive.mva(x.numpy(), y.numpy(), c.numpy(), groups.numpy(), labels.numpy(), reduction))
+    close(mva_loss(x, y, c, groups[:0], labels[:0], reduction), naive.affinity(x.numpy(), y.numpy(), c.numpy(), reduction))
+
+def test_mva_weight():
+    close(mva_weight(torch.tensor([1., 3.])), 2)
+    close(mva_weight(torch.tensor([5.])), 1)
+    losses = torch.tensor([.5, 2., 7.], requires_grad=True)
+    assert not mva_weight(losses).requires_grad
+    close(mva_weight(losses), naive.alpha([.5, 2., 7.]))
+
+
+def test_a_batch_of_one_class_has_no_true_negative_of_that_class_in_the_bank():
+    z, bz = draw(6, 8)[0], draw(5, 8, seed=1)[0]
+    y, by = torch.full((6,), 3), torch.tensor([3, 3, 3, 0, 1])
+    close(ensc_loss(z, y, bz, by), naive.ensc(z.numpy(), y.numpy(), bz.numpy(), by.numpy(), 0.1))
+    close(ensc_loss(z, y, bz[:3], by[:3]), supcon_loss(z, y))
+
+@pytest.mark.parametrize("loss", [lambda z: supcon_loss(z, torch.arange(len(z))), lambda z: ensc_loss(z, torch.arange(len(z)), z.detach(), torch.arange(len(z)))])
+@pytest.mark.parametrize("m", [1, 5])
+def test_without_any_positive_the_loss_is_zero_and_connected(loss, m):
+    z = draw(m, 4)[0].requires_grad_()
+    value = loss(z)
+    value.backward()
+    assert value == 0 and torch.isfinite(z.grad).all() and (z.grad == 0).all()
+
+def test_anchors_without_positive_do_not_dilute_the_mean():
+    z, y = draw(6, 8)[0], torch.tensor([0, 0, 1, 1, 2, 3])
+    close(supcon_loss(z, y), naive.supcon(z.numpy(), y.numpy(), 0.1))
+    assert naive.supcon(z.numpy(), y.numpy(), 0.1) > 0
+
+@pytest.mark.parametrize("dtype,tol", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_input_is_computed_in_float32(dtype, tol):
+    (z, y), (bz, by) = draw(24, 16), draw(50, 16, seed=1)
+    c = draw(7, 16, seed=2)[0]
+    for loss in (lambda t: ensc_loss(t(z), y, t(bz), by, 0.05), lambda t: supcon_loss(t(z), y), lambda t: affinity_loss(t(z), y, t(c)), lambda t: center_loss(t(z), y, t(c))):
+        low = loss(lambda t: t.to(dtype))
+        assert low.dtype == torch.float32
+        close(low, loss(lambda t: t.to(dtype).float()), 1e-6)
+        close(low, loss(lambda t: t), tol)
+
+def test_autocast_does_not_lower_the_losses_precision():
+    (z, y), (bz, by) = draw(64, 64), draw(300, 64, seed=1)
+    plain = ensc_loss(z, y, bz, by, 0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16): cast = ensc_loss(z, y, bz, by, 0.05)
+    assert cast == plain
+
+def test_gradients():
+    (z, y), (bz, by) = draw(7, 4, dtype=torch.float64), draw(5, 4, seed=1, dtype=torch.float64)
+    y, by = torch.tensor([0, 0, 1, 1, 1, 2, 2]), torch.tensor([0, 1, 2, 2, 1])
+    c = draw(3, 4, seed=2, dtype=torch.float64)[0].requires_grad_()
+    z.requires_grad_()
+    assert gradcheck(lambda z: selfcon_loss(z[:3], z[3:6]), (z,))
+    assert gradcheck(lambda z: supcon_loss(z, y), (z,))
+    assert gradcheck(lambda z: esc_loss(z, y, bz), (z,))
+    assert gradcheck(lambda z: ensc_loss(z, y, bz, by), (z,))
+    assert gradcheck(lambda z, c: center_loss(z, y, c), (z, c))
+    assert gradcheck(lambda z, c: affinity_loss(z, y, c), (z, c))
+    assert gradcheck(lambda z, c: affinity_loss(z, y, c, "sum"), (z, c))
+
+def test_mva_gradient_is_alpha_times_that_of_affinity():
+    (x, y), (g, gy) = draw(8, 5, dtype=torch.float64), draw(16, 5, seed=1, dtype=torch.float64)
+    c = draw(7, 5, seed=2, dtype=torch.float64)[0]
+    def grads(loss):
+        leaf_x, leaf_c = x.clone().requires_grad_(), c.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf_x, leaf_c), (leaf_x, leaf_c))
+    groups, labels = g.view(2, 8, 5), gy.view(2, 8)
+    a = naive.mva(x.numpy(), y.numpy(), c.numpy(), groups.numpy(), labels.numpy())/naive.affinity(x.numpy(), y.numpy(), c.numpy())
+    for whole, plain in zip(grads(lambda x, c: mva_loss(x, y, c, groups, labels)), grads(lambda x, c: affinity_loss(x, y, c))):
+        assert torch.allclose(whole, a*plain)
+
+
+def output(n=8, d=16, bank=30, seed=0):
+    (z, y), (zk, _), (bz, by) = draw(n, d, seed), draw(n, d, seed+1), draw(bank, d, seed+2)
+    c = draw(CLASSES, d, seed+3)[0]
+    logits = torch.randn(n, CLASSES, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(bank, generator=torch.Generator().manual_seed(seed))
+    return dict(logits=logits, z_q=z, z_k=zk, bank_z=bz, bank_y=by, bank_order=order, centers=c), y
+
+def naive_total(out, y, l1, l2, n_groups, tau, reduction="mean"):
+    o = {k: v.numpy() for k, v in out.items()}
+    y, n = y.numpy(), len(y)
+    whole = min(n_groups-1, len(o["bank_order"])//n)
+    rows = o["bank_order"][:whole*n].reshape(whole, n)
+    m = naive.mva(o["z_q"], y, o["centers"], o["bank_z"][rows], o["bank_y"][rows], reduction)
+    e = naive.ensc(np.concatenate([o["z_q"], o["z_k"]]), np.concatenate([y, y]), o["bank_z"], o["bank_y"], tau)
+    return (1-l1)*naive.cross_entropy(o["logits"], y) + l1*e + l2*m
+
+@pytest.mark.parametrize("bank", [0, 7, 8, 30, 100])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ecan_loss_is_equation_11(bank, reduction):
+    out, y = output(bank=bank)
+    close(ECANLoss(0.3, 0.5, 4, 0.2, affinity_reduction=reduction)(out, y), naive_total(out, y, 0.3, 0.5, 4, 0.2, reduction))
+
+def test_groups_are_the_newest_rows_of_the_bank():
+    out, y = output(n=4, bank=10)
+    far = out["bank_order"][8:]           # the two oldest of ten rows: no part of two whole groups of four
+    before = ECANLoss(l1=0, n_groups=9)(out, y)
+    out["bank_z"][far] = 1000.
+    assert ECANLoss(l1=0, n_groups=9)(out, y) == before
+    out["bank_z"][out["bank_order"][7]] = 1000.
+    assert ECANLoss(l1=0, n_groups=9)(out, y) > before
+
+def test_ecan_loss_parts_reductions_and_contract():
+    out, y = output()
+    loss = ECANLoss()
+    total = loss(out, y)
+    p = loss.parts
+    assert list(p) == loss.part_names == ["ce", "ensc", "mva", "alpha"] and not any(v.requires_grad for v in p.values())
+    close(total, 0.8*p["ce"] + 0.2*p["ensc"] + 0.7*p["mva"])
+    loss.reduction = "none"
+    each = loss(out, y)
+    assert each.shape == (8,)
+    close(each.mean(), total)
+    loss.reduction = "sum"
+    close(loss(out, y), 8*total)
+    assert torch.allclose(loss.activation(out["logits"]).sum(1), torch.ones(8))
+    assert (loss.decodes(out["logits"]) == out["logits"].argmax(1)).all()
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_ecan_loss_on_logits_is_cross_entropy(reduction):
+    out, y = output()
+    expected = torch.nn.functional.cross_entropy(out["logits"], y, reduction=reduction)
+    assert torch.allclose(ECANLoss(reduction=reduction)(out["logits"], y), expected)
+
+def test_rows_of_table_3():
+    out, y = output()
+    z, yy = torch.cat([out["z_q"], out["z_k"]]), torch.cat([y, y])
+    ce = torch.nn.functional.cross_entropy(out["logits"], y)
+    close(ECANLoss(l1=0, l2=0)(out, y), ce)
+    close(ECANLoss(l1=0, l2=0.003, compact="center")(out, y), ce + 0.003*center_loss(out["z_q"], y, out["centers"]))
+    close(ECANLoss(l2=0, contrast="supcon")(out, y), 0.8*ce + 0.2*supcon_loss(z, yy))
+    close(ECANLoss(l2=0, contrast="esc")(out, y), 0.8*ce + 0.2*esc_loss(z, yy, out["bank_z"]))
+    close(ECANLoss(l2=0)(out, y), 0.8*ce + 0.2*ensc_loss(z, yy, out["bank_z"], out["bank_y"]))
+    close(ECANLoss(l1=0, compact="affinity")(out, y), ce + 0.7*affinity_loss(out["z_q"], y, out["centers"]))
+    assert ECANLoss(l2=0).part_names == ["ce", "ensc"]
+
+def test_modules_are_their_functions():
+    (z, y), (bz, by) = draw(10, 8), draw(12, 8, seed=1)
+    c, groups, labels = draw(7, 8, seed=2)[0], bz[:10][None], by[:10][None]
+    assert SupConLoss(0.2)(z, y) == supcon_loss(z, y, 0.2)
+    assert ESCLoss(0.2)(z, y, bz) == esc_loss(z, y, bz, 0.2)
+    assert ENSCLoss(0.2, normalize=False)(z, y, bz, by) == ensc_loss(z, y, bz, by, 0.2, False)
+    assert CenterLoss()(z, y, c) == center_loss(z, y, c)
+    assert AffinityLoss("sum")(z, y, c) == affinity_loss(z, y, c, "sum")
+    assert MVALoss("sum")(z, y, c, groups, labels) == mva_loss(z, y, c, groups, labels, "sum")
+
+@pytest.mark.parametrize("call,said", [
+    (lambda: supcon_loss(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)), "as many labels"),
+    (lambda: supcon_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), temperature=0), "temperature"),
+    (lambda: selfcon_loss(torch.zeros(3, 2), torch.zeros(2, 2)), "two views of the same shape"),
+    (lambda: ensc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)), "bank_z"),
+    (lambda: esc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, 4)), r"bank_z of shape \(B, 2\)"),
+    (lambda: affinity_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2)), "at least 2 classes"),
+    (lambda: affinity_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 2), "max"), "reduction"),
+    (lambda: center_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 3)), r"centers of shape \(C, 2\)"),
+    (lambda: ECANLoss(l1=2), "between 0 and 1"), (lambda: ECANLoss(l2=-1), "negative"), (lambda: ECANLoss(n_groups=0), "at least 1"),
+    (lambda: ECANLoss(contrast="simclr"), "ensc, esc, supcon"), (lambda: ECANLoss(compact="island"), "mva, affinity, center")])
+def test_wrong_input_is_named(call, said):
+    with pytest.raises(ValueError, match=said): call()

@@ -1,0 +1,104 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from ecan_fastai.model import ECANModel, FaceClassifier, MemoryBank
+
+
+def tiny(**kwargs): return ECANModel(**{**dict(arch="resnet18", n_classes=3, in_chans=1, bank_size=10), **kwargs})
+def pair(n=4, c=1): return torch.randn(n, c, 32, 32), torch.randn(n, c, 32, 32)
+
+@pytest.mark.parametrize("size,batch", [(10, 4), (10, 5), (10, 10), (10, 13), (10, 27), (1, 3), (7, 1)])
+def test_bank_holds_the_newest_rows_whatever_the_sizes(size, batch):
+    bank, seen = MemoryBank(size, 2), []
+    for i in range(6):
+        y = torch.arange(i*batch, (i+1)*batch)
+        bank.push(torch.stack([y.float(), -y.float()], 1), y)
+        seen += y.tolist()
+        newest = seen[::-1][:size]
+        assert bank.y[bank.order()].tolist() == newest
+        assert bank.z[bank.order()][:, 0].tolist() == newest
+        assert len(bank) == min(size, len(seen)) and bank.full == (len(seen) >= size)
+        z, y = bank.rows()
+        assert sorted(y.tolist()) == sorted(newest) and len(z) == len(bank)
+
+def test_bank_keeps_float32_and_takes_half():
+    bank = MemoryBank(4, 2)
+    bank.push(torch.ones(2, 2, dtype=torch.float16), torch.zeros(2, dtype=torch.long))
+    assert bank.z.dtype == torch.float32 and bank.half().z.dtype == torch.float32
+
+def test_bank_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"features \(n, 2\)"): MemoryBank(4, 2).push(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one row"): MemoryBank(0, 2)
+
+def test_train_mode_gives_what_the_loss_needs_and_eval_mode_logits():
+    model, (x_q, x_k) = tiny(), pair()
+    out = model((x_q, x_k))
+    assert set(out) == {"logits", "z_q", "z_k", "bank_z", "bank_y", "bank_order", "centers"}
+    assert out["logits"].shape == (4, 3) and out["z_q"].shape == out["z_k"].shape == (4, 512) and out["bank_z"].shape == (0, 512)
+    assert out["z_q"].requires_grad and not out["z_k"].requires_grad
+    model.eval()
+    assert torch.equal(model((x_q, x_k)), model(x_q)) and model(x_q).shape == (4, 3)
+
+def test_key_encoder_starts_as_a_copy_and_gets_no_gradient():
+    model, x = tiny(), pair()
+    for q, k in zip(model.encoder.parameters(), model.key_encoder.parameters()):
+        assert torch.equal(q, k) and q is not k and not k.requires_grad
+    model(x)["logits"].sum().backward()
+    assert all(p.grad is None for p in model.key_encoder.parameters()) and all(p.grad is not None for p in model.encoder.parameters())
+
+def test_momentum_update_is_equation_1():
+    model = tiny()
+    with torch.no_grad():
+        for p in model.encoder.parameters(): p.add_(torch.randn_like(p))
+    expected = [0.9*k.double() + 0.1*q.double() for q, k in zip(model.encoder.parameters(), model.key_encoder.parameters())]
+    stats = [b.clone() for b in model.key_encoder.buffers()]
+    model.update_keys(0.9)
+    assert all(torch.allclose(k.double(), e, atol=1e-6) for k, e in zip(model.key_encoder.parameters(), expected))
+    assert all(torch.equal(a, b) for a, b in zip(stats, model.key_encoder.buffers()))
+
+@pytest.mark.parametrize("copied", [lambda m: copy.deepcopy(m), lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to("cpu")])
+def test_copies_keep_bank_counters_and_centers(copied):
+    model = tiny()
+    model.bank.push(torch.randn(13, 512), torch.arange(13))
+    other = copied(model)
+    assert torch.equal(other.bank.z, model.bank.z) and torch.equal(other.bank.order(), model.bank.order()) and torch.equal(other.centers, model.centers)
+    other.bank.push(torch.randn(1, 512), torch.tensor([99]))
+    assert other.bank.y[other.bank.order()[0]] == 99
+
+def test_state_dict_round_trip_goes_on_where_it_was():
+    model, f = tiny(), io.BytesIO()
+    model.bank.push(torch.randn(7, 512), torch.arange(7))
+    torch.save(model.state_dict(), f)
+    f.seek(0)
+    other = tiny()
+    other.load_state_dict(torch.load(f, weights_only=True))
+    for m in (model, other): m.bank.push(torch.ones(5, 512), torch.arange(50, 55))
+    assert torch.equal(other.bank.z, model.bank.z) and torch.equal(other.bank.y, model.bank.y) and torch.equal(other.bank.order(), model.bank.order())
+
+def test_inference_is_a_copy_without_the_apparatus():
+    model, (x, _) = tiny().eval(), pair()
+    small = model.inference()
+    assert torch.equal(small(x), model(x)) and not any("key" in n or "bank" in n or "center" in n for n in small.state_dict())
+    with torch.no_grad(): small.classifier.weight += 1
+    assert not torch.equal(small(x), model(x))
+
+def test_crops_are_averaged_in_evaluation_and_refused_in_training():
+    model = FaceClassifier.create("resnet18", 3, 1).eval()
+    x = torch.randn(2, 5, 1, 32, 32)
+    assert torch.allclose(model(x), torch.stack([model(x[:, i]) for i in range(5)]).mean(0), atol=1e-5)
+    with pytest.raises(ValueError, match="CropsAsImages"): model.train()(x)
+
+@pytest.mark.parametrize("arch,size", [("mobilenetv3_small_050", 64), ("efficientnet_lite0", 64), ("vit_tiny_patch16_224", 224)])
+def test_other_timm_backbones(arch, size):
+    model = ECANModel(arch, n_classes=4, in_chans=3, bank_size=4)
+    out = model((torch.randn(2, 3, size, size), torch.randn(2, 3, size, size)))
+    assert out["logits"].shape == (2, 4) and out["z_q"].shape == out["z_k"].shape == (2, model.centers.shape[1])
+
+@pytest.mark.parametrize("kwargs,said", [(dict(arch="resnet-18"), "timm has no model 'resnet-18'"), (dict(in_chans=2), "in_chans must be 1 or 3, got 2"),
+                                         (dict(n_classes=1), "at least 2 classes"), (dict(bank_size=0), "at least one row")])
+def test_wrong_arguments_are_named(kwargs, said):
+    with pytest.raises(ValueError, match=said): tiny(**kwargs)

@@ -1,0 +1,41 @@
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import ecan_fastai
+
+ROOT = Path(__file__).parent.parent
+
+def settings():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT/"settings.ini")
+    return ini["DEFAULT"]
+
+def test_version_stands_once():
+    assert ecan_fastai.__version__ == settings()["version"]
+    assert f"## {ecan_fastai.__version__}" in (ROOT/"CHANGELOG.md").read_text()
+
+def test_description_is_the_same_in_both_places():
+    assert re.search(r'^description = "(.*)"$', (ROOT/"pyproject.toml").read_text(), re.M)[1] == settings()["description"]
+
+def test_public_names():
+    from ecan_fastai.callbacks import MemoryBankUpdate, MomentumUpdate
+    from ecan_fastai.data import TwoView, TwoViewBlock
+    from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+    from ecan_fastai.learner import baseline_learner, ecan_learner
+    from ecan_fastai.losses import (AffinityLoss, CenterLoss, ECANLoss, ENSCLoss, ESCLoss, MVALoss, SupConLoss, affinity_loss, center_loss, ensc_loss, esc_loss, mva_loss, mva_weight,
+                                    selfcon_loss, supcon_loss)
+    from ecan_fastai.model import ECANModel, MemoryBank
+    assert all(callable(getattr(ExpressionDataLoaders, f"from_{k}")) for k in ("folder", "df", "csv", "fer2013"))
+
+def test_all_gives_everything_to_a_notebook():
+    code = "from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert ecan_learner and ExpressionDataLoaders and TwoView and ECANLoss and Learner and train_pipeline"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+def test_readme_and_index_say_the_same():
+    from fastcore.nbio import read_nb
+    cells = [c.source for c in read_nb(ROOT/"nbs"/"index.ipynb").cells if c.cell_type == "markdown"]
+    readme = (ROOT/"README.md").read_text()
+    for cell in cells: assert cell.replace("(images/", "(nbs/images/").strip() in readme

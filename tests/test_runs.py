@@ -1,0 +1,131 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.learner import load_learner
+from safetensors.torch import load_file
+
+from ecan_fastai import runs
+from ecan_fastai.cli import ecan_train
+from ecan_fastai.interpret import split_metrics
+from ecan_fastai.model import FaceClassifier
+from ecan_fastai.runs import METHODS, RunConfig, resume_run, start_run
+
+def config(faces, **kw): return RunConfig(str(faces), **{**dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw})
+
+def fails(capsys, *args):
+    "What `ecan_train` says on its way out"
+    with pytest.raises(SystemExit) as e: ecan_train(list(map(str, args)))
+    said = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and "Traceback" not in said
+    return said
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_folder_holds_everything(faces, tmp_path, method):
+    record = start_run(config(faces, method=method), tmp_path/"run")
+    out = tmp_path/"run"
+    assert {f.name for f in out.iterdir()} == {"config.json", "history.csv", "metrics.json", "predictions_valid.csv", "predictions_test.csv", "confusion_valid.png", "confusion_test.png",
+                                               "curves.png", "model.safetensors", "export.pkl", "checkpoint.pth"}
+    assert record == json.loads((out/"metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
+    about = json.loads((out/"config.json").read_text())
+    parts = dict(ecan=["ce", "ensc", "mva", "alpha"], baseline=[], center=["ce", "center"], supcon=["ce", "supcon"], ensc=["ce", "ensc"])[method]
+    history = pd.read_csv(out/"history.csv")
+    assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", *parts, "seconds"] and list(history.epoch) == [0, 1]
+    assert ("alpha" in record) == (method == "ecan")
+    # predictions, metrics, weights and exported learner agree
+    table = pd.read_csv(out/"predictions_test.csv")
+    vocab = about["about"]["vocab"]
+    probs = table[[f"p_{v}" for v in vocab]].to_numpy()
+    y, p = [vocab.index(l) for l in table.label], [vocab.index(l) for l in table.predicted]
+    assert list(probs.argmax(1)) == p and all(l in f for l, f in zip(table.label, table.image))
+    m = {k: v for k, v in record["splits"]["test"].items() if k not in ("per_class", "eval_crops")}
+    assert m == pytest.approx(split_metrics(y, p, vocab))
+    model = FaceClassifier.create("resnet18", 7, 1)
+    model.load_state_dict(load_file(out/"model.safetensors"))
+    plain = load_learner(out/"export.pkl")
+    for a, b in zip(model.state_dict().values(), plain.model.state_dict().values()): assert torch.equal(a, b)
+    assert np.allclose(plain.predict(table.image[0])[2], probs[0], atol=1e-4)
+
+def test_same_seed_same_run(faces, tmp_path):
+    a, b, c = [start_run(config(faces, seed=s, epochs=1), tmp_path/k)["splits"] for k, s in (("a", 1), ("b", 1), ("c", 2))]
+    assert a == b != c
+
+@pytest.mark.parametrize("workers,schedule", [(0, "one-cycle"), (2, "cosine")])
+def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, workers, schedule):
+    cfg = lambda: config(faces, epochs=4, level="strong", size=48, workers=workers, schedule=schedule)
+    whole = start_run(cfg(), tmp_path/"whole")
+    class Stop(runs.RunState):
+        def after_epoch(self):
+            super().after_epoch()
+            if self.epoch == 1: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(runs, "RunState", Stop)
+        with pytest.raises(KeyboardInterrupt): start_run(cfg(), tmp_path/"cut")
+    assert not (tmp_path/"cut"/"metrics.json").exists() and len(pd.read_csv(tmp_path/"cut"/"history.csv")) == 2
+    torch.manual_seed(99), np.random.seed(99)
+    resumed = resume_run(tmp_path/"cut")
+    assert resumed["splits"] == whole["splits"]
+    drop = lambda p: pd.read_csv(p/"history.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(drop(tmp_path/"cut"), drop(tmp_path/"whole"))
+    a, b = [torch.load(tmp_path/k/"checkpoint.pth", weights_only=True)["model"] for k in ("cut", "whole")]
+    assert all(torch.equal(a[k], b[k]) for k in a) and int(a["bank.filled"]) == len(a["bank.z"])
+
+def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(runs, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path/"run")
+    assert resume_run(tmp_path/"run")["splits"] == start_run(config(faces, epochs=1), tmp_path/"other")["splits"]
+
+def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
+    out = tmp_path/"run"
+    cmd = [sys.executable, "-c", "from ecan_fastai.cli import ecan_train; ecan_train()", str(faces), "--out", str(out), "--epochs", "500", "--bs", "16", "--size", "32",
+           "--channels", "1", "--level", "weak", "--opt", "adam", "--momentum", "0.9", "--workers", "0"]
+    process = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(1200):
+        if (out/"history.csv").exists(): break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and f"--resume {out}" in stderr and "Traceback" not in stderr
+    assert len(pd.read_csv(out/"history.csv")) == torch.load(out/"checkpoint.pth", weights_only=True)["epochs"] >= 1
+
+def test_presets():
+    assert {k: getattr(RunConfig("sample").resolve(), k) for k in ("kind", "epochs", "bs", "size", "opt", "level")} == dict(kind="sample", epochs=12, bs=32, size=48, opt="adam", level="weak")
+    fer = RunConfig("x", kind="fer2013").resolve()
+    assert (fer.epochs, fer.level, fer.recipe, fer.opt, fer.momentum, fer.l1, fer.l2, fer.n_groups) == (200, "strong", "fer2013", "paper", 0.999, 0.2, 0.7, 5)
+    assert RunConfig("x", kind="folder").resolve().epochs == 40 and RunConfig("x", kind="folder", method="center").resolve().l2 == 0.003
+
+def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
+    cfg = config(faces, bs=None, opt="paper").resolve()
+    dls = runs.run_loaders(cfg, tmp_path)
+    runs.run_learner(cfg, dls, tmp_path)
+    assert cfg.bs == dls.bs == 8 and cfg.lr == pytest.approx(0.1*8/256) and cfg.wd == 5e-4
+
+def test_short_runs_are_told(faces, tmp_path):
+    with pytest.warns(UserWarning, match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000: 100 % of it"):
+        start_run(config(faces, epochs=1, momentum=0.999), tmp_path/"run")
+
+def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
+    run = tmp_path/"old"
+    run.mkdir(), (run/"config.json").write_text("{}")
+    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: choose another folder, or go on with it by --resume {run}"
+    assert fails(capsys, tmp_path/"nowhere") == f"ecan_train: error: no such file or folder: {tmp_path/'nowhere'}"
+    assert fails(capsys, "--resume", tmp_path) == f"ecan_train: error: {tmp_path} holds no run to resume: expected config.json in it"
+    assert "DATA is missing" in fails(capsys)
+    assert "--resume takes the whole configuration" in fails(capsys, "--resume", run, "--epochs", 3)
+    assert "invalid choice: 'mixup'" in fails(capsys, faces, "--method", "mixup")
+    assert "timm has no model 'resnet-18'" in fails(capsys, faces, "--arch", "resnet-18", "--out", tmp_path/"new", "--workers", 0)
+    assert "epochs must be at least 1, got 0" in fails(capsys, faces, "--epochs", 0)
+    if not torch.cuda.is_available(): assert "precision bf16 needs a CUDA device" in fails(capsys, faces, "--precision", "bf16")
+    assert not (tmp_path/"new").exists()
+
+def test_a_finished_run_is_not_resumed(tmp_path):
+    (tmp_path/"config.json").write_text("{}"), (tmp_path/"metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="is finished: its results are in metrics.json"): resume_run(tmp_path)
