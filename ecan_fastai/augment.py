@@ -7,12 +7,12 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/augment.html.md"""
 # %% auto #0
 __all__ = ['LEVELS', 'RECIPES', 'CROPS', 'uses_five_crops', 'crop_size', 'AllCrops', 'train_pipeline', 'eval_pipelines']
 
-# %% ../nbs/01_augment.ipynb #736bf3b4
+# %% ../nbs/01_augment.ipynb #d1178ff8
 import cv2
 import numpy as np
 import albumentations as A
 
-# %% ../nbs/01_augment.ipynb #75ab23c7
+# %% ../nbs/01_augment.ipynb #25d5bd58
 LEVELS = ("none", "weak", "strong")
 RECIPES = ("rafdb", "fer2013")
 
@@ -20,7 +20,7 @@ def _check(level, recipe):
     if level not in LEVELS: raise ValueError(f"unknown augmentation level {level!r}, expected one of {', '.join(LEVELS)}")
     if recipe not in RECIPES: raise ValueError(f"unknown augmentation recipe {recipe!r}, expected one of {', '.join(RECIPES)}")
 
-# %% ../nbs/01_augment.ipynb #25d5bd58
+# %% ../nbs/01_augment.ipynb #60faa7bd
 def uses_five_crops(level, recipe): return level == "strong" and recipe == "fer2013"
 
 def crop_size(level, recipe, size):
@@ -34,7 +34,7 @@ def _five_crops(size, side):
     corners = [(0,0), (far,0), (0,far), (far,far), (mid,mid)]
     return [A.Crop(x, y, x+side, y+side) for x,y in corners]
 
-# %% ../nbs/01_augment.ipynb #5f19bd07
+# %% ../nbs/01_augment.ipynb #3c0e6653
 def _rafdb(level, size, color):
     erase = A.Erasing(p=0.5)
     grey = [A.ToGray(p=0.2)] if color else []
@@ -58,7 +58,7 @@ def _fer2013(level, size, color):
     shift = A.Affine(translate_percent={"x": (-0.2, 0.2), "y": (-0.2, 0.2)}, p=0.5)
     return [crop, jitter, *grey, shift, flip, turn], [erase]
 
-# %% ../nbs/01_augment.ipynb #594a045d
+# %% ../nbs/01_augment.ipynb #787f4ae0
 class AllCrops:
     "The pipeline `before` once, then each of `crops` (pipelines): a dict with `image` (n_crops, height, width[, channels])"
     def __init__(self, before, crops): self.before,self.crops = before,crops
@@ -68,7 +68,7 @@ class AllCrops:
     def set_random_seed(self, seed): 
         for i,pipeline in enumerate([self.before, *self.crops]): pipeline.set_random_seed(seed+i)
 
-# %% ../nbs/01_augment.ipynb #787f4ae0
+# %% ../nbs/01_augment.ipynb #89d20aa8
 def train_pipeline(
     level:str="strong", # One of "none", "weak", "strong" (Table 1)
     recipe:str="rafdb", # "rafdb" or "fer2013": the column of Table 1
@@ -87,10 +87,10 @@ def train_pipeline(
     if all_crops: return AllCrops(A.Compose(before), [A.Compose([crop] + after) for crop in crops])
     return A.Compose(before + [A.OneOf(crops, p=1)] + after)
 
-# %% ../nbs/01_augment.ipynb #db903513
+# %% ../nbs/01_augment.ipynb #a794928f
 CROPS = {"center": 1, "five": 5, "ten": 10}
 
-# %% ../nbs/01_augment.ipynb #a794928f
+# %% ../nbs/01_augment.ipynb #a3caf0f8
 def eval_pipelines(
     level:str="strong", # The level used in training
     recipe:str="rafdb", # The recipe used in training

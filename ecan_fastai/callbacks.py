@@ -7,14 +7,14 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/callbacks.html.md"""
 # %% auto #0
 __all__ = ['MomentumUpdate', 'MemoryBankUpdate', 'unfold_crops', 'CropsAsImages', 'LossPartsRecorder']
 
-# %% ../nbs/06_callbacks.ipynb #09347eb5
+# %% ../nbs/06_callbacks.ipynb #5492425b
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Recorder
 from fastcore.basics import store_attr
 
-# %% ../nbs/06_callbacks.ipynb #d690c8b7
+# %% ../nbs/06_callbacks.ipynb #b43935b6
 class MomentumUpdate(Callback):
     "Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)"
     order,run_valid = MixedPrecision.order+2,False
@@ -30,7 +30,7 @@ class MomentumUpdate(Callback):
         if not self.skipped: self.model.update_keys(self.momentum)
         self.skipped = False
 
-# %% ../nbs/06_callbacks.ipynb #af8d8c67
+# %% ../nbs/06_callbacks.ipynb #d9a7908f
 class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
     order,run_valid = MixedPrecision.order+2,False
@@ -53,7 +53,7 @@ class MemoryBankUpdate(Callback):
         if self.pending is not None: self.model.bank.push(*self.pending)
         self.pending = None
 
-# %% ../nbs/06_callbacks.ipynb #ea50b86d
+# %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):
     "Stack of crops (n, crops, ...) and labels (n,) to pictures (n*crops, ...) and as many labels; pictures pass through"
     if x.ndim < 5: return x,y
@@ -69,7 +69,7 @@ class CropsAsImages(Callback):
         self.learn.yb = (views[0][1],)
         self.learn.xb = (tuple(v for v,_ in views) if pair else views[0][0],)
 
-# %% ../nbs/06_callbacks.ipynb #654bdad6
+# %% ../nbs/06_callbacks.ipynb #5abea93d
 class LossPartsRecorder(Callback):
     "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha"
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True

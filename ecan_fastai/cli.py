@@ -38,12 +38,16 @@ def _print_record(record, out):
 
 def ecan_train(args=None):
     "Train a model and write a run folder"
-    warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to their own developers, at import
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to their own developers, at import
+        warnings.showwarning = lambda message, category, *_, **__: print(f"ecan_train: {message}", file=sys.stderr) if category is UserWarning else None
+        _ecan_train(args)
+
+def _ecan_train(args):
     from ecan_fastai.runs import CHOICES, RunConfig, resume_run, start_run
     parser = _parser(RunConfig, CHOICES)
     given = parser.parse_args(args)
     options = {k: v for k, v in vars(given).items() if k not in ("out", "resume")}
-    warnings.showwarning = lambda message, category, *_, **__: print(f"{parser.prog}: {message}", file=sys.stderr) if category is UserWarning else None
     if given.resume is not None:
         if given.out is not None or any(options[k] != parser.get_default(k) for k in options): parser.error("--resume takes the whole configuration from the run's folder: give no other option with it")
         out = given.resume

@@ -8,7 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/data.html.md"""
 __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'read_face', 'FaceTransform', 'TwoViewDL', 'TwoViewBlock', 'show_batch',
            'show_results']
 
-# %% ../nbs/02_data.ipynb #6544a2cc
+# %% ../nbs/02_data.ipynb #0c0a5058
 import os
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from plum import dispatch
 
 from .augment import CROPS, crop_size, eval_pipelines, train_pipeline
 
-# %% ../nbs/02_data.ipynb #54ca639c
+# %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):
     "A face: (channels, height, width), or (crops, channels, height, width)"
     def show(self, ctx=None, **kwargs):
@@ -36,7 +36,7 @@ class FaceImage(TensorImage):
         vmax = 1 if img.is_floating_point() else 255
         return show_image(img.as_subclass(torch.Tensor), ctx=ctx, **{"cmap": "gray", "vmin": 0, "vmax": vmax, **kwargs})
 
-# %% ../nbs/02_data.ipynb #97d410e1
+# %% ../nbs/02_data.ipynb #453202ab
 class TwoView(fastuple):
     "Two views of one face, the query's and the key's, each a `FaceImage`"
     def show(self, ctx=None, **kwargs):
@@ -44,7 +44,7 @@ class TwoView(fastuple):
         gap = torch.full_like(q[..., :max(1, q.shape[-1]//24)], 1 if q.is_floating_point() else 255)
         return FaceImage(torch.cat([q, gap, k], -1)).show(ctx=ctx, **kwargs)
 
-# %% ../nbs/02_data.ipynb #edc2e78f
+# %% ../nbs/02_data.ipynb #b4bb6e62
 def read_face(
     x, # Path, encoded bytes, PIL image, uint8 array (height, width[, 1 or 3]) in RGB order, or uint8 tensor (1 or 3, height, width)
     channels:int=3 # 1: grey, 3: RGB
@@ -69,7 +69,7 @@ def _decode(x, channels):
     if img is None: raise ValueError(f"cannot decode {name}: not an image, or broken ({len(data)} bytes)")
     return img[..., None] if channels == 1 else img
 
-# %% ../nbs/02_data.ipynb #04f991fc
+# %% ../nbs/02_data.ipynb #090c9495
 class FaceTransform(Transform):
     "Picture to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
     input_types = (str, Path, bytes, np.ndarray, Image.Image, torch.Tensor)
@@ -97,7 +97,7 @@ class FaceTransform(Transform):
 
 def _to_face(a): return FaceImage(torch.from_numpy(np.ascontiguousarray(np.moveaxis(a, -1, -3))))
 
-# %% ../nbs/02_data.ipynb #c8992f09
+# %% ../nbs/02_data.ipynb #eb7ee644
 class TwoViewDL(TfmdDL):
     "`TfmdDL` whose batches are pairs in training and single views otherwise, and which seeds the augmentation"
     def _seed_views(self, seed):
@@ -117,7 +117,7 @@ class TwoViewDL(TfmdDL):
         views = {TwoView: [FaceImage, FaceImage]} if isinstance(b[0], (tuple, list)) else FaceImage
         return retain_types(b, typs={batch: [views, *targets]})
 
-# %% ../nbs/02_data.ipynb #679685db
+# %% ../nbs/02_data.ipynb #2fc02414
 grey_stats = ([0.5], [0.25])
 
 def TwoViewBlock(
@@ -135,7 +135,7 @@ def TwoViewBlock(
     stats = stats or (imagenet_stats if channels == 3 else grey_stats)
     return TransformBlock(type_tfms=tfm, batch_tfms=[IntToFloatTensor(), Normalize.from_stats(*stats)], dl_type=TwoViewDL)
 
-# %% ../nbs/02_data.ipynb #07122043
+# %% ../nbs/02_data.ipynb #cfaac5fd
 def _grid(x, samples, max_n, **kwargs):
     width = 2 if isinstance(x, tuple) else 1
     n = min(len(samples), max_n)

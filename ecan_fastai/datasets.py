@@ -8,7 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/datasets.html.md"""
 __all__ = ['EXPRESSIONS', 'FER2013_IDS', 'FER2013_COUNTS', 'KINDS', 'Face', 'draw_face', 'sample_faces', 'broken_faces',
            'ExpressionDataLoaders', 'detect_kind']
 
-# %% ../nbs/03_datasets.ipynb #571ff935
+# %% ../nbs/03_datasets.ipynb #7b9f8ba2
 import json
 import warnings
 from collections import Counter
@@ -29,7 +29,7 @@ from fastcore.meta import delegates
 
 from .data import TwoViewBlock, read_face
 
-# %% ../nbs/03_datasets.ipynb #4bbe1d1f
+# %% ../nbs/03_datasets.ipynb #2227d49b
 EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Face:
     name:str=""
     def __str__(self): return self.name or str(self.image)
 
-# %% ../nbs/03_datasets.ipynb #c89032e1
+# %% ../nbs/03_datasets.ipynb #85446c19
 # pixels on a canvas of 192: inner and outer brow up, mouth corners up, mouth open and wider; eyes and nose wrinkle as factors
 _ACTIONS = dict(
     angry    =dict(inner=-13, outer=4,   eye=0.6,  corners=-3,  open=2,  wider=-6, wrinkle=0.4),
@@ -83,7 +83,7 @@ def _nose(img, a, skin, dark):
         if a["wrinkle"] > 0.25*(i+1):
             for side in (-1, 1): cv2.line(img, (96 + side*8, 96 + 6*i), (96 + side*17, 91 + 6*i), shade, 2, cv2.LINE_AA)
 
-# %% ../nbs/03_datasets.ipynb #85446c19
+# %% ../nbs/03_datasets.ipynb #6fcc7796
 def draw_face(
     expression:str, # One of `EXPRESSIONS`
     rng:np.random.Generator, # Source of identity, pose, light and noise
@@ -127,7 +127,7 @@ def _photograph(img, rng, size, channels):
     if u() < 0.3: img = cv2.GaussianBlur(img, (0, 0), u(0.4, 0.9)*size/48).reshape(img.shape)
     return img.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/03_datasets.ipynb #ccb1df86
+# %% ../nbs/03_datasets.ipynb #3933f48c
 def _sample_counts(n, n_test):
     "Faces of each class in train and test, at least two each"
     return {split: {k: max(2, round(total*share)) for k,share in _RAFDB_SHARES.items()} for split,total in (("train", n-n_test), ("test", n_test))}
@@ -160,7 +160,7 @@ def sample_faces(
     done.write_text(json.dumps(settings))
     return path
 
-# %% ../nbs/03_datasets.ipynb #9fd66c42
+# %% ../nbs/03_datasets.ipynb #be5cd667
 def _check_labels(faces, vocab):
     if not faces: raise ValueError("no faces to load")
     vocab = list(vocab) if vocab is not None else sorted({f.label for f in faces if f.split == "train"})
@@ -189,10 +189,11 @@ def _splits(faces, valid_pct, seed, train_all):
         held = set(splits["valid"])
         if not train_all: splits["train"] = [i for i in splits["train"] if i not in held]
     elif train_all: splits["train"] = splits["train"] + splits["valid"]
+    if not splits["valid"]: raise ValueError(f"no class has a second training image to validate on, among {len(faces)} faces")
     if train_all: splits = {"valid_seen" if k == "valid" else k: v for k,v in splits.items()}
     return splits
 
-# %% ../nbs/03_datasets.ipynb #8deaa067
+# %% ../nbs/03_datasets.ipynb #d10c7344
 def _problem(face, channels, size):
     try: shape = read_face(face.image, channels).shape
     except (ValueError, FileNotFoundError) as e: return str(e)
@@ -215,7 +216,7 @@ def _without_broken(faces, channels, size, skip_broken):
     warnings.warn(f"going on without {len(broken)} of {len(faces)} images: {shown}")
     return [f for i,f in enumerate(faces) if i not in broken]
 
-# %% ../nbs/03_datasets.ipynb #d10c7344
+# %% ../nbs/03_datasets.ipynb #0517b655
 def _loaders(cls,
     faces:list, # `Face` records
     path=".", # Where a Learner saves its models
@@ -247,7 +248,7 @@ def _loaders(cls,
     dls.split_names = tuple(splits)
     return dls
 
-# %% ../nbs/03_datasets.ipynb #0517b655
+# %% ../nbs/03_datasets.ipynb #3d96872f
 class ExpressionDataLoaders(DataLoaders):
     "`DataLoaders` of faces with named splits: `dls[\"PublicTest\"]`"
     split_names = ("train", "valid")
@@ -265,7 +266,7 @@ class ExpressionDataLoaders(DataLoaders):
         "From `Face` records; the other constructors end here"
         return _loaders(cls, faces, **kwargs)
 
-# %% ../nbs/03_datasets.ipynb #2ccee6d4
+# %% ../nbs/03_datasets.ipynb #7cb432fb
 def _folder(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no such folder: {path}")
@@ -278,6 +279,7 @@ def _class_folders(path, split):
     faces = []
     for folder in _subfolders(path):
         files = sorted(get_image_files(folder))
+        if not files and folder.name == "models": continue  # where fastai's `save` puts weights
         if not files: raise ValueError(f"class folder {folder} has no image")
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
@@ -296,7 +298,7 @@ def from_folder(cls:ExpressionDataLoaders,
     if not faces: raise ValueError(f"no images found under {path}: expected class folders with images in them, or split folders (train, valid, test) with class folders")
     return cls.from_faces(faces, **{"path": path, **kwargs})
 
-# %% ../nbs/03_datasets.ipynb #97163d64
+# %% ../nbs/03_datasets.ipynb #64c33af6
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
 def from_df(cls:ExpressionDataLoaders,
@@ -341,7 +343,7 @@ def _read_csv(csv):
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
     return df.rename(columns=lambda c: str(c).strip())
 
-# %% ../nbs/03_datasets.ipynb #5ef24942
+# %% ../nbs/03_datasets.ipynb #b5e17c37
 FER2013_IDS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 FER2013_COUNTS = {
     "train": dict(zip(EXPRESSIONS, (3995, 436, 4097, 7215, 4965, 4830, 3171))),
@@ -386,7 +388,7 @@ def _warn_counts(faces, expected, name):
     wrong = [f"{split} {label} {counts[split, label]} instead of {n}" for split,labels in expected.items() for label,n in labels.items() if counts[split, label] != n]
     if wrong: warnings.warn(f"this {name} differs from the published one: {', '.join(wrong)}")
 
-# %% ../nbs/03_datasets.ipynb #b5e17c37
+# %% ../nbs/03_datasets.ipynb #d3b7ef5b
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,image_size,vocab")
 def from_fer2013(cls:ExpressionDataLoaders,
@@ -408,7 +410,7 @@ def from_fer2013(cls:ExpressionDataLoaders,
     defaults = {"path": path if path.is_dir() else path.parent, "vocab": EXPRESSIONS, "image_size": 48}
     return cls.from_faces(faces, size=size, channels=channels, recipe=recipe, **{**defaults, **kwargs})
 
-# %% ../nbs/03_datasets.ipynb #cf0a6c7c
+# %% ../nbs/03_datasets.ipynb #fb9f0726
 KINDS = ("fer2013", "csv", "folder")
 
 def detect_kind(

@@ -7,14 +7,14 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/interpret.html.md"""
 # %% auto #0
 __all__ = ['per_class_table', 'split_metrics', 'plot_confusion', 'plot_history']
 
-# %% ../nbs/08_interpret.ipynb #bc3aab4a
+# %% ../nbs/08_interpret.ipynb #4732e367
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
-# %% ../nbs/08_interpret.ipynb #18e49f6f
+# %% ../nbs/08_interpret.ipynb #d2ae929f
 def per_class_table(
     targets, # Class indices (n,)
     predicted, # Predicted class indices (n,)
@@ -34,7 +34,7 @@ def split_metrics(
     table = table[table.n > 0]
     return dict(accuracy=float(accuracy_score(targets, predicted)), average_accuracy=float(table.recall.mean()), macro_f1=float(table.f1.mean()), n=len(targets))
 
-# %% ../nbs/08_interpret.ipynb #6bc3341d
+# %% ../nbs/08_interpret.ipynb #1676bd92
 def plot_confusion(
     targets, # Class indices (n,)
     predicted, # Predicted class indices (n,)
@@ -55,7 +55,7 @@ def plot_confusion(
     ax.set(xlabel="predicted", ylabel="true (number)", title=title)
     return ax
 
-# %% ../nbs/08_interpret.ipynb #465aae33
+# %% ../nbs/08_interpret.ipynb #4ed00485
 _METRICS = {"accuracy": "accuracy", "balanced_accuracy_score": "average accuracy", "f1_score": "macro-F1"}
 _COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377"]  # Tol's bright scheme
 

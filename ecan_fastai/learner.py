@@ -7,7 +7,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/learner.html.md"""
 # %% auto #0
 __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', 'ECANLearner', 'ecan_learner', 'baseline_learner']
 
-# %% ../nbs/07_learner.ipynb #c15e73b5
+# %% ../nbs/07_learner.ipynb #77f2e63a
 import math
 from functools import partial
 
@@ -19,6 +19,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, F1Score, accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import params
+from fastai.vision import learner  # `show_results` of pictures
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -27,10 +28,10 @@ from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, Momen
 from .losses import ECANLoss
 from .model import ECANModel, FaceClassifier
 
-# %% ../nbs/07_learner.ipynb #7728ee78
+# %% ../nbs/07_learner.ipynb #3318b10a
 paper_opt = dict(opt_func=partial(SGD, mom=0.9, decouple_wd=False), lr=0.1, wd=5e-4, wd_bn_bias=True, moms=(0.9, 0.9, 0.9))
 
-# %% ../nbs/07_learner.ipynb #25ae38cb
+# %% ../nbs/07_learner.ipynb #53ff7dbb
 def cosine_with_warmup(
     lr, # Highest rate, a number or an array with one a parameter group
     n_epoch:int, # Epochs of the whole fit
@@ -52,7 +53,7 @@ def fit_cosine(self:Learner, n_epoch, lr_max=None, warmup=1, wd=None, cbs=None, 
     sched = ParamScheduler({"lr": cosine_with_warmup(lr, n_epoch, warmup)})
     self.fit(n_epoch, cbs=sched+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
-# %% ../nbs/07_learner.ipynb #5d2b5654
+# %% ../nbs/07_learner.ipynb #5d0e4aac
 def face_splitter(model):
     "Two parameter groups: encoder; classifier and class centres"
     head = [p for name,p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
@@ -67,7 +68,7 @@ def _views(dls):
     x = dls.train_ds[0][0]
     return (list(x) if isinstance(x, tuple) else [x]),len(dls.vocab)
 
-# %% ../nbs/07_learner.ipynb #5d0e4aac
+# %% ../nbs/07_learner.ipynb #f7d5f094
 class ECANLearner(Learner):
     "A `Learner` whose `export` holds only what inference needs"
     @delegates(Learner.export)
@@ -76,7 +77,7 @@ class ECANLearner(Learner):
         plain = Learner(self.dls, self.model.inference(), loss_func=CrossEntropyLossFlat(), path=self.path, model_dir=self.model_dir, metrics=face_metrics())
         plain.export(fname, **kwargs)
 
-# %% ../nbs/07_learner.ipynb #f7d5f094
+# %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter")
 def ecan_learner(
     dls, # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
@@ -103,7 +104,7 @@ def ecan_learner(
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, kwargs)
 
-# %% ../nbs/07_learner.ipynb #d8cdf39d
+# %% ../nbs/07_learner.ipynb #f770b17f
 @delegates(Learner.__init__, but="model,splitter")
 def baseline_learner(
     dls, # DataLoaders; of two views the first is used

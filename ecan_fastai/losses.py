@@ -9,14 +9,14 @@ __all__ = ['CONTRASTS', 'COMPACTS', 'selfcon_loss', 'supcon_loss', 'esc_loss', '
            'mva_weight', 'mva_loss', 'SupConLoss', 'ESCLoss', 'ENSCLoss', 'CenterLoss', 'AffinityLoss', 'MVALoss',
            'ECANLoss']
 
-# %% ../nbs/04_losses.ipynb #f18170e2
+# %% ../nbs/04_losses.ipynb #51326d5d
 from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/04_losses.ipynb #d86529e8
+# %% ../nbs/04_losses.ipynb #b045e568
 def _full_precision(loss):
     "Run `loss` with its floating tensors in float32 at least, outside autocast"
     @wraps(loss)
@@ -34,7 +34,7 @@ def _check_rows(z, y, name="z"):
 def _check_temperature(temperature):
     if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
 
-# %% ../nbs/04_losses.ipynb #274c5016
+# %% ../nbs/04_losses.ipynb #9c8823b2
 def _contrast(z, positive, temperature, normalize, bank_z=None, exclude=None):
     "Mean over anchors with a positive; `positive` (M, M) and `exclude` (M, B) are masks of positives and of bank entries to leave out"
     _check_temperature(temperature)
@@ -55,7 +55,7 @@ def _contrast(z, positive, temperature, normalize, bank_z=None, exclude=None):
     loss = -torch.where(positive, log_p, 0.).sum(1) / count.clamp(min=1)
     return loss.sum() / (count > 0).sum().clamp(min=1)
 
-# %% ../nbs/04_losses.ipynb #b330db15
+# %% ../nbs/04_losses.ipynb #cf679b00
 @_full_precision
 def selfcon_loss(
     z_q:Tensor, # Features of the first views (N, d)
@@ -67,7 +67,7 @@ def selfcon_loss(
     source = torch.arange(len(z_q), device=z_q.device).repeat(2)
     return _contrast(torch.cat([z_q, z_k]), source[:, None] == source, temperature, True)
 
-# %% ../nbs/04_losses.ipynb #c0439c90
+# %% ../nbs/04_losses.ipynb #bd8d500c
 @_full_precision
 def supcon_loss(
     z:Tensor, # Features of all views (M, d)
@@ -79,7 +79,7 @@ def supcon_loss(
     _check_rows(z, y)
     return _contrast(z, y[:, None] == y, temperature, normalize)
 
-# %% ../nbs/04_losses.ipynb #6a9c4872
+# %% ../nbs/04_losses.ipynb #319dac3e
 @_full_precision
 def esc_loss(
     z:Tensor, # Features of all views (M, d)
@@ -92,7 +92,7 @@ def esc_loss(
     _check_rows(z, y)
     return _contrast(z, y[:, None] == y, temperature, normalize, bank_z)
 
-# %% ../nbs/04_losses.ipynb #319dac3e
+# %% ../nbs/04_losses.ipynb #b5714d48
 @_full_precision
 def ensc_loss(
     z:Tensor, # Features of all views (M, d)
@@ -107,7 +107,7 @@ def ensc_loss(
     _check_rows(bank_z, bank_y, "bank_z")
     return _contrast(z, y[:, None] == y, temperature, normalize, bank_z, y[:, None] == bank_y)
 
-# %% ../nbs/04_losses.ipynb #fd070865
+# %% ../nbs/04_losses.ipynb #6799b045
 def _check_centers(x, y, centers):
     _check_rows(x, y, "x")
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]: raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
@@ -124,7 +124,7 @@ def center_loss(
     _check_centers(x, y, centers)
     return _square_distances(x, y, centers).mean()/2
 
-# %% ../nbs/04_losses.ipynb #31272950
+# %% ../nbs/04_losses.ipynb #aa664af5
 def _check_reduction(reduction):
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
@@ -141,7 +141,7 @@ def affinity_loss(
     if len(centers) < 2: raise ValueError(f"the variance between class centres needs at least 2 classes, got {len(centers)}")
     return getattr(_square_distances(x, y, centers), reduction)() / centers.var(0).sum()
 
-# %% ../nbs/04_losses.ipynb #4112bcef
+# %% ../nbs/04_losses.ipynb #ba60face
 @_full_precision
 def mva_weight(
     losses:Tensor # Affinity losses of the V groups (V,)
@@ -166,7 +166,7 @@ def mva_loss(
     losses = _affinities(x, y, centers, groups, group_labels, reduction)
     return mva_weight(losses) * losses[0]
 
-# %% ../nbs/04_losses.ipynb #6180610d
+# %% ../nbs/04_losses.ipynb #811dfb5e
 class SupConLoss(nn.Module):
     "Module form of `supcon_loss`"
     def __init__(self, temperature:float=0.1, normalize:bool=True):
@@ -201,7 +201,7 @@ class MVALoss(AffinityLoss):
     "Module form of `mva_loss`"
     def forward(self, x, y, centers, groups, group_labels): return mva_loss(x, y, centers, groups, group_labels, self.reduction)
 
-# %% ../nbs/04_losses.ipynb #00287d09
+# %% ../nbs/04_losses.ipynb #23bf6f36
 CONTRASTS = ("ensc", "esc", "supcon")
 COMPACTS = ("mva", "affinity", "center")
 

@@ -7,14 +7,14 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/model.html.md"""
 # %% auto #0
 __all__ = ['MemoryBank', 'FaceClassifier', 'ECANModel']
 
-# %% ../nbs/05_model.ipynb #4116266c
+# %% ../nbs/05_model.ipynb #29827abf
 import copy
 
 import timm
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/05_model.ipynb #166c0644
+# %% ../nbs/05_model.ipynb #c4acbbba
 class MemoryBank(nn.Module):
     "Ring of the newest `size` key features with their labels (Eq. 2)"
     def __init__(self,
@@ -66,7 +66,7 @@ class MemoryBank(nn.Module):
         "Indices of the filled rows from the newest to the oldest (filled,)"
         return (int(self.position) - 1 - torch.arange(len(self), device=self.z.device)) % self.size
 
-# %% ../nbs/05_model.ipynb #79c6c41e
+# %% ../nbs/05_model.ipynb #c7cb251a
 def _encoder(arch, in_chans, pretrained):
     if in_chans not in (1, 3): raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
     if not timm.is_model(arch):
@@ -104,7 +104,7 @@ class FaceClassifier(nn.Module):
 
     def _logits(self, x): return self.classifier(self.encoder(x))
 
-# %% ../nbs/05_model.ipynb #3a7e8cff
+# %% ../nbs/05_model.ipynb #67c2c78c
 class ECANModel(FaceClassifier):
     "Extra-Contrast Affinity Network: query and key encoder, memory bank, linear classifier, class centres"
     def __init__(self,

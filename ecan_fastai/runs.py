@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import sys
@@ -82,6 +83,7 @@ class RunConfig:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
 
@@ -121,6 +123,7 @@ def run_learner(cfg, dls, out):
         loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction), **terms})
         groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
+    if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     return learn if cfg.precision == "fp32" else getattr(learn, f"to_{cfg.precision}")()
 
 
@@ -191,6 +194,19 @@ class RunState(Callback):
         self.rows = list(state["rows"])
         if state["scaler"] and hasattr(self.learn, "scaler"): self.learn.scaler.load_state_dict(state["scaler"])
         _set_rng_state(state["rng"], self.dls)
+
+def _read_config(out):
+    file = out/"config.json"
+    if not file.exists(): raise ValueError(f"{out} holds no run to resume: expected config.json in it")
+    try: return RunConfig(**json.loads(file.read_text())["config"])
+    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{file} is not the configuration of a run: {e}") from e
+
+def _read_checkpoint(out):
+    "State after the last finished epoch, or None"
+    file = out/"checkpoint.pth"
+    if not file.exists(): return None
+    try: return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e: raise ValueError(f"{file} is broken: {e}") from e
 
 def _load_weights(learn, state):
     learn.model.load_state_dict(state["model"])
@@ -272,14 +288,12 @@ def resume_run(
 )->dict: # The record that is written to `metrics.json`
     "Go on with a run from its last finished epoch, as if it had not stopped"
     out = Path(out)
-    if not (out/"config.json").exists(): raise ValueError(f"{out} holds no run to resume: expected config.json in it")
     if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
-    cfg = RunConfig(**json.loads((out/"config.json").read_text())["config"])
+    cfg = _read_config(out)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
-    file = out/"checkpoint.pth"
-    return _train(learn, cfg, out, torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None)
+    return _train(learn, cfg, out, _read_checkpoint(out))
 
 def _warn_short(learn, cfg):
     steps, memory = cfg.epochs*len(learn.dls.train), 1/(1-cfg.momentum)
@@ -293,7 +307,9 @@ def _train(learn, cfg, out, state):
     if done < cfg.epochs:
         _warn_short(learn, cfg)
         fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
-        with nullcontext() if sys.stdout.isatty() else learn.no_bar(): fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
+        with nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # a small valid split may lack a class
+            fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
         rows = keeper.rows
     else: rows = state["rows"]
     return _write_results(learn, cfg, out, rows)

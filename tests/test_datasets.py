@@ -119,6 +119,13 @@ def test_one_image_in_a_class_stays_in_train(tmp_path):
     with pytest.warns(UserWarning, match="class 'fear' has only one training image"): dls = folder_dls(tmp_path)
     assert sum(f.label == "fear" for f in dls.train_ds.items) == 1 and not any(f.label == "fear" for f in dls.valid_ds.items)
 
+def test_nothing_to_validate_on(tmp_path):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no class has a second training image"): folder_dls(tree(tmp_path, 1), bs=1)
+
+def test_the_folder_where_fastai_saves_models_is_no_class(tmp_path):
+    (tree(tmp_path)/"models").mkdir()
+    assert list(folder_dls(tmp_path).vocab) == ["happy", "sad"]
+
 @pytest.mark.parametrize("kw,said", [(dict(bs=500), "batch size 500 is larger than the training split of"), (dict(bs=0), "above 0"), (dict(channels=2), "channels must be 1 or 3"),
                                      (dict(valid_pct=0), "valid_pct"), (dict(n_views=3), "n_views must be 1 or 2"), (dict(level="huge"), "unknown augmentation level"), (dict(image_size=50), "expected 50x50 pixels, got 48x48")])
 def test_wrong_arguments_are_named(faces, kw, said):

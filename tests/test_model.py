@@ -50,6 +50,18 @@ def test_key_encoder_starts_as_a_copy_and_gets_no_gradient():
     model(x)["logits"].sum().backward()
     assert all(p.grad is None for p in model.key_encoder.parameters()) and all(p.grad is not None for p in model.encoder.parameters())
 
+def test_autocast_gives_half_features_a_float32_loss_and_a_float32_bank():
+    from ecan_fastai.losses import ECANLoss
+    model, y = tiny(), torch.tensor([0, 0, 1, 2])
+    model.bank.push(torch.randn(10, 512), torch.arange(10) % 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(pair())
+        loss = ECANLoss()(out, y)
+    assert out["logits"].dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    model.bank.push(out["z_k"], y)
+    assert model.bank.z.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in model.encoder.parameters())
+
 def test_momentum_update_is_equation_1():
     model = tiny()
     with torch.no_grad():

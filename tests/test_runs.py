@@ -108,6 +108,15 @@ def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
     runs.run_learner(cfg, dls, tmp_path)
     assert cfg.bs == dls.bs == 8 and cfg.lr == pytest.approx(0.1*8/256) and cfg.wd == 5e-4
 
+def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
+    import timm
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda arch, pretrained, **kw: create(arch, pretrained=False, **kw))
+    for method in ("ecan", "baseline"):
+        cfg = config(faces, method=method, pretrained=True).resolve()
+        learn = runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)
+        assert learn.model.encoder.conv1.weight.requires_grad
+
 def test_short_runs_are_told(faces, tmp_path):
     with pytest.warns(UserWarning, match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000: 100 % of it"):
         start_run(config(faces, epochs=1, momentum=0.999), tmp_path/"run")
@@ -122,9 +131,18 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     assert "--resume takes the whole configuration" in fails(capsys, "--resume", run, "--epochs", 3)
     assert "invalid choice: 'mixup'" in fails(capsys, faces, "--method", "mixup")
     assert "timm has no model 'resnet-18'" in fails(capsys, faces, "--arch", "resnet-18", "--out", tmp_path/"new", "--workers", 0)
+    assert "kind sample draws its own faces" in fails(capsys, faces, "--kind", "sample")
     assert "epochs must be at least 1, got 0" in fails(capsys, faces, "--epochs", 0)
     if not torch.cuda.is_available(): assert "precision bf16 needs a CUDA device" in fails(capsys, faces, "--precision", "bf16")
     assert not (tmp_path/"new").exists()
+
+def test_a_damaged_run_folder_is_named(tmp_path, capsys):
+    (tmp_path/"config.json").write_text("{")
+    assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
+    (tmp_path/"config.json").write_text('{"config": {"data": "x", "colour": 1}}')
+    assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
+    (tmp_path/"checkpoint.pth").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="checkpoint.pth is broken"): runs._read_checkpoint(tmp_path)
 
 def test_a_finished_run_is_not_resumed(tmp_path):
     (tmp_path/"config.json").write_text("{}"), (tmp_path/"metrics.json").write_text("{}")
