@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.optimizer import Adam
-from fastai.torch_core import set_seed
+from fastai.torch_core import defaults, set_seed
 from fastcore.foundation import L
 from safetensors.torch import save_file
 
@@ -84,6 +84,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
         if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
+        if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
 
@@ -99,7 +100,8 @@ class RunConfig:
 # Data and learner
 
 def run_loaders(cfg, out):
-    "DataLoaders of a resolved configuration; chooses the batch size where none is given"
+    "DataLoaders of a resolved configuration; settles batch size and number of workers where none is given"
+    if cfg.workers is None: cfg.workers = min(16, defaults.cpus)  # draws of the augmentation depend on it, so it is kept with the run
     kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
                   all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
                   skip_broken=cfg.skip_broken, num_workers=cfg.workers)

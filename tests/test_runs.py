@@ -96,6 +96,11 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
     assert process.returncode == 130 and f"--resume {out}" in stderr and "Traceback" not in stderr
     assert len(pd.read_csv(out/"history.csv")) == torch.load(out/"checkpoint.pth", weights_only=True)["epochs"] >= 1
 
+def test_what_was_not_given_is_written_down(faces, tmp_path):
+    start_run(config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32), tmp_path/"run")
+    written = json.loads((tmp_path/"run"/"config.json").read_text())["config"]
+    assert all(v is not None for v in written.values()) and written["workers"] >= 1 and written["recipe"] == "rafdb" and written["level"] == "strong"
+
 def test_presets():
     assert {k: getattr(RunConfig("sample").resolve(), k) for k in ("kind", "epochs", "bs", "size", "opt", "level")} == dict(kind="sample", epochs=12, bs=32, size=48, opt="adam", level="weak")
     fer = RunConfig("x", kind="fer2013").resolve()
