@@ -21,9 +21,11 @@ def _check(level, recipe):
     if recipe not in RECIPES: raise ValueError(f"unknown augmentation recipe {recipe!r}, expected one of {', '.join(RECIPES)}")
 
 # %% ../nbs/01_augment.ipynb #60faa7bd
-def uses_five_crops(level, recipe): return level == "strong" and recipe == "fer2013"
+def uses_five_crops(level:str, recipe:str)->bool:
+    "Whether FiveCrop is part of this column of Table 1"
+    return level == "strong" and recipe == "fer2013"
 
-def crop_size(level, recipe, size):
+def crop_size(level:str, recipe:str, size:int)->int:
     "Side of the pictures that the network sees: `size`, or 5/6 of it under FiveCrop (40 of 48)"
     _check(level, recipe)
     return round(size*5/6) if uses_five_crops(level, recipe) else size

@@ -243,8 +243,8 @@ def _loaders(cls,
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
     block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), CategoryBlock(vocab=vocab, sort=False)),
                       getters=[attrgetter("image"), attrgetter("label")], splitter=lambda _: list(splits.values()))
-    dls = cls(*block.dataloaders(faces, bs=bs, **kwargs).loaders, path=path)
-    dls._device = dls.loaders[0].device
+    loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
+    dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
     return dls
 

@@ -121,6 +121,7 @@ def baseline_learner(
     return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(), metrics, [CropsAsImages(), *L(cbs)], pretrained, kwargs)
 
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, kwargs):
-    learn = cls(dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**paper_opt, **kwargs})
+    opt = {} if "opt_func" in kwargs else paper_opt
+    learn = cls(dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs})
     if pretrained: learn.freeze()
     return learn

@@ -32,7 +32,7 @@ from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel
 
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
-OPTIMIZERS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
+OPTIMIZERS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
 SCHEDULES = ("one-cycle", "cosine")
 PRECISIONS = ("fp32", "fp16", "bf16")
 CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=tuple(OPTIMIZERS),
@@ -114,11 +114,10 @@ def run_loaders(cfg, out):
 
 def run_learner(cfg, dls, out):
     "Learner of a resolved configuration"
-    opt = dict(OPTIMIZERS[cfg.opt])
+    opt = OPTIMIZERS[cfg.opt]
     if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
     if cfg.wd is None: cfg.wd = opt["wd"]
-    defaults = dict(wd_bn_bias=False, moms=(0.95, 0.85, 0.95)) if cfg.opt == "adam" else {}
-    kwargs = {**opt, **defaults, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+    kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.method == "baseline": learn = baseline_learner(dls, **kwargs)
     else:
         terms = dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]

@@ -153,6 +153,8 @@ def test_settings_arrive(make):
     learn = make(l1=0.1, l2=0.3, n_groups=3, temperature=0.2, momentum=0.5, bank_groups=2, opt_func=Adam, lr=1e-3)
     assert (learn.loss_func.l1, learn.loss_func.l2, learn.loss_func.n_groups, learn.loss_func.temperature) == (0.1, 0.3, 3, 0.2)
     assert learn.momentum_update.momentum == 0.5 and learn.model.bank.size == 32 and learn.opt_func is Adam and learn.lr == 1e-3
+    assert learn.moms == (0.95, 0.85, 0.95) and learn.wd_bn_bias is False      # fastai's own, not those of the paper's SGD
+    assert make(lr=0.05).wd == 5e-4 and make(lr=0.05).lr == 0.05
     assert make(loss_func=ECANLoss(l2=0)).loss_func.l2 == 0
     assert make(dls=dict(level="strong", size=48, all_crops=True)).model.bank.size == 16*16*5
 
