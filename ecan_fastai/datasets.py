@@ -236,10 +236,11 @@ def _loaders(cls,
     image_size:int=None, # Side that every picture on disk must have
     **kwargs # To `DataBlock.dataloaders`: num_workers, device, val_bs, ...
 ):
+    if not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
+    if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
     vocab = _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all)
-    if not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
     block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), CategoryBlock(vocab=vocab, sort=False)),
                       getters=[attrgetter("image"), attrgetter("label")], splitter=lambda _: list(splits.values()))
@@ -337,9 +338,9 @@ def from_csv(cls:ExpressionDataLoaders,
     if missing: raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}")
     return cls.from_df(df, Path(path) if path is not None else Path(csv).parent, image_col, label_col, split_col, **kwargs)
 
-def _read_csv(csv):
+def _read_csv(csv, **kwargs):
     if not Path(csv).is_file(): raise FileNotFoundError(f"no such file: {csv}")
-    try: df = pd.read_csv(csv, skipinitialspace=True)
+    try: df = pd.read_csv(csv, skipinitialspace=True, **kwargs)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
     return df.rename(columns=lambda c: str(c).strip())
 
@@ -421,7 +422,7 @@ def detect_kind(
     if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file():
         if path.suffix.lower() != ".csv": raise ValueError(f"expected a folder or a .csv file, got {path}")
-        return "fer2013" if {"emotion", "pixels"} <= {c.strip() for c in pd.read_csv(path, nrows=0).columns} else "csv"
+        return "fer2013" if {"emotion", "pixels"} <= set(_read_csv(path, nrows=0).columns) else "csv"
     if any((path/f).exists() for f in _FER2013_FILES): return "fer2013"
     if (path/"test").is_dir() and any(p.name.startswith(("PublicTest_", "PrivateTest_")) for d in _subfolders(path/"test") for p in d.iterdir()): return "fer2013"
     return "folder"

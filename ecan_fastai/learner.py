@@ -12,6 +12,7 @@ import math
 from functools import partial
 
 import numpy as np
+import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback import hook, progress  # `summary`, and the progress bars of every Learner
 from fastai.learner import Learner
@@ -100,6 +101,7 @@ def ecan_learner(
     if bank_groups < 1: raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
     model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained)
+    _check_fits(dls, model, views[0], arch)
     loss_func = loss_func or ECANLoss(l1, l2, n_groups, temperature)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, kwargs)
@@ -118,7 +120,17 @@ def baseline_learner(
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
     views,n_classes = _views(dls)
     model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
+    _check_fits(dls, model, views[0], arch)
     return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(), metrics, [CropsAsImages(), *L(cbs)], pretrained, kwargs)
+
+def _check_fits(dls, model, view, arch):
+    "One view through the encoder: a size or number of channels that it does not take is told now"
+    if dls.train.bs < 2: raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
+    if view.ndim == 4: view = view[0]
+    try:
+        with torch.no_grad(): model.eval()(view[None].as_subclass(torch.Tensor).float())
+    except (AssertionError, RuntimeError) as e: raise ValueError(f"{arch} does not take pictures of shape {tuple(view.shape)}: {e}") from e
+    model.train()
 
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, kwargs):
     opt = {} if "opt_func" in kwargs else paper_opt

@@ -84,6 +84,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
         if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
+        if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
@@ -305,12 +306,10 @@ def _warn_short(learn, cfg):
 def _train(learn, cfg, out, state):
     if state: _load_weights(learn, state)
     keeper, done = RunState(out, state), state["epochs"] if state else 0
-    if done < cfg.epochs:
-        _warn_short(learn, cfg)
-        fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
-        with nullcontext() if sys.stdout.isatty() else learn.no_bar(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # a small valid split may lack a class
-            fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
-        rows = keeper.rows
-    else: rows = state["rows"]
-    return _write_results(learn, cfg, out, rows)
+    with warnings.catch_warnings():
+        if done < cfg.epochs: _warn_short(learn, cfg)
+        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # a small split may lack a class
+        if done < cfg.epochs:
+            fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
+            with nullcontext() if sys.stdout.isatty() else learn.no_bar(): fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
+        return _write_results(learn, cfg, out, keeper.rows or state["rows"])

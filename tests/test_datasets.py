@@ -126,7 +126,7 @@ def test_the_folder_where_fastai_saves_models_is_no_class(tmp_path):
     (tree(tmp_path)/"models").mkdir()
     assert list(folder_dls(tmp_path).vocab) == ["happy", "sad"]
 
-@pytest.mark.parametrize("kw,said", [(dict(bs=500), "batch size 500 is larger than the training split of"), (dict(bs=0), "above 0"), (dict(channels=2), "channels must be 1 or 3"),
+@pytest.mark.parametrize("kw,said", [(dict(bs=500), "batch size 500 is larger than the training split of"), (dict(bs=0), "above 0"), (dict(size=4), "size must be at least 8 pixels, got 4"), (dict(channels=2), "channels must be 1 or 3"),
                                      (dict(valid_pct=0), "valid_pct"), (dict(n_views=3), "n_views must be 1 or 2"), (dict(level="huge"), "unknown augmentation level"), (dict(image_size=50), "expected 50x50 pixels, got 48x48")])
 def test_wrong_arguments_are_named(faces, kw, said):
     with pytest.raises(ValueError, match=said): folder_dls(faces, **kw)
