@@ -38,4 +38,5 @@ def test_readme_and_index_say_the_same():
     from fastcore.nbio import read_nb
     cells = [c.source for c in read_nb(ROOT/"nbs"/"index.ipynb").cells if c.cell_type == "markdown"]
     readme = (ROOT/"README.md").read_text()
-    for cell in cells: assert cell.replace("(images/", "(nbs/images/").strip() in readme
+    for cell in cells: assert re.sub(r"\]\((?!http)", "](nbs/", cell).strip() in readme
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme): assert (ROOT/link).exists()
