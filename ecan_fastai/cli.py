@@ -25,8 +25,9 @@ def _parser(config, choices):
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder; takes no other option")
     for f in fields(config)[1:]:
         flag, default = f"--{f.name.replace('_', '-')}", f"; default {f.default}" if f.default is not None and f.type is not bool else ""
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, default=f.default, choices=choices.get(f.name))
-        if "choices" not in kind or kind["choices"] is None: kind.pop("choices", None); kind.update({} if f.type is bool else {"metavar": f.type.__name__.upper()})
+        if f.type is bool: kind = dict(action="store_true")
+        elif f.name in choices: kind = dict(type=f.type, default=f.default, choices=choices[f.name])
+        else: kind = dict(type=f.type, default=f.default, metavar=f.type.__name__.upper())
         p.add_argument(flag, help=HELP[f.name] + default, **kind)
     return p
 

@@ -1,6 +1,5 @@
 "A training run from its configuration to its folder: what `ecan_train` does. Plain machinery; the method is in the notebooks."
 import json
-import math
 import os
 import pickle
 import platform
@@ -10,7 +9,6 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -107,11 +105,9 @@ def run_loaders(cfg, out):
                   all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
                   skip_broken=cfg.skip_broken, num_workers=cfg.workers)
     data, kind = (sample_faces(Path(out)/"faces", channels=cfg.channels), "folder") if cfg.kind == "sample" else (cfg.data, cfg.kind)
-    make = partial(ExpressionDataLoaders.from_path, data, kind, **kwargs)
-    if cfg.bs is None:
-        n = len(make(bs=1).train_ds)
-        cfg.bs = 256 if n >= 8*256 else 2**max(2, int(math.log2(max(n, 1)/8)))
-    return make(bs=cfg.bs)
+    dls = ExpressionDataLoaders.from_path(data, kind, bs=cfg.bs, **kwargs)
+    cfg.bs = dls.train.bs
+    return dls
 
 def run_learner(cfg, dls, out):
     "Learner of a resolved configuration"

@@ -74,6 +74,11 @@ def test_splits_by_name(faces):
     assert dls["test"] is dls[2] and dls["train"] is dls.train
     with pytest.raises(ValueError, match="no split 'dev', the splits are train, valid, test"): dls["dev"]
 
+def test_batch_size_follows_small_data(tmp_path):
+    rng, f = np.random.default_rng(0), lambda n: [Face(rng.integers(0, 255, (8, 8), np.uint8), "ab"[i % 2]) for i in range(n)]
+    sizes = {n: ExpressionDataLoaders.from_faces(f(n), size=8, channels=1, num_workers=0, valid_pct=0.5).train.bs for n in (10, 128, 1000, 4096, 6000)}
+    assert sizes == {10: 4, 128: 8, 1000: 32, 4096: 256, 6000: 256}
+
 def test_labels_are_names_and_match_their_pictures(faces):
     dls = folder_dls(faces)
     for dl in dls:
