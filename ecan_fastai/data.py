@@ -26,7 +26,7 @@ from fasttransform import Transform
 from PIL import Image
 from plum import dispatch
 
-from .augment import CROPS, crop_size, eval_pipelines, train_pipeline
+from .augment import eval_pipelines, train_pipeline
 
 # %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from ecan_fastai.learner import *
 from ecan_fastai.losses import ECANLoss
-from ecan_fastai.model import ECANModel, FaceClassifier
+from ecan_fastai.model import FaceClassifier
 
 MAKERS = [ecan_learner, baseline_learner]
 
