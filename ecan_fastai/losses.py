@@ -34,28 +34,74 @@ def _check_rows(z, y, name="z"):
 def _check_temperature(temperature):
     if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
 
-# %% ../nbs/04_losses.ipynb #9c8823b2
-def _contrast(z, positive, temperature, normalize, bank_z=None, exclude=None):
-    "Mean over anchors with a positive; `positive` (M, M) and `exclude` (M, B) are masks of positives and of bank entries to leave out"
-    _check_temperature(temperature)
-    if normalize: z = F.normalize(z, dim=1)
-    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    never = torch.finfo(z.dtype).min
-    sim = (z @ z.T / temperature).masked_fill(own, never)
-    everything = sim
-    if bank_z is not None and len(bank_z):
-        if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]: raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
-        bank_z = bank_z.to(z.dtype)
-        extra = z @ (F.normalize(bank_z, dim=1) if normalize else bank_z).T / temperature
-        if exclude is not None: extra = extra.masked_fill(exclude, never)
-        everything = torch.cat([sim, extra], 1)
-    positive = positive & ~own
-    count = positive.sum(1)
-    log_p = sim - everything.logsumexp(1, keepdim=True)
-    loss = -torch.where(positive, log_p, 0.).sum(1) / count.clamp(min=1)
-    return loss.sum() / (count > 0).sum().clamp(min=1)
+# %% ../nbs/04_losses.ipynb #b330db15
+def _chunk_rows(z):
+    "Bank rows a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU is given more work a call"
+    return max(1, 2**(19 if z.device.type == "cpu" else 21)//max(z.shape))
 
-# %% ../nbs/04_losses.ipynb #cf679b00
+def _bank_chunks(z, bank_z, bank_y, normalize):
+    "Pieces of the bank: rows in the type of `z`, labels or None"
+    n = _chunk_rows(z)
+    for i in range(0, len(bank_z), n):
+        rows = bank_z[i:i+n].to(z.dtype)
+        yield F.normalize(rows, dim=1) if normalize else rows, None if bank_y is None else bank_y[i:i+n]
+
+def _largest(sim, a, y, chunks):
+    "Largest exponent of each row's denominator (M, 1), 0 where it is empty"
+    top = sim.clone().fill_diagonal_(-torch.inf).amax(1)
+    for rows,labels in chunks:
+        s = a @ rows.T
+        if labels is not None: s.masked_fill_(y[:, None] == labels, -torch.inf)
+        top = torch.maximum(top, s.amax(1))
+    return top.masked_fill_(top == -torch.inf, 0)[:, None]
+
+def _exp_(sim, shift):
+    "exp(sim - shift) in place; what is above the shift is masked afterwards and must only stay finite"
+    if shift is not None: sim.sub_(shift).clamp_(max=0)
+    return sim.exp_()
+
+class _Contrast(torch.autograd.Function):
+    "Mean contrastive loss over the anchors with a positive; the gradient is ready when the forward pass ends"
+    @staticmethod
+    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y):
+        a = z/temperature
+        sim = a @ z.T
+        positive = (y[:, None] == y).fill_diagonal_(False)
+        count = positive.sum(1)
+        log_numerator = (sim*positive).sum(1)/count.clamp(min=1)
+        safe = normalize and temperature >= 1/40
+        shift = None if safe else _largest(sim, a, y, _bank_chunks(z, bank_z, bank_y, normalize))
+        own = _exp_(sim, shift).fill_diagonal_(0)
+        total,grad = own.sum(1),torch.zeros_like(z)
+        for rows,labels in _bank_chunks(z, bank_z, bank_y, normalize):
+            e = _exp_(a @ rows.T, shift)
+            if labels is not None: e *= y[:, None] != labels
+            total += e.sum(1)
+            if ctx.needs_input_grad[0]: grad.addmm_(e, rows)
+        has = count > 0
+        weight = has.to(z.dtype)/has.sum().clamp(min=1)
+        total = torch.where(has, total, 1)
+        if ctx.needs_input_grad[0]:
+            pull = own.mul_((weight/total)[:, None]).sub_(positive*(weight/count.clamp(min=1))[:, None])
+            grad.mul_((weight/total)[:, None]).addmm_(pull + pull.T, z).div_(temperature)
+            ctx.save_for_backward(grad)
+        log_denominator = total.log() if shift is None else total.log() + shift[:, 0]
+        return ((log_denominator - log_numerator)*weight).sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled(): raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
+        return g*ctx.saved_tensors[0], None, None, None, None, None
+
+def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None):
+    "Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of another label alone"
+    _check_temperature(temperature)
+    if bank_z is None: bank_z = z[:0]
+    if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]: raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
+    if normalize: z = F.normalize(z, dim=1)
+    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y)
+
+# %% ../nbs/04_losses.ipynb #ec631beb
 @_full_precision
 def selfcon_loss(
     z_q:Tensor, # Features of the first views (N, d)
@@ -65,9 +111,9 @@ def selfcon_loss(
     "Self-supervised contrastive loss (Eq. 3) on L2-normalised features"
     if z_q.shape != z_k.shape or z_q.ndim != 2: raise ValueError(f"expected two views of the same shape (n, d), got {tuple(z_q.shape)} and {tuple(z_k.shape)}")
     source = torch.arange(len(z_q), device=z_q.device).repeat(2)
-    return _contrast(torch.cat([z_q, z_k]), source[:, None] == source, temperature, True)
+    return _contrast(torch.cat([z_q, z_k]), source, temperature, True)
 
-# %% ../nbs/04_losses.ipynb #bd8d500c
+# %% ../nbs/04_losses.ipynb #6a9c4872
 @_full_precision
 def supcon_loss(
     z:Tensor, # Features of all views (M, d)
@@ -77,27 +123,27 @@ def supcon_loss(
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss (Eq. 4)"
     _check_rows(z, y)
-    return _contrast(z, y[:, None] == y, temperature, normalize)
+    return _contrast(z, y, temperature, normalize)
 
-# %% ../nbs/04_losses.ipynb #319dac3e
+# %% ../nbs/04_losses.ipynb #b5714d48
 @_full_precision
 def esc_loss(
     z:Tensor, # Features of all views (M, d)
     y:Tensor, # Labels of all views (M,)
-    bank_z:Tensor, # Features in the bank (B, d); B may be 0
+    bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
     temperature:float=0.1, # Temperature, above 0
     normalize:bool=True # L2-normalise all rows first
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
-    return _contrast(z, y[:, None] == y, temperature, normalize, bank_z)
+    return _contrast(z, y, temperature, normalize, bank_z)
 
-# %% ../nbs/04_losses.ipynb #b5714d48
+# %% ../nbs/04_losses.ipynb #5222a0c6
 @_full_precision
 def ensc_loss(
     z:Tensor, # Features of all views (M, d)
     y:Tensor, # Labels of all views (M,)
-    bank_z:Tensor, # Features in the bank (B, d); B may be 0
+    bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
     bank_y:Tensor, # Their labels (B,)
     temperature:float=0.1, # Temperature, above 0
     normalize:bool=True # L2-normalise all rows first
@@ -105,9 +151,9 @@ def ensc_loss(
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
-    return _contrast(z, y[:, None] == y, temperature, normalize, bank_z, y[:, None] == bank_y)
+    return _contrast(z, y, temperature, normalize, bank_z, bank_y)
 
-# %% ../nbs/04_losses.ipynb #6799b045
+# %% ../nbs/04_losses.ipynb #31272950
 def _check_centers(x, y, centers):
     _check_rows(x, y, "x")
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]: raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
@@ -124,7 +170,7 @@ def center_loss(
     _check_centers(x, y, centers)
     return _square_distances(x, y, centers).mean()/2
 
-# %% ../nbs/04_losses.ipynb #aa664af5
+# %% ../nbs/04_losses.ipynb #046bdd54
 def _check_reduction(reduction):
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
@@ -141,7 +187,7 @@ def affinity_loss(
     if len(centers) < 2: raise ValueError(f"the variance between class centres needs at least 2 classes, got {len(centers)}")
     return getattr(_square_distances(x, y, centers), reduction)() / centers.var(0).sum()
 
-# %% ../nbs/04_losses.ipynb #ba60face
+# %% ../nbs/04_losses.ipynb #79b7cd97
 @_full_precision
 def mva_weight(
     losses:Tensor # Affinity losses of the V groups (V,)
@@ -166,7 +212,7 @@ def mva_loss(
     losses = _affinities(x, y, centers, groups, group_labels, reduction)
     return mva_weight(losses) * losses[0]
 
-# %% ../nbs/04_losses.ipynb #811dfb5e
+# %% ../nbs/04_losses.ipynb #00287d09
 class SupConLoss(nn.Module):
     "Module form of `supcon_loss`"
     def __init__(self, temperature:float=0.1, normalize:bool=True):
@@ -201,7 +247,7 @@ class MVALoss(AffinityLoss):
     "Module form of `mva_loss`"
     def forward(self, x, y, centers, groups, group_labels): return mva_loss(x, y, centers, groups, group_labels, self.reduction)
 
-# %% ../nbs/04_losses.ipynb #23bf6f36
+# %% ../nbs/04_losses.ipynb #9067dde0
 CONTRASTS = ("ensc", "esc", "supcon")
 COMPACTS = ("mva", "affinity", "center")
 

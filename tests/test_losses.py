@@ -1,9 +1,11 @@
 import naive_losses as naive
 import numpy as np
+import plain_losses as plain
 import pytest
 import torch
 from torch.autograd import gradcheck
 
+from ecan_fastai import losses
 from ecan_fastai.losses import *
 
 CLASSES = 7
@@ -98,6 +100,57 @@ def test_gradients():
     assert gradcheck(lambda z, c: center_loss(z, y, c), (z, c))
     assert gradcheck(lambda z, c: affinity_loss(z, y, c), (z, c))
     assert gradcheck(lambda z, c: affinity_loss(z, y, c, "sum"), (z, c))
+
+FORMS = {"supcon": (lambda z, y, bz, by, *a: supcon_loss(z, y, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a)),
+         "esc": (lambda z, y, bz, by, *a: esc_loss(z, y, bz, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz)),
+         "ensc": (ensc_loss, lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by))}
+
+def value_and_gradient(loss, z, *args):
+    z = z.clone().requires_grad_()
+    value = loss(z, *args)
+    value.backward()
+    return value.detach(), z.grad
+
+@pytest.mark.parametrize("tau,normalize", [(0.002, True), (0.02, True), (0.05, True), (1., True), (0.05, False), (3., False)])
+@pytest.mark.parametrize("m,bank,rows", [(1, 0, 4), (2, 9, 4), (9, 0, 4), (30, 1, 4), (30, 64, 64), (30, 65, 64), (30, 500, 7)])
+@pytest.mark.parametrize("form", FORMS)
+def test_streamed_loss_is_the_plain_one(form, m, bank, rows, tau, normalize, monkeypatch):
+    monkeypatch.setattr(losses, "_chunk_rows", lambda z: rows)
+    (z, y), (bz, by) = draw(m, 6, dtype=torch.float64), draw(bank, 6, seed=1, dtype=torch.float64)
+    streamed, plainly = FORMS[form]
+    (v, g), (v0, g0) = value_and_gradient(streamed, 3*z, y, bz, by, tau, normalize), value_and_gradient(plainly, 3*z, y, bz, by, tau, normalize)
+    assert torch.allclose(v, v0, rtol=1e-9, atol=1e-12) and torch.allclose(g, g0, rtol=1e-7, atol=1e-9*max(1, float(g0.abs().max())))
+
+@pytest.mark.parametrize("tau", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("d,bank", [(128, 6000), (512, 1280)])
+def test_float32_keeps_five_digits_of_value_and_gradient(d, bank, tau):
+    (z, y), (bz, by) = draw(512, d), draw(bank, d, seed=1)
+    z = z + 2*torch.randn(CLASSES, d, generator=torch.Generator().manual_seed(5))[y]     # classes that lie apart, as in training
+    v, g = value_and_gradient(ensc_loss, z, y, bz, by, tau)
+    v0, g0 = value_and_gradient(lambda z, *a: plain.contrast(z, y, tau, True, bz.double(), by), z.double())
+    close(v, v0)
+    assert (g - g0).abs().max() <= 1e-5*g0.abs().max()
+
+def test_an_excluded_entry_far_above_all_others_is_no_part_of_the_loss():
+    z, y = torch.tensor([[1., 0.], [.9, .1], [-1., 0.]]), torch.tensor([0, 0, 1])
+    near, far = torch.tensor([[1e6, 0.]]), torch.tensor([[0., 1.]])
+    for tau in (1e-3, 1.):
+        v, g = value_and_gradient(ensc_loss, z, y, torch.cat([near, far]), torch.tensor([0, 1]), tau, False)
+        v0, g0 = value_and_gradient(ensc_loss, z, y, far, torch.tensor([1]), tau, False)
+        assert torch.isfinite(v) and v == v0 and torch.equal(g, g0)
+
+def test_memory_does_not_grow_with_the_bank():
+    z, y = draw(512, 64)
+    def peak(bank):
+        bz, by = draw(bank, 64, seed=1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: value_and_gradient(ensc_loss, z, y, bz, by, 0.1)
+        held = [e.nbytes() for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())]
+        return np.cumsum(held).max()/2**20
+    assert peak(32768) < peak(2048) + 0.5 < 12.5
+
+def test_second_derivative_is_refused():
+    z, y = draw(6, 4)
+    with pytest.raises(RuntimeError, match="no second derivative"): torch.autograd.grad(supcon_loss(z.requires_grad_(), y % 2), z, create_graph=True)
 
 def test_mva_gradient_is_alpha_times_that_of_affinity():
     (x, y), (g, gy) = draw(8, 5, dtype=torch.float64), draw(16, 5, seed=1, dtype=torch.float64)
