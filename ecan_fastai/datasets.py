@@ -15,18 +15,19 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pandas as pd
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import Categorize, get_image_files
+from fastai.torch_core import TensorCategory
 from fastcore.basics import patch
 from fastcore.meta import delegates
+from fasttransform import Transform
 
 from .data import TwoViewBlock, read_face
 
@@ -217,7 +218,22 @@ def _without_broken(faces, channels, size, skip_broken):
     warnings.warn(f"going on without {len(broken)} of {len(faces)} images: {shown}")
     return [f for i,f in enumerate(faces) if i not in broken]
 
-# %% ../nbs/03_datasets.ipynb #0517b655
+# %% ../nbs/03_datasets.ipynb #3d96872f
+class _Attribute(Transform):
+    "Getter of an attribute"
+    def __init__(self, attribute): 
+        super().__init__()
+        self.attribute = attribute
+    def __call__(self, o, **kwargs): return getattr(o, self.attribute)
+
+class _Label(Categorize):
+    "`Categorize` without type dispatch, its tensors made once"
+    def __init__(self, vocab):
+        super().__init__(vocab, sort=False)
+        self.tensors = {o: TensorCategory(i) for i,o in enumerate(vocab)}
+    def __call__(self, o, **kwargs): return self.tensors[o] if o in self.tensors else super().__call__(o, **kwargs)
+
+# %% ../nbs/03_datasets.ipynb #2ccee6d4
 def _loaders(cls,
     faces:list, # `Face` records
     path=".", # Where a Learner saves its models
@@ -244,14 +260,14 @@ def _loaders(cls,
     splits = _splits(faces, valid_pct, seed, train_all)
     if bs is None: bs = min(256, 2**max(2, int(math.log2(len(splits["train"])/8))))
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
-    block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), CategoryBlock(vocab=vocab, sort=False)),
-                      getters=[attrgetter("image"), attrgetter("label")], splitter=lambda _: list(splits.values()))
+    block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), TransformBlock(type_tfms=_Label(vocab))),
+                      getters=[_Attribute("image"), _Attribute("label")], splitter=lambda _: list(splits.values()))
     loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
     return dls
 
-# %% ../nbs/03_datasets.ipynb #3d96872f
+# %% ../nbs/03_datasets.ipynb #7cb432fb
 class ExpressionDataLoaders(DataLoaders):
     "`DataLoaders` of faces with named splits: `dls[\"PublicTest\"]`"
     split_names = ("train", "valid")
@@ -269,7 +285,7 @@ class ExpressionDataLoaders(DataLoaders):
         "From `Face` records; the other constructors end here"
         return _loaders(cls, faces, **kwargs)
 
-# %% ../nbs/03_datasets.ipynb #7cb432fb
+# %% ../nbs/03_datasets.ipynb #f9a3c66d
 def _folder(path):
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"no such folder: {path}")
@@ -301,7 +317,7 @@ def from_folder(cls:ExpressionDataLoaders,
     if not faces: raise ValueError(f"no images found under {path}: expected class folders with images in them, or split folders (train, valid, test) with class folders")
     return cls.from_faces(faces, **{"path": path, **kwargs})
 
-# %% ../nbs/03_datasets.ipynb #64c33af6
+# %% ../nbs/03_datasets.ipynb #7261d5b5
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
 def from_df(cls:ExpressionDataLoaders,
@@ -346,7 +362,7 @@ def _read_csv(csv, **kwargs):
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
     return df.rename(columns=lambda c: str(c).strip())
 
-# %% ../nbs/03_datasets.ipynb #b5e17c37
+# %% ../nbs/03_datasets.ipynb #cdf34b46
 FER2013_IDS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")
 FER2013_COUNTS = {
     "train": dict(zip(EXPRESSIONS, (3995, 436, 4097, 7215, 4965, 4830, 3171))),
@@ -391,7 +407,7 @@ def _warn_counts(faces, expected, name):
     wrong = [f"{split} {label} {counts[split, label]} instead of {n}" for split,labels in expected.items() for label,n in labels.items() if counts[split, label] != n]
     if wrong: warnings.warn(f"this {name} differs from the published one: {', '.join(wrong)}")
 
-# %% ../nbs/03_datasets.ipynb #d3b7ef5b
+# %% ../nbs/03_datasets.ipynb #38477c22
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,image_size,vocab")
 def from_fer2013(cls:ExpressionDataLoaders,
@@ -413,7 +429,7 @@ def from_fer2013(cls:ExpressionDataLoaders,
     defaults = {"path": path if path.is_dir() else path.parent, "vocab": EXPRESSIONS, "image_size": 48}
     return cls.from_faces(faces, size=size, channels=channels, recipe=recipe, **{**defaults, **kwargs})
 
-# %% ../nbs/03_datasets.ipynb #fb9f0726
+# %% ../nbs/03_datasets.ipynb #ab1bb7a9
 KINDS = ("fer2013", "csv", "folder")
 
 def detect_kind(

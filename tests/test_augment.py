@@ -1,3 +1,4 @@
+import albumentations as A
 import numpy as np
 import pytest
 
@@ -28,14 +29,36 @@ def test_rows_of_table_1():
     assert set(transforms("weak", "rafdb", 3)) == {"Resize", "HorizontalFlip", "Erasing", "ToGray"}
     assert set(transforms("strong", "rafdb", 3)) == {"Resize", "PadIfNeeded", "RandomCrop", "ColorJitter", "HorizontalFlip", "Rotate", "Erasing", "ToGray", "GaussianBlur"}
     assert set(transforms("weak", "fer2013", 3)) == {"RandomResizedCrop", "HorizontalFlip", "Rotate", "Erasing", "ToGray"}
-    assert set(transforms("strong", "fer2013", 3)) == {"RandomResizedCrop", "ColorJitter", "HorizontalFlip", "Rotate", "Erasing", "ToGray", "Affine", "OneOf"}
+    assert set(transforms("strong", "fer2013", 3)) == {"RandomResizedCrop", "ColorJitter", "HorizontalFlip", "Rotate", "Erasing", "ToGray", "Sequential", "RandomFiveCrop"}
     assert "ToGray" not in transforms("strong", "fer2013", 1) and transforms("strong", "fer2013", 1)[-1] == "Erasing"
 
-def test_affine_shifts_each_direction_on_its_own():
-    pipe = train_pipeline("strong", "fer2013", 48, 1)
-    affine = next(t for t in pipe.transforms if type(t).__name__ == "Affine")
-    drawn = [affine.get_params_dependent_on_data({"shape": (48, 48, 1)}, {})["matrix"][:2, 2] for _ in range(20)]
-    assert any(abs(abs(x)-abs(y)) > 0.5 for x, y in drawn) and all(abs(v) <= 0.2*48+1 for xy in drawn for v in xy)
+def test_shift_moves_each_direction_on_its_own_and_fills_with_black():
+    shift = next(t for t in train_pipeline("strong", "fer2013", 48, 1).transforms if type(t).__name__ == "Sequential")
+    shift.set_random_seed(0)
+    seen, still = set(), 0
+    img = np.zeros((48, 48, 1), np.uint8)
+    img[24, 24] = 255
+    for _ in range(3000):
+        out = shift(image=img)["image"]
+        assert out.shape == (48, 48, 1) and out.sum() == 255
+        (y,), (x,) = np.nonzero(out[..., 0])
+        seen.add((int(y)-24, int(x)-24))
+        still += np.array_equal(out, img)
+    ys, xs = map(set, zip(*seen))
+    assert ys == xs == set(range(-10, 11)) and len(seen) > 400    # up to 20 % of 48, all 441 pairs are possible
+    assert abs(still/3000 - 0.5 - 0.5/441) < 0.04
+    assert shift(image=np.full((48, 48, 1), 9, np.uint8), force_apply=True)["image"].min() == 0
+
+def test_random_five_crop_is_one_of_five_crops_with_equal_chance():
+    img, side = picture(), 40
+    crops = [p(image=img)["image"] for p in eval_pipelines("strong", "fer2013", 48, "five")]
+    pipe = A.Compose([RandomFiveCrop(48, side)])
+    pipe.set_random_seed(0)
+    counts = np.zeros(5)
+    for _ in range(2000):
+        out = pipe(image=img)["image"]
+        counts[[np.array_equal(out, c) for c in crops].index(True)] += 1
+    assert (abs(counts/2000 - 0.2) < 0.04).all()
 
 def test_seed_repeats_and_goes_on():
     for kwargs in (dict(), dict(all_crops=True)):
