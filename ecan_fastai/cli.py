@@ -5,6 +5,8 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
+from ecan_fastai.config import CHOICES, RunConfig
+
 HELP = dict(
     kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights",
     epochs="epochs (sample 12, FER2013 200, other data 40)", bs="batch size (sample 32, else 256, less for small data)", lr="highest learning rate (paper: 0.1 at batch 256, in proportion; adam: 0.002)",
@@ -45,7 +47,6 @@ def ecan_train(args=None):
         _ecan_train(args)
 
 def _ecan_train(args):
-    from ecan_fastai.runs import CHOICES, RunConfig, resume_run, start_run
     parser = _parser(RunConfig, CHOICES)
     given = parser.parse_args(args)
     options = {k: v for k, v in vars(given).items() if k not in ("out", "resume")}
@@ -54,7 +55,10 @@ def _ecan_train(args):
         out = given.resume
     elif given.data is None: parser.error("DATA is missing: a folder, a csv file, or `sample`")
     else: out = given.out or Path("runs")/f"{'sample' if given.data == 'sample' else Path(given.data).resolve().stem}-{given.method}-seed{given.seed}"
-    try: record = resume_run(out) if given.resume is not None else start_run(RunConfig(**options), out)
+    try:
+        config = None if given.resume is not None else RunConfig(**options)
+        from ecan_fastai.runs import resume_run, start_run  # seconds of imports, after what can be told without them
+        record = start_run(config, out) if config else resume_run(out)
     except (ValueError, OSError) as e: parser.exit(2, f"{parser.prog}: error: {e}\n")
     except KeyboardInterrupt: parser.exit(130, f"\n{parser.prog}: interrupted; finished epochs are in {out}, go on with: {parser.prog} --resume {out}\n")
     _print_record(record, out)

@@ -8,13 +8,14 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback import channelslast  # `to_channelslast`
 from fastai.callback.core import Callback
 from fastai.optimizer import Adam
 from fastai.torch_core import defaults, set_seed
@@ -22,78 +23,15 @@ from fastcore.foundation import L
 from safetensors.torch import save_file
 
 from ecan_fastai import __version__
-from ecan_fastai.augment import LEVELS, RECIPES, CROPS, crop_size
-from ecan_fastai.datasets import KINDS, ExpressionDataLoaders, detect_kind, sample_faces
+from ecan_fastai.augment import crop_size
+from ecan_fastai.config import RunConfig
+from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
 from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel
 
-METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
-OPTIMIZERS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
-SCHEDULES = ("one-cycle", "cosine")
-PRECISIONS = ("fp32", "fp16", "bf16")
-CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=tuple(OPTIMIZERS),
-               schedule=SCHEDULES, precision=PRECISIONS, affinity_reduction=("mean", "sum"), channels=(1, 3))
-
-# what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
-PRESETS = {
-    "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
-    "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
-    "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
-
-
-@dataclass
-class RunConfig:
-    "Everything that decides a run. `None` stands for the preset of the data's kind"
-    data: str
-    kind: str = "auto"
-    method: str = "ecan"
-    arch: str = "resnet18"
-    pretrained: bool = False
-    epochs: int = None
-    bs: int = None
-    lr: float = None
-    wd: float = None
-    opt: str = None
-    schedule: str = "one-cycle"
-    size: int = None
-    channels: int = None
-    level: str = None
-    recipe: str = None
-    all_crops: bool = False
-    eval_crops: str = "center"
-    l1: float = 0.2
-    l2: float = None
-    n_groups: int = 5
-    temperature: float = 0.1
-    momentum: float = None
-    bank_groups: int = 16
-    affinity_reduction: str = "mean"
-    valid_pct: float = 0.1
-    train_all: bool = False
-    skip_broken: bool = False
-    seed: int = 0
-    precision: str = "fp32"
-    workers: int = None
-
-    def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
-        if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
-        if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
-        if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
-        if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
-
-    def resolve(self):
-        "Fill in the preset of the data's kind"
-        if self.kind == "auto": self.kind = "sample" if self.data == "sample" else detect_kind(self.data)
-        preset = {**PRESETS.get(self.kind, PRESETS["other"]), "l2": 0.003 if self.method == "center" else 0.7}
-        for name, value in preset.items():
-            if getattr(self, name) is None: setattr(self, name, value)
-        return self
+OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
 
 
 # Data and learner
@@ -111,7 +49,7 @@ def run_loaders(cfg, out):
 
 def run_learner(cfg, dls, out):
     "Learner of a resolved configuration"
-    opt = OPTIMIZERS[cfg.opt]
+    opt = OPTIMIZER_PRESETS[cfg.opt]
     if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
     if cfg.wd is None: cfg.wd = opt["wd"]
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
@@ -122,7 +60,7 @@ def run_learner(cfg, dls, out):
         groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
-    return learn if cfg.precision == "fp32" else getattr(learn, f"to_{cfg.precision}")()
+    return learn if cfg.precision == "fp32" else learn.to_channelslast(amp_mode=cfg.precision)  # on a CPU, channels last and half precision are both slower
 
 
 # State between epochs

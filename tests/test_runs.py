@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from ecan_fastai import runs
 from ecan_fastai.cli import ecan_train
+from ecan_fastai.config import METHODS, OPTIMIZERS, RunConfig
 from ecan_fastai.interpret import split_metrics
 from ecan_fastai.model import FaceClassifier
-from ecan_fastai.runs import METHODS, RunConfig, resume_run, start_run
+from ecan_fastai.runs import resume_run, start_run
 
 def config(faces, **kw): return RunConfig(str(faces), **{**dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw})
 

@@ -1,0 +1,78 @@
+"Names and settings of a run. Imports wait until they are needed, so that `--help` and a wrong argument are answered at once."
+from dataclasses import dataclass
+
+LEVELS = ("none", "weak", "strong")
+RECIPES = ("rafdb", "fer2013")
+CROPS = {"center": 1, "five": 5, "ten": 10}
+KINDS = ("fer2013", "csv", "folder")
+METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
+OPTIMIZERS = ("paper", "adam")
+SCHEDULES = ("one-cycle", "cosine")
+PRECISIONS = ("fp32", "fp16", "bf16")
+CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
+               schedule=SCHEDULES, precision=PRECISIONS, affinity_reduction=("mean", "sum"), channels=(1, 3))
+
+# what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
+PRESETS = {
+    "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
+    "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
+    "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
+
+
+@dataclass
+class RunConfig:
+    "Everything that decides a run. `None` stands for the preset of the data's kind"
+    data: str
+    kind: str = "auto"
+    method: str = "ecan"
+    arch: str = "resnet18"
+    pretrained: bool = False
+    epochs: int = None
+    bs: int = None
+    lr: float = None
+    wd: float = None
+    opt: str = None
+    schedule: str = "one-cycle"
+    size: int = None
+    channels: int = None
+    level: str = None
+    recipe: str = None
+    all_crops: bool = False
+    eval_crops: str = "center"
+    l1: float = 0.2
+    l2: float = None
+    n_groups: int = 5
+    temperature: float = 0.1
+    momentum: float = None
+    bank_groups: int = 16
+    affinity_reduction: str = "mean"
+    valid_pct: float = 0.1
+    train_all: bool = False
+    skip_broken: bool = False
+    seed: int = 0
+    precision: str = "fp32"
+    workers: int = None
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
+        if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
+        if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
+        if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.precision != "fp32":
+            import torch
+            if not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
+
+    def resolve(self):
+        "Fill in the preset of the data's kind"
+        if self.kind == "auto": self.kind = "sample" if self.data == "sample" else self._detect()
+        preset = {**PRESETS.get(self.kind, PRESETS["other"]), "l2": 0.003 if self.method == "center" else 0.7}
+        for name, value in preset.items():
+            if getattr(self, name) is None: setattr(self, name, value)
+        return self
+
+    def _detect(self):
+        from ecan_fastai.datasets import detect_kind
+        return detect_kind(self.data)
