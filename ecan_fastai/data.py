@@ -9,6 +9,7 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'read_face', 'FaceTransform', '
            'show_results']
 
 # %% ../nbs/02_data.ipynb #0c0a5058
+import random
 from pathlib import Path
 
 import cv2
@@ -16,14 +17,16 @@ import numpy as np
 import torch
 from fastai.data.block import TransformBlock
 from fastai.data.core import TfmdDL, get_show_batch_func, show_batch, show_results
+from fastai.data.load import SkipItemException
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorImage, retain_types, show_image
+from fastai.torch_core import TensorImage, retain_types, show_image, to_device
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import get_grid
-from fastcore.basics import fastuple, store_attr
+from fastcore.basics import fastuple, noop, store_attr
 from fasttransform import Transform
 from PIL import Image
 from plum import dispatch
+from torch.utils.data import DataLoader, get_worker_info
 
 from .augment import eval_pipelines, train_pipeline
 
@@ -107,23 +110,56 @@ def _to_face(a):
     return torch.from_numpy(np.stack([*map(_channels_first, a)]) if a.ndim == 4 else _channels_first(a)).as_subclass(FaceImage)
 
 # %% ../nbs/02_data.ipynb #eb7ee644
+class _Batches:
+    "The batches of each pass as (seed, indices), and how one is made: sampler and data set of torch's `DataLoader`"
+    def __init__(self, dl): self.dl = dl
+    def __len__(self): return len(self.dl)
+    def __iter__(self):
+        seed = torch.randint(2**31, ()).item() if getattr(self.dl.dataset, "split_idx", None) == 0 else None
+        for i,idxs in enumerate(self.dl.chunkify(self.dl.get_idxs())): yield None if seed is None else seed+i, list(idxs)
+    def __getitem__(self, batch):
+        seed,idxs = batch
+        if seed is not None: self.dl.seed(seed)
+        return self.dl.do_batch([o for o in map(self.dl.do_item, idxs) if o is not None])
+
 class TwoViewDL(TfmdDL):
-    "`TfmdDL` whose batches are pairs in training and single views otherwise, and which seeds the augmentation"
-    def _seed_views(self, seed):
+    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own, and whose workers may be persistent"
+    def __iter__(self):
+        self.randomize()
+        self.before_iter()
+        for b in self._loader():
+            yield self.after_batch(b if self.device is None else to_device(tuple(b), self.device))
+        self.after_iter()
+
+    def _loader(self):
+        fl,batches = self.fake_l,_Batches(self)
+        keep,kept = fl.persistent_workers and fl.num_workers > 0,getattr(self, "_kept", None)
+        if keep and kept is not None and kept.num_workers == fl.num_workers: return kept
+        loader = DataLoader(batches, batch_size=None, sampler=batches, collate_fn=noop, num_workers=fl.num_workers, pin_memory=fl.pin_memory, timeout=fl.timeout,
+                            worker_init_fn=self._init_worker, generator=torch.Generator(), persistent_workers=keep)
+        if keep: self._kept = loader
+        return loader
+
+    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != "_kept"}
+
+    @staticmethod
+    def _init_worker(_): cv2.setNumThreads(0)  # one worker, one thread
+
+    def seed(self,
+        seed:int # Seed of a batch
+    ):
+        "Seed the augmentation, and in a worker process the global generators as well, for other transforms"
         for tl in getattr(self.dataset, "tls", []):
             for tfm in tl.tfms.fs:
                 if isinstance(tfm, FaceTransform): tfm.seed(seed)
-
-    def before_iter(self):
-        super().before_iter()
-        if getattr(self.dataset, "split_idx", None) == 0: self._seed_views(torch.randint(2**32, ()).item())
-
-    def wif(self):
-        cv2.setNumThreads(0)  # one worker, one thread
-        self._seed_views(torch.initial_seed())
+        if get_worker_info() is None: return
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
 
     def do_item(self, s):
-        item = self.create_item(s)
+        try: item = self.create_item(s)
+        except SkipItemException: return None
         return item if self._is_tensors(item) else self.after_item(item)
 
     def _is_tensors(self, item):

@@ -263,7 +263,7 @@ def _loaders(cls,
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
     block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), TransformBlock(type_tfms=_Label(vocab))),
                       getters=[_Attribute("image"), _Attribute("label")], splitter=lambda _: list(splits.values()))
-    loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
+    loaders = block.dataloaders(faces, bs=bs, **{"persistent_workers": True, **kwargs}).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
     return dls

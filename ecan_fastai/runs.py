@@ -38,7 +38,7 @@ OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd
 
 def run_loaders(cfg, out):
     "DataLoaders of a resolved configuration; settles batch size and number of workers where none is given"
-    if cfg.workers is None: cfg.workers = min(16, defaults.cpus)  # draws of the augmentation depend on it, so it is kept with the run
+    if cfg.workers is None: cfg.workers = min(16, defaults.cpus)
     kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
                   all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
                   skip_broken=cfg.skip_broken, num_workers=cfg.workers)

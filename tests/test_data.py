@@ -1,8 +1,13 @@
+import os
+import random
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from fastai.torch_core import set_seed
+from fastai.data.load import SkipItemException
+from fastai.torch_core import TensorCategory, set_seed
+from fasttransform import Transform
 from PIL import Image
 
 from ecan_fastai.data import FaceImage, TwoView, read_face
@@ -33,6 +38,44 @@ def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_
     assert torch.equal(again, q)
     set_seed(4)
     assert not torch.equal(torch.cat([b[0] for b in epoch(dls)]), q)
+
+def test_draws_do_not_depend_on_the_number_of_workers(make_dls):
+    passes = []
+    for workers in (0, 1, 3):
+        dls = make_dls(level="strong", size=48, num_workers=workers)
+        dls.train.rng.seed(1)
+        set_seed(5)
+        passes.append([(torch.stack(list(x)), y) for _ in range(2) for x, y in dls.train])
+    for other in passes[1:]: assert len(other) == len(passes[0]) and all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(passes[0], other))
+
+class TellsItsProcess(Transform):
+    "Adds the process and draws of the global generators to an item"
+    def encodes(self, y:TensorCategory): return TensorCategory(torch.tensor([os.getpid(), random.getrandbits(30), int(np.random.randint(2**30)), int(torch.randint(2**30, ()))]))
+
+def test_workers_stay_alive_between_passes_and_a_pass_can_be_left_early(make_dls):
+    dls = make_dls(num_workers=2)
+    dls.train.after_item.add(TellsItsProcess())
+    first = torch.cat([y for _, y in dls.train])
+    next(iter(dls.train))
+    second, third = [torch.cat([y for _, y in dls.train]) for _ in range(2)]
+    assert len(set(first[:, 0].tolist())) == 2 and set(first[:, 0].tolist()) == set(second[:, 0].tolist()) == set(third[:, 0].tolist())
+    assert len(first) == len(second) == len(third) and os.getpid() not in first[:, 0]
+    for column in (1, 2, 3): assert len(set(torch.cat([first, second, third])[:, column].tolist())) == 3*len(first)      # nor do two workers, or passes, share a stream
+    dls = make_dls(num_workers=2, persistent_workers=False)
+    dls.train.after_item.add(TellsItsProcess())
+    pids = [{int(y[0]) for _, batch in dls.train for y in batch} for _ in range(2)]
+    assert not pids[0] & pids[1]
+
+def test_a_skipped_item_makes_its_batch_smaller(make_dls):
+    dls = make_dls(bs=16)
+    get, skipped = dls.train.create_item, []
+    def skip_fives(i):
+        if i % 5 == 0:
+            skipped.append(i)
+            raise SkipItemException
+        return get(i)
+    dls.train.create_item = skip_fives
+    assert sum(len(y) for _, y in dls.train) + len(skipped) == 16*len(dls.train) and skipped
 
 def test_training_gives_pairs_and_evaluation_one_view(make_dls):
     dls = make_dls()

@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.schedule import SuggestionMethod
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
@@ -193,12 +194,24 @@ def test_ecan_learns_the_sample(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10)
     assert untrained < 0.5 and learn.validate(dl=dls["test"])[1] > 0.75
 
-# Half precision on a GPU
+# Layout and precision
+
+def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
+    values = []
+    for cbs in ([], [ChannelsLast()]):
+        learn = make(cbs=cbs)
+        learn.fit(1, 0.01)
+        values.append(learn.recorder.values[0][:2] + [v.item() for v in learn.loss_func.parts.values()])
+    for encoder in (learn.model.encoder, learn.model.key_encoder): assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert np.allclose(*values, rtol=1e-3)
+    learn.export("e.pkl")
+    img = learn.dls.valid_ds.items[0].image
+    assert torch.allclose(load(tmp_path/"e.pkl").predict(img)[2], learn.predict(img)[2], atol=1e-6)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["to_fp16", "to_bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_on_a_gpu(make, precision):
-    learn = getattr(make(dls=dict(device="cuda")), precision)()
+    learn = make(dls=dict(device="cuda")).to_channelslast(amp_mode=precision)
     learn.fit(1, 0.01)
     assert learn.model.bank.z.dtype == torch.float32 and learn.model.bank.full and np.isfinite(learn.recorder.values[0]).all()

@@ -4,7 +4,9 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel, FaceClassifier, MemoryBank
 
 
@@ -51,7 +53,6 @@ def test_key_encoder_starts_as_a_copy_and_gets_no_gradient():
     assert all(p.grad is None for p in model.key_encoder.parameters()) and all(p.grad is not None for p in model.encoder.parameters())
 
 def test_autocast_gives_half_features_a_float32_loss_and_a_float32_bank():
-    from ecan_fastai.losses import ECANLoss
     model, y = tiny(), torch.tensor([0, 0, 1, 2])
     model.bank.push(torch.randn(10, 512), torch.arange(10) % 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -114,3 +115,50 @@ def test_other_timm_backbones(arch, size):
                                          (dict(n_classes=1), "at least 2 classes"), (dict(bank_size=0), "at least one row")])
 def test_wrong_arguments_are_named(kwargs, said):
     with pytest.raises(ValueError, match=said): tiny(**kwargs)
+
+
+# What a training step must not do
+
+class HostReads(TorchDispatchMode):
+    "Collects every operation whose result the program has to wait for on a device"
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"): self.seen.append((name, args[0]))
+        return func(*args, **(kwargs or {}))
+
+def step(model, x, y):
+    out = model(x)
+    ECANLoss(n_groups=3)(out, y).backward()
+    model.update_keys(0.9)
+    model.bank.push(out["z_k"], y)
+
+def test_a_step_reads_no_value_from_the_device():
+    model, x, y = tiny(), pair(), torch.tensor([0, 0, 1, 2])
+    for _ in range(3): model.bank.push(torch.randn(4, 512), y)
+    with HostReads() as reads: step(model, x, y)
+    counters = {model.bank.position.data_ptr(), model.bank.filled.data_ptr()}     # these two stay on the CPU
+    assert reads.seen and all(t.data_ptr() in counters for _, t in reads.seen)
+    with HostReads() as reads: x[0][x[0] > 0], y.sum().item()
+    assert [name for name, _ in reads.seen] == ["index", "_local_scalar_dense"]
+
+def test_a_step_copies_neither_the_bank_nor_the_keys():
+    model = tiny(bank_size=64)
+    model.bank.push(torch.randn(64, 512), torch.zeros(64, dtype=torch.long))
+    out = model(pair())
+    assert out["bank_z"].data_ptr() == model.bank.z.data_ptr() and out["bank_y"].data_ptr() == model.bank.y.data_ptr()
+    where = [p.data_ptr() for p in model.key_encoder.parameters()]
+    model.update_keys(0.9)
+    assert where == [p.data_ptr() for p in model.key_encoder.parameters()]
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_on_a_gpu_never_waits():
+    model, x, y = tiny().cuda(), tuple(v.cuda() for v in pair()), torch.tensor([0, 0, 1, 2]).cuda()
+    step(model, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try: step(model, x, y)
+    finally: torch.cuda.set_sync_debug_mode("default")

@@ -4,6 +4,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+
 import ecan_fastai
 
 ROOT = Path(__file__).parent.parent
@@ -40,3 +42,16 @@ def test_readme_and_index_say_the_same():
     readme = (ROOT/"README.md").read_text()
     for cell in cells: assert re.sub(r"\]\((?!http)", "](nbs/", cell).strip() in readme
     for link in re.findall(r"\]\((?!http)([^)]+)\)", readme): assert (ROOT/link).exists()
+
+def run(code): return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+
+def test_import_asks_no_network():
+    done = run("import sys\nseen = []\nsys.addaudithook(lambda event, args: seen.append(event) if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto') else None)\n"
+               "import ecan_fastai.all\nsys.exit(' '.join(seen) or 0)")
+    assert done.returncode == 0, done.stderr
+
+@pytest.mark.parametrize("args", [["--help"], ["sample", "--epochs", "0"], ["sample", "--level", "fierce"]])
+def test_help_and_wrong_arguments_are_answered_before_the_libraries_are_imported(args):
+    done = run(f"import sys\nfrom ecan_fastai.cli import ecan_train\ntry: ecan_train({args})\nexcept SystemExit: pass\nsys.exit(' '.join(m for m in ('torch', 'numpy', 'fastai') if m in sys.modules) or 0)")
+    assert done.returncode == 0, done.stderr
+    assert "ecan_train" in done.stdout + done.stderr
