@@ -9,8 +9,10 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'read_face', 'FaceTransform', '
            'show_results']
 
 # %% ../nbs/02_data.ipynb #0c0a5058
+import copy
 import random
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import cv2
 import numpy as np
@@ -111,36 +113,44 @@ def _to_face(a):
 
 # %% ../nbs/02_data.ipynb #eb7ee644
 class _Batches:
-    "The batches of each pass as (seed, indices), and how one is made: sampler and data set of torch's `DataLoader`"
-    def __init__(self, dl): self.dl = dl
-    def __len__(self): return len(self.dl)
-    def __iter__(self):
-        seed = torch.randint(2**31, ()).item() if getattr(self.dl.dataset, "split_idx", None) == 0 else None
-        for i,idxs in enumerate(self.dl.chunkify(self.dl.get_idxs())): yield None if seed is None else seed+i, list(idxs)
+    "The batches of a pass as (seed, indices), and how one is made: sampler and data set of torch's `DataLoader`"
+    def __init__(self, dl):
+        self.dl,self.plan = copy.copy(dl),[]
+        self.dl.fake_l = None  # it holds `dl`
+    def __len__(self): return len(self.plan)
+    def __iter__(self): return iter(self.plan)
     def __getitem__(self, batch):
         seed,idxs = batch
         if seed is not None: self.dl.seed(seed)
         return self.dl.do_batch([o for o in map(self.dl.do_item, idxs) if o is not None])
+
+_kept = WeakKeyDictionary()  # `TwoViewDL` to the loader whose workers live on
 
 class TwoViewDL(TfmdDL):
     "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own, and whose workers may be persistent"
     def __iter__(self):
         self.randomize()
         self.before_iter()
-        for b in self._loader():
-            yield self.after_batch(b if self.device is None else to_device(tuple(b), self.device))
+        loader = self._loader()
+        loader.sampler.plan = self._plan()
+        for b in loader: yield self.after_batch(b if self.device is None else to_device(tuple(b), self.device))
         self.after_iter()
 
+    def _plan(self):
+        batches = [list(idxs) for idxs in self.chunkify(self.get_idxs())]
+        if getattr(self.dataset, "split_idx", None) != 0: return [(None, b) for b in batches]
+        seed = torch.randint(2**31, ()).item()
+        return [(seed+i, b) for i,b in enumerate(batches)]
+
     def _loader(self):
-        fl,batches = self.fake_l,_Batches(self)
-        keep,kept = fl.persistent_workers and fl.num_workers > 0,getattr(self, "_kept", None)
+        fl,kept = self.fake_l,_kept.get(self)
+        keep = fl.persistent_workers and fl.num_workers > 0
         if keep and kept is not None and kept.num_workers == fl.num_workers: return kept
+        batches = _Batches(self)
         loader = DataLoader(batches, batch_size=None, sampler=batches, collate_fn=noop, num_workers=fl.num_workers, pin_memory=fl.pin_memory, timeout=fl.timeout,
                             worker_init_fn=self._init_worker, generator=torch.Generator(), persistent_workers=keep)
-        if keep: self._kept = loader
+        if keep: _kept[self] = loader
         return loader
-
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k != "_kept"}
 
     @staticmethod
     def _init_worker(_): cv2.setNumThreads(0)  # one worker, one thread

@@ -1,5 +1,7 @@
+import gc
 import os
 import random
+import time
 
 import cv2
 import numpy as np
@@ -65,6 +67,16 @@ def test_workers_stay_alive_between_passes_and_a_pass_can_be_left_early(make_dls
     dls.train.after_item.add(TellsItsProcess())
     pids = [{int(y[0]) for _, batch in dls.train for y in batch} for _ in range(2)]
     assert not pids[0] & pids[1]
+
+def test_workers_end_with_their_loader_even_if_a_cycle_holds_it(make_dls):
+    holder = [make_dls(num_workers=2)]
+    holder[0].train.after_item.add(TellsItsProcess())
+    pids = {int(pid) for pid in torch.cat([y for _, y in holder[0].train])[:, 0]}
+    holder.append(holder)
+    del holder
+    start = time.perf_counter()
+    gc.collect()
+    assert time.perf_counter()-start < 4 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)     # torch asks idle workers every 5 s
 
 def test_a_skipped_item_makes_its_batch_smaller(make_dls):
     dls = make_dls(bs=16)
