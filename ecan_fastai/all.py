@@ -5,7 +5,9 @@ from ecan_fastai.augment import *
 from ecan_fastai.callbacks import *
 from ecan_fastai.data import *
 from ecan_fastai.datasets import *
+from ecan_fastai.inference import *
 from ecan_fastai.interpret import *
 from ecan_fastai.learner import *
 from ecan_fastai.losses import *
 from ecan_fastai.model import *
+from ecan_fastai.published import *

@@ -45,13 +45,15 @@ class MemoryBankUpdate(Callback):
         for b in self.dls.train:
             (_,x_k),y = self.learn._set_device(b)
             x_k,y = unfold_crops(x_k, y)
-            self.model.bank.push(self.model.keys(x_k), y)
+            self.push(self.model.keys(x_k), y)
             if self.model.bank.full: break
 
     def after_pred(self): self.pending = self.pred["z_k"],self.y
     def after_batch(self):
-        if self.pending is not None: self.model.bank.push(*self.pending)
+        if self.pending is not None: self.push(*self.pending)
         self.pending = None
+
+    def push(self, z, y): self.model.bank.push(z, y.argmax(1) if y.ndim == 2 else y)  # of soft labels, the largest share
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):

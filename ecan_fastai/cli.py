@@ -1,19 +1,22 @@
 "Console scripts, thin: arguments in, one clear sentence out where something is wrong."
 import argparse
+import json
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 
-from ecan_fastai.config import CHOICES, RunConfig
+from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig
 
 HELP = dict(
-    kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights",
+    kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights; with PATH those of a run's folder or a checkpoint",
     epochs="epochs (sample 12, FER2013 200, other data 40)", bs="batch size (sample 32, else 256, less for small data)", lr="highest learning rate (paper: 0.1 at batch 256, in proportion; adam: 0.002)",
     wd="weight decay (paper 5e-4, adam 1e-2)", opt="optimizer: the paper's SGD, or Adam (sample adam, else paper)", schedule="learning rate schedule",
     size="side in pixels (sample and FER2013 48, other data 224)", channels="1 grey, 3 colour (sample and FER2013 1, other data 3)",
     level="augmentation level of the paper's Table 1 (sample weak, else strong)", recipe="column of Table 1 (sample and FER2013 fer2013, other data rafdb)",
-    all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre crop, or on the mean over five or ten",
+    all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
     l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss",
     momentum="momentum of the key encoder (sample 0.99, else 0.999)", bank_groups="batches that the memory bank holds (K)", affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
@@ -27,26 +30,35 @@ def _parser(config, choices):
     p.add_argument("--resume", type=Path, metavar="RUN", help="go on with the interrupted run in this folder; takes no other option")
     for f in fields(config)[1:]:
         flag, default = f"--{f.name.replace('_', '-')}", f"; default {f.default}" if f.default is not None and f.type is not bool else ""
-        if f.type is bool: kind = dict(action="store_true")
+        if f.name == "pretrained": kind, default = dict(nargs="?", const=True, default=False, metavar="PATH"), ""
+        elif f.type is bool: kind = dict(action="store_true")
         elif f.name in choices: kind = dict(type=f.type, default=f.default, choices=choices[f.name])
         else: kind = dict(type=f.type, default=f.default, metavar=f.type.__name__.upper())
         p.add_argument(flag, help=HELP[f.name] + default, **kind)
     return p
 
-def _print_record(record, out):
+def _print_splits(splits):
     print(f"\n{'split':<14}{'images':>8}{'accuracy':>11}{'average':>10}{'macro-F1':>10}   (evaluation crops)")
-    for name, m in record["splits"].items():
+    for name, m in splits.items():
         print(f"{name:<14}{m['n']:>8}{100*m['accuracy']:>10.2f}%{100*m['average_accuracy']:>9.2f}%{m['macro_f1']:>10.4f}   ({m['eval_crops']})")
+
+def _print_record(record, out):
+    _print_splits(record["splits"])
     print(f"\nmedian epoch {record['seconds']['median_epoch']:.1f} s; everything is in {out}")
 
+def _script(f):
+    "A console script from a function of its arguments: libraries' warnings to their own developers are hidden, ours are one line"
+    @wraps(f)
+    def _inner(args=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = lambda message, category, *_, **__: print(f"{f.__name__}: {message}", file=sys.stderr) if category is UserWarning else None
+            return f(args)
+    return _inner
+
+@_script
 def ecan_train(args=None):
     "Train a model and write a run folder"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to their own developers, at import
-        warnings.showwarning = lambda message, category, *_, **__: print(f"ecan_train: {message}", file=sys.stderr) if category is UserWarning else None
-        _ecan_train(args)
-
-def _ecan_train(args):
     parser = _parser(RunConfig, CHOICES)
     given = parser.parse_args(args)
     options = {k: v for k, v in vars(given).items() if k not in ("out", "resume")}
@@ -62,3 +74,81 @@ def _ecan_train(args):
     except (ValueError, OSError) as e: parser.exit(2, f"{parser.prog}: error: {e}\n")
     except KeyboardInterrupt: parser.exit(130, f"\n{parser.prog}: interrupted; finished epochs are in {out}, go on with: {parser.prog} --resume {out}\n")
     _print_record(record, out)
+
+
+# Trained models, and data
+
+@contextmanager
+def _one_sentence(parser):
+    try: yield
+    except (ValueError, OSError, ImportError) as e: parser.exit(2, f"{parser.prog}: error: {e}\n")
+    except KeyboardInterrupt: parser.exit(130, f"\n{parser.prog}: interrupted\n")
+
+def _out(parser, file, *endings):
+    if file is not None and file.suffix not in endings: parser.error(f"--out: expected a name ending in {' or '.join(endings)}, got {file}")
+    if file is not None and not file.parent.is_dir(): parser.error(f"--out: no such folder: {file.parent}")
+
+def _with_model(prog, about, example):
+    p = argparse.ArgumentParser(prog, description=about, epilog=f"Example: {example}")
+    p.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    p.add_argument("--crops", choices=tuple(CROPS), help="views of a picture whose outputs are averaged: the centre, it and its mirror image, five crops, or ten (default: as the run was evaluated)")
+    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    return p
+
+@_script
+def ecan_predict(args=None):
+    "Label pictures with a trained model"
+    p = _with_model("ecan_predict", "Label pictures: a table, or a CSV or JSON file.", "ecan_predict runs/mine photo.jpg more_photos/ --out labels.csv")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write every class's probability to FILE, .csv or .json, instead of printing a table")
+    given = p.parse_args(args)
+    _out(p, given.out, ".csv", ".json")
+    with _one_sentence(p):
+        from ecan_fastai.inference import Predictor, picture_files
+        files = [f for path in given.images for f in picture_files(path)]
+        table = Predictor(given.run, given.crops, given.device).predict(files)
+        if given.out is None: print(table[["image", "label", "probability"]].to_string(index=False, float_format="{:.3f}".format))
+        elif given.out.suffix == ".csv": table.round(5).to_csv(given.out, index=False)
+        else: given.out.write_text(json.dumps(table.round(5).to_dict("records"), indent=1))
+
+@_script
+def ecan_evaluate(args=None):
+    "Measure a trained model on labelled faces"
+    p = _with_model("ecan_evaluate", "Measure a model on labelled faces: accuracy, average accuracy and macro-F1 of each split.", "ecan_evaluate runs/mine path/to/rafdb --split test")
+    p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--split", action="append", metavar="NAME", help="split to measure on, may be given again (default: all but train and valid, or all where there are no others)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, per class too, to FILE.json")
+    given = p.parse_args(args)
+    _out(p, given.out, ".json")
+    with _one_sentence(p):
+        from ecan_fastai.inference import Predictor
+        record = Predictor(given.run, given.crops, given.device).evaluate(given.data, given.kind, given.split)
+        _print_evaluation(record)
+        if given.out: given.out.write_text(json.dumps(record, indent=1))
+
+def _print_evaluation(record):
+    renamed = [f"{data} ({model})" if data != model else data for data, model in record["classes"].items()]
+    print(f"classes of both: {', '.join(renamed)}")
+    if record["left_out"]: print(f"left out, because the model has no such class: {', '.join(f'{n} {label}' for label, n in record['left_out'].items())}")
+    if record["unseen"]: print(f"classes of the model that the data does not have: {', '.join(record['unseen'])}")
+    _print_splits({k: {**m, "eval_crops": record["crops"]} for k, m in record["splits"].items()})
+
+@_script
+def ecan_check(args=None):
+    "Look at a data set before training on it"
+    p = argparse.ArgumentParser("ecan_check", description="Counts of every class and split, broken images, and images that stand in a data set twice.", epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png")
+    p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--distance", type=int, default=2, metavar="BITS", help="bits of 64 in which the perceptual hashes of a near pair may differ; default 2")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
+    given = p.parse_args(args)
+    _out(p, given.out, ".csv")
+    with _one_sentence(p):
+        from ecan_fastai.check import check_data, show_pairs
+        report = check_data(given.data, given.kind, given.distance)
+        print(report.counts.to_string(), f"\n\n{len(report.broken)} broken images", *[f"  {said}" for said in list(report.broken.values())[:10]], sep="\n")
+        print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)", report.summary().to_string(index=False) if len(report.pairs) else "none", sep="\n")
+        if given.out: report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
+        if given.picture and len(report.leaks): show_pairs(report).savefig(given.picture, dpi=110)

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 
 LEVELS = ("none", "weak", "strong")
 RECIPES = ("rafdb", "fer2013")
-CROPS = {"center": 1, "five": 5, "ten": 10}
-KINDS = ("fer2013", "csv", "folder")
+CROPS = {"center": 1, "flip": 2, "five": 5, "ten": 10}
+KINDS = ("fer2013", "rafdb", "ferplus", "affectnet", "expw", "ckplus", "csv", "folder")
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
 OPTIMIZERS = ("paper", "adam")
 SCHEDULES = ("one-cycle", "cosine")
@@ -16,6 +16,8 @@ CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, re
 PRESETS = {
     "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
     "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
+    "ferplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
+    "ckplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=40, opt="paper", momentum=0.999),
     "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
 
 
@@ -26,7 +28,7 @@ class RunConfig:
     kind: str = "auto"
     method: str = "ecan"
     arch: str = "resnet18"
-    pretrained: bool = False
+    pretrained: str = False  # True: timm's weights; else a run's folder or a checkpoint
     epochs: int = None
     bs: int = None
     lr: float = None
@@ -74,5 +76,5 @@ class RunConfig:
         return self
 
     def _detect(self):
-        from ecan_fastai.datasets import detect_kind
+        from ecan_fastai.published import detect_kind
         return detect_kind(self.data)

@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/datasets.html.md"""
 
 # %% auto #0
 __all__ = ['EXPRESSIONS', 'FER2013_IDS', 'FER2013_COUNTS', 'Face', 'draw_face', 'sample_faces', 'broken_faces',
-           'ExpressionDataLoaders', 'detect_kind', 'KINDS']
+           'ExpressionDataLoaders', 'folder_faces', 'table_faces', 'csv_faces', 'fer2013_faces']
 
 # %% ../nbs/03_datasets.ipynb #7b9f8ba2
 import json
@@ -21,15 +21,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pandas as pd
+import torch
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Categorize, get_image_files
+from fastai.data.transforms import Categorize, Category, get_image_files
 from fastai.torch_core import TensorCategory
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fasttransform import Transform
 
-from .config import KINDS
 from .data import TwoViewBlock, read_face
 
 # %% ../nbs/03_datasets.ipynb #2227d49b
@@ -37,11 +37,12 @@ EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"
 
 @dataclass(frozen=True)
 class Face:
-    "A labelled picture: `image` is anything that `read_face` takes, `name` tells a person where it is"
+    "A labelled picture: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares` are those of the votes for each class where people voted"
     image:Any
     label:str
     split:str="train"
     name:str=""
+    shares:tuple=()
     def __str__(self): return self.name or str(self.image)
 
 # %% ../nbs/03_datasets.ipynb #85446c19
@@ -173,6 +174,10 @@ def _check_labels(faces, vocab):
     if len(vocab) < 2: raise ValueError(f"expected at least 2 classes, got only {vocab[0]!r}")
     return vocab
 
+def _check_shares(faces, idxs, vocab):
+    for f in (faces[i] for i in idxs):
+        if len(f.shares) != len(vocab): raise ValueError(f"{f}: soft labels need a share of votes for each of the {len(vocab)} classes, got {len(f.shares)}; FER+ has them")
+
 def _stratified(idxs, labels, pct, seed):
     "A seeded share of `idxs` from each class: at least one where a class has two, none where it has one"
     rng,held = np.random.default_rng(seed),[]
@@ -220,19 +225,21 @@ def _without_broken(faces, channels, size, skip_broken):
     return [f for i,f in enumerate(faces) if i not in broken]
 
 # %% ../nbs/03_datasets.ipynb #3d96872f
-class _Attribute(Transform):
-    "Getter of an attribute"
-    def __init__(self, attribute): 
+class _Get(Transform):
+    "Getter of an attribute, or of the whole record"
+    def __init__(self, attribute=None):
         super().__init__()
         self.attribute = attribute
-    def __call__(self, o, **kwargs): return getattr(o, self.attribute)
+    def __call__(self, o, **kwargs): return o if self.attribute is None else getattr(o, self.attribute)
 
 class _Label(Categorize):
-    "`Categorize` without type dispatch, its tensors made once"
-    def __init__(self, vocab):
+    "`Categorize` of a `Face` without type dispatch, its tensors made once; with `soft`, shares of votes in training"
+    def __init__(self, vocab, soft=False):
         super().__init__(vocab, sort=False)
-        self.tensors = {o: TensorCategory(i) for i,o in enumerate(vocab)}
-    def __call__(self, o, **kwargs): return self.tensors[o] if o in self.tensors else super().__call__(o, **kwargs)
+        self.soft,self.tensors = soft,{o: TensorCategory(i) for i,o in enumerate(vocab)}
+    def __call__(self, face, split_idx=None, **kwargs):
+        return TensorCategory(torch.tensor(face.shares)) if self.soft and split_idx == 0 else self.tensors[face.label]
+    def decodes(self, o): return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 # %% ../nbs/03_datasets.ipynb #2ccee6d4
 def _loaders(cls,
@@ -245,13 +252,14 @@ def _loaders(cls,
     recipe:str="rafdb", # Column of Table 1: "rafdb" or "fer2013"
     n_views:int=2, # Views in training: 2 for ECAN, 1 for the baseline
     all_crops:bool=False, # Train on all five crops of FiveCrop instead of a random one
-    eval_crops:str="center", # Evaluate on the "center" crop, or on the mean over "five" or "ten"
+    eval_crops:str="center", # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
     valid_pct:float=0.1, # Share of train held out where the data has no valid split
     seed:int=42, # Seed of that share
     train_all:bool=False, # Train on the valid split too, which is then called valid_seen
     vocab:list=None, # Names of the classes in order; default those of train, sorted
     skip_broken:bool=False, # Go on without images that cannot be read
     image_size:int=None, # Side that every picture on disk must have
+    soft_labels:bool=False, # Train on the shares of people's votes (FER+); evaluation keeps the label
     **kwargs # To `DataBlock.dataloaders`: num_workers, device, val_bs, ...
 ):
     if bs is not None and not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
@@ -259,10 +267,11 @@ def _loaders(cls,
     vocab = _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all)
+    if soft_labels: _check_shares(faces, splits["train"], vocab)
     if bs is None: bs = min(256, 2**max(2, int(math.log2(len(splits["train"])/8))))
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
-    block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), TransformBlock(type_tfms=_Label(vocab))),
-                      getters=[_Attribute("image"), _Attribute("label")], splitter=lambda _: list(splits.values()))
+    block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), TransformBlock(type_tfms=_Label(vocab, soft_labels))),
+                      getters=[_Get("image"), _Get()], splitter=lambda _: list(splits.values()))
     loaders = block.dataloaders(faces, bs=bs, **{"persistent_workers": True, **kwargs}).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
@@ -304,6 +313,17 @@ def _class_folders(path, split):
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
 
+def folder_faces(
+    path # Folder of class folders, or of split folders with class folders in them
+)->list: # `Face` records
+    "Faces of a folder; raises `ValueError` where there are none"
+    path = _folder(path)
+    names = [p.name for p in _subfolders(path)]
+    if "train" in names: faces = [f for s in names for f in _class_folders(path/s, "valid" if s == "val" else s)]
+    else: faces = _class_folders(path, "train")
+    if not faces: raise ValueError(f"no images found under {path}: expected class folders with images in them, or split folders (train, valid, test) with class folders")
+    return faces
+
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
 def from_folder(cls:ExpressionDataLoaders,
@@ -311,14 +331,28 @@ def from_folder(cls:ExpressionDataLoaders,
     **kwargs
 ):
     "From a folder; class names are the folders' names"
-    path = _folder(path)
-    names = [p.name for p in _subfolders(path)]
-    if "train" in names: faces = [f for s in names for f in _class_folders(path/s, "valid" if s == "val" else s)]
-    else: faces = _class_folders(path, "train")
-    if not faces: raise ValueError(f"no images found under {path}: expected class folders with images in them, or split folders (train, valid, test) with class folders")
-    return cls.from_faces(faces, **{"path": path, **kwargs})
+    return cls.from_faces(folder_faces(path), **{"path": path, **kwargs})
 
 # %% ../nbs/03_datasets.ipynb #7261d5b5
+def table_faces(
+    df:pd.DataFrame, # One row a face
+    path=".", # Folder to which image paths are relative
+    image_col:str="image", # Column of image paths, or of uint8 arrays
+    label_col:str="label", # Column of class names
+    split_col:str="split" # Column of split names, used if it is there
+)->list: # `Face` records
+    "Faces of a table; raises `ValueError` naming a missing column, or the row with something wrong in it"
+    missing = [c for c in (image_col, label_col) if c not in df]
+    if missing: raise ValueError(f"the table has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(map(str, df.columns))}")
+    splits = df[split_col] if split_col in df else ["train"]*len(df)
+    faces = []
+    for row,image,label,split in zip(df.index, df[image_col], df[label_col], splits):
+        if pd.isna(label) or pd.isna(split): raise ValueError(f"row {row} of the table has no {label_col if pd.isna(label) else split_col}")
+        if isinstance(image, (str, Path)): image = Path(path)/image
+        elif not isinstance(image, np.ndarray): raise ValueError(f"row {row} of the table: expected a path or an array in {image_col!r}, got {image!r}")
+        faces.append(Face(image, str(label), "valid" if split == "val" else str(split), str(image) if isinstance(image, Path) else f"row {row}"))
+    return faces
+
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
 def from_df(cls:ExpressionDataLoaders,
@@ -330,16 +364,20 @@ def from_df(cls:ExpressionDataLoaders,
     **kwargs
 ):
     "From a table of images and labels"
+    return cls.from_faces(table_faces(df, path, image_col, label_col, split_col), **{"path": path, **kwargs})
+
+def csv_faces(
+    csv, # Comma-separated file with a header
+    path=None, # Folder to which image paths are relative; default the file's own
+    image_col:str="image", # Column of image paths
+    label_col:str="label", # Column of class names
+    split_col:str="split" # Column of split names, used if it is there
+)->list: # `Face` records
+    "Faces of a comma-separated file"
+    df = _read_csv(csv)
     missing = [c for c in (image_col, label_col) if c not in df]
-    if missing: raise ValueError(f"the table has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(map(str, df.columns))}")
-    splits = df[split_col] if split_col in df else ["train"]*len(df)
-    faces = []
-    for row,image,label,split in zip(df.index, df[image_col], df[label_col], splits):
-        if pd.isna(label) or pd.isna(split): raise ValueError(f"row {row} of the table has no {label_col if pd.isna(label) else split_col}")
-        if isinstance(image, (str, Path)): image = Path(path)/image
-        elif not isinstance(image, np.ndarray): raise ValueError(f"row {row} of the table: expected a path or an array in {image_col!r}, got {image!r}")
-        faces.append(Face(image, str(label), "valid" if split == "val" else str(split), str(image) if isinstance(image, Path) else f"row {row}"))
-    return cls.from_faces(faces, **{"path": path, **kwargs})
+    if missing: raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}")
+    return table_faces(df, Path(path) if path is not None else Path(csv).parent, image_col, label_col, split_col)
 
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,path")
@@ -352,10 +390,8 @@ def from_csv(cls:ExpressionDataLoaders,
     **kwargs
 ):
     "From a comma-separated file of image paths and labels"
-    df = _read_csv(csv)
-    missing = [c for c in (image_col, label_col) if c not in df]
-    if missing: raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}")
-    return cls.from_df(df, Path(path) if path is not None else Path(csv).parent, image_col, label_col, split_col, **kwargs)
+    faces = csv_faces(csv, path, image_col, label_col, split_col)
+    return cls.from_faces(faces, **{"path": Path(path) if path is not None else Path(csv).parent, **kwargs})
 
 def _read_csv(csv, **kwargs):
     if not Path(csv).is_file(): raise FileNotFoundError(f"no such file: {csv}")
@@ -408,7 +444,23 @@ def _warn_counts(faces, expected, name):
     wrong = [f"{split} {label} {counts[split, label]} instead of {n}" for split,labels in expected.items() for label,n in labels.items() if counts[split, label] != n]
     if wrong: warnings.warn(f"this {name} differs from the published one: {', '.join(wrong)}")
 
+def _root(path): return Path(path) if Path(path).is_dir() else Path(path).parent
+
 # %% ../nbs/03_datasets.ipynb #38477c22
+def fer2013_faces(
+    path # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
+)->list: # `Face` records of train, PublicTest and PrivateTest
+    "Faces of FER2013; warns where the counts are not the published ones"
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
+    csvs = [path] if path.is_file() else [path/f for f in _FER2013_FILES if (path/f).exists()]
+    if csvs: faces = _fer2013_csv(csvs[0])
+    elif (path/"train").is_dir() and (path/"test").is_dir(): faces = _fer2013_folders(path)
+    else: raise ValueError(f"{path} is not FER2013: expected train/ and test/ in it, or {' or '.join(_FER2013_FILES)}")
+    faces.sort(key=lambda f: list(FER2013_COUNTS).index(f.split))
+    _warn_counts(faces, FER2013_COUNTS, "FER2013")
+    return faces
+
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,image_size,vocab")
 def from_fer2013(cls:ExpressionDataLoaders,
@@ -419,41 +471,5 @@ def from_fer2013(cls:ExpressionDataLoaders,
     **kwargs
 ):
     "FER2013: splits train, valid, PublicTest, PrivateTest"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
-    csvs = [path] if path.is_file() else [path/f for f in _FER2013_FILES if (path/f).exists()]
-    if csvs: faces = _fer2013_csv(csvs[0])
-    elif (path/"train").is_dir() and (path/"test").is_dir(): faces = _fer2013_folders(path)
-    else: raise ValueError(f"{path} is not FER2013: expected train/ and test/ in it, or {' or '.join(_FER2013_FILES)}")
-    faces.sort(key=lambda f: list(FER2013_COUNTS).index(f.split))
-    _warn_counts(faces, FER2013_COUNTS, "FER2013")
-    defaults = {"path": path if path.is_dir() else path.parent, "vocab": EXPRESSIONS, "image_size": 48}
-    return cls.from_faces(faces, size=size, channels=channels, recipe=recipe, **{**defaults, **kwargs})
-
-# %% ../nbs/03_datasets.ipynb #ab1bb7a9
-_all_ = ["KINDS"]
-
-def detect_kind(
-    path # A folder or a csv file
-)->str: # One of `KINDS`
-    "What kind of data lies at `path`"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_file():
-        if path.suffix.lower() != ".csv": raise ValueError(f"expected a folder or a .csv file, got {path}")
-        return "fer2013" if {"emotion", "pixels"} <= set(_read_csv(path, nrows=0).columns) else "csv"
-    if any((path/f).exists() for f in _FER2013_FILES): return "fer2013"
-    if (path/"test").is_dir() and any(p.name.startswith(("PublicTest_", "PrivateTest_")) for d in _subfolders(path/"test") for p in d.iterdir()): return "fer2013"
-    return "folder"
-
-@patch(cls_method=True)
-@delegates(_loaders, but="cls,faces,path")
-def from_path(cls:ExpressionDataLoaders,
-    path, # A folder or a csv file
-    kind:str="auto", # "fer2013", "csv", "folder", or "auto" to look
-    **kwargs
-):
-    "From data of a kind that is named or detected"
-    kind = detect_kind(path) if kind == "auto" else kind
-    if kind not in KINDS: raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")
-    return getattr(cls, f"from_{kind}")(path, **kwargs)
+    defaults = {"path": _root(path), "vocab": EXPRESSIONS, "image_size": 48}
+    return cls.from_faces(fer2013_faces(path), size=size, channels=channels, recipe=recipe, **{**defaults, **kwargs})

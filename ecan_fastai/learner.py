@@ -10,6 +10,7 @@ __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', '
 # %% ../nbs/07_learner.ipynb #77f2e63a
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class ECANLearner(Learner):
 def ecan_learner(
     dls, # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
     arch:str="resnet18", # Name of a timm model
-    pretrained:bool=False, # timm's pretrained weights; the encoder is then frozen at first, as in fastai's own learners
+    pretrained:bool|str|Path=False, # timm's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first, as in fastai's own learners
     l1:float=0.2, # Share of ENSC in the loss
     l2:float=0.7, # Weight of MVA in the loss
     n_groups:int=5, # V: feature groups of MVA, the current one included
@@ -111,7 +112,7 @@ def ecan_learner(
 def baseline_learner(
     dls, # DataLoaders; of two views the first is used
     arch:str="resnet18", # Name of a timm model
-    pretrained:bool=False, # timm's pretrained weights; the encoder is then frozen at first
+    pretrained:bool|str|Path=False, # timm's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first
     loss_func=None, # Default: cross-entropy
     metrics=None, # Default: accuracy, average accuracy, macro-F1
     cbs=None, # Further callbacks
@@ -121,7 +122,7 @@ def baseline_learner(
     views,n_classes = _views(dls)
     model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
     _check_fits(dls, model, views[0], arch)
-    return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(), metrics, [CropsAsImages(), *L(cbs)], pretrained, kwargs)
+    return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(flatten=False), metrics, [CropsAsImages(), *L(cbs)], pretrained, kwargs)
 
 def _check_fits(dls, model, view, arch):
     "One view through the encoder: a size or number of channels that it does not take is told now"

@@ -282,12 +282,13 @@ class ECANLoss(nn.Module):
 
     def forward(self,
         out, # Logits (n, C), or the model's training output: a dict with logits, z_q, z_k, bank_z, bank_y, bank_order, centers
-        y:Tensor # Labels (n,)
+        y:Tensor # Labels (n,), or shares of the classes (n, C): cross-entropy takes them as they are, the other terms the largest
     )->Tensor: # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
         if isinstance(out, Tensor): return F.cross_entropy(out.float(), y, reduction=self.reduction)
         y = y.as_subclass(Tensor)
         ce = F.cross_entropy(out["logits"].float(), y, reduction="none")
         loss,parts = (1-self.l1)*ce,[ce.mean()]
+        if y.ndim == 2: y = y.argmax(1)
         if self.l1:
             parts.append(self._contrast(out, y))
             loss = loss + self.l1*parts[-1]

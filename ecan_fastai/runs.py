@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +30,7 @@ from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history,
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
 from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel
+from ecan_fastai import published  # `from_path`
 
 OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
 
@@ -228,8 +229,9 @@ def resume_run(
     cfg = _read_config(out)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
-    learn = run_learner(cfg, dls, out)
-    return _train(learn, cfg, out, _read_checkpoint(out))
+    state = _read_checkpoint(out)
+    learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
+    return _train(learn, cfg, out, state)
 
 def _warn_short(learn, cfg):
     steps, memory = cfg.epochs*len(learn.dls.train), 1/(1-cfg.momentum)

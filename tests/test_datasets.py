@@ -9,6 +9,7 @@ import torch
 
 from ecan_fastai.datasets import *
 from ecan_fastai.datasets import Face
+from ecan_fastai.published import detect_kind
 
 FAST = dict(bs=8, num_workers=0, device="cpu")
 
@@ -236,4 +237,4 @@ def test_kinds_are_detected(tmp_path, faces):
     assert detect_kind(tmp_path/"t.csv") == "csv"
     (tmp_path/"t.txt").write_text("x")
     with pytest.raises(ValueError, match="expected a folder or a .csv file"): detect_kind(tmp_path/"t.txt")
-    with pytest.raises(ValueError, match="unknown kind of data 'affectnet'"): ExpressionDataLoaders.from_path(faces, "affectnet")
+    with pytest.raises(ValueError, match="unknown kind of data 'jaffe'"): ExpressionDataLoaders.from_path(faces, "jaffe")
