@@ -168,7 +168,8 @@ class ECANModel(FaceClassifier):
     ): # Logits (n, n_classes); in training with a pair a dict: logits, z_q, z_k (n, d), bank_z (B, d), bank_y, bank_order (B,), centers (n_classes, d)
         if not (self.training and isinstance(x, (tuple, list))): return super().forward(x)
         x_q,x_k = x
-        z_q,z_k = self.encoder(x_q),self.keys(x_k)
+        z_k = self.keys(x_k)  # first, so that its memory is free again when the query's activations are kept for the backward pass
+        z_q = self.encoder(x_q)
         bank_z,bank_y = self.bank.rows()
         return dict(logits=self.classifier(z_q), z_q=z_q, z_k=z_k, bank_z=bank_z, bank_y=bank_y, bank_order=self.bank.order(), centers=self.centers)
 
