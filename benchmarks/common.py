@@ -1,6 +1,5 @@
 "What every benchmark shares: contenders that alternate in one run, tables of medians and ratios, and the name of the machine."
 import argparse
-import json
 import os
 import platform
 import statistics

@@ -18,7 +18,7 @@ from ecan_fastai import runs
 
 class Stopwatch(Callback):
     "Seconds an epoch by what they went into; the device is waited for at each change, which costs what overlap there was between loader and step"
-    order = 100
+    order, remove_on_fetch = 100, True  # not in the evaluation of the test splits
     def __init__(self): self.epochs, self.last = [], None
     def note(self, name):
         synchronize(self.dls.device)

@@ -43,7 +43,7 @@ def stock_pipeline(recipe, size, channels):
     return A.Compose([A.RandomResizedCrop(size=(size, size), scale=(0.8, 1.0)), A.ColorJitter(0.5, 0.5, 0.5, 0, p=0.5), A.Affine(translate_percent={"x": (-0.2, 0.2), "y": (-0.2, 0.2)}, p=0.5),
                       A.HorizontalFlip(p=0.5), A.Rotate(10, p=0.5), A.OneOf([A.Crop(x, y, x+side, y+side) for x, y in corners], p=1), A.Erasing(p=0.5)])
 
-def seeded(workers): return dict(num_workers=workers, shuffle=True, drop_last=True)
+def loading(workers): return dict(num_workers=workers, persistent_workers=workers > 0, shuffle=True, drop_last=True)
 
 
 def ours(path, size, channels, recipe, bs, workers, **_):
@@ -61,7 +61,7 @@ class Plain(Dataset):
 def albumentations_plain(path, size, channels, recipe, bs, workers, pipeline=stock_pipeline, **_):
     files = sorted(get_image_files(path/"train"))
     data = Plain([str(f) for f in files], [EXPRESSIONS.index(f.parent.name) for f in files], pipeline(recipe, size, channels), channels)
-    return DataLoader(data, bs, **seeded(workers))
+    return DataLoader(data, bs, **loading(workers))
 
 class TwoTimes:
     def __init__(self, transform): self.transform = transform
@@ -78,7 +78,7 @@ def torchvision_v2(path, size, channels, recipe, bs, workers, **_):
     else:
         steps = [v2.Resize((size, size)), v2.RandomCrop(size, padding=size//7), v2.RandomHorizontalFlip(), v2.RandomApply([v2.RandomRotation(20)], 0.5),
                  v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(size//10//2*2+1, (0.1, 2))], 0.5)]
-    return DataLoader(ImageFolder(path/"train", TwoTimes(v2.Compose(grey + steps + erase))), bs, **seeded(workers))
+    return DataLoader(ImageFolder(path/"train", TwoTimes(v2.Compose(grey + steps + erase))), bs, **loading(workers))
 
 def lightly_transform(path, size, channels, recipe, bs, workers, **_):
     from lightly.transforms import SimCLRTransform
@@ -86,7 +86,7 @@ def lightly_transform(path, size, channels, recipe, bs, workers, **_):
     if recipe == "fer2013":
         t = SimCLRTransform(crop_size("strong", recipe, size), cj_prob=0.5, cj_bright=0.5, cj_contrast=0.5, cj_sat=0.5, cj_hue=0, min_scale=0.8, random_gray_scale=0, gaussian_blur=0, rr_prob=0.5, rr_degrees=10, normalize=None)
     else: t = SimCLRTransform(size, cj_prob=0.8, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4, cj_hue=0.1, min_scale=0.6, rr_prob=0.5, rr_degrees=20, normalize=None)
-    return DataLoader(ImageFolder(path/"train", t), bs, **seeded(workers))
+    return DataLoader(ImageFolder(path/"train", t), bs, **loading(workers))
 
 class AlbumentationsTransform(RandTransform):
     "As in fastai's albumentations tutorial"
@@ -111,7 +111,7 @@ PEERS = {"albumentations in a plain Dataset": albumentations_plain, "torchvision
               "lightly's transform, ImageFolder": lightly_transform, "fastai, its tutorial's transform": fastai_obvious}
 
 def one_pass(loader):
-    "Images a second of a whole pass, start of the workers included; what runs on the batch's device afterwards (float, normalise) is left out"
+    "Images a second of a whole pass; workers live on from the first, uncounted one where the loader can do that (fastai's cannot); what runs on the batch's device afterwards (float, normalise) is left out"
     if hasattr(loader, "after_batch"): loader.after_batch = noop
     start, n = time.perf_counter(), 0
     for batch in loader: n += len(batch[-1])

@@ -3,6 +3,7 @@ from fastai.vision.all import *  # first: it binds names (A, for one) that must 
 
 from ecan_fastai.augment import *
 from ecan_fastai.callbacks import *
+from ecan_fastai.check import *
 from ecan_fastai.data import *
 from ecan_fastai.datasets import *
 from ecan_fastai.inference import *

@@ -59,7 +59,7 @@ class MemoryBankUpdate(Callback):
 def unfold_crops(x, y):
     "Stack of crops (n, crops, ...) and labels (n,) to pictures (n*crops, ...) and as many labels; pictures pass through"
     if x.ndim < 5: return x,y
-    return x.flatten(0, 1),y.repeat_interleave(x.shape[1])
+    return x.flatten(0, 1),y.repeat_interleave(x.shape[1], 0)
 
 class CropsAsImages(Callback):
     "Train on every crop as a picture of its own"

@@ -35,9 +35,9 @@ def _pairs_exact(digests):
     for i,d in enumerate(digests): groups.setdefault(d, []).append(i)
     return [(a, b, 0) for own in groups.values() for k,a in enumerate(own) for b in own[k+1:]]
 
-def _pairs_near(signs, distance, rows=2048):
+def _pairs_near(signs, distance, rows=None):
     "Pairs of positions whose hashes differ in at most `distance` bits; a product of signs counts the bits that agree"
-    found = []
+    found,rows = [],rows or max(1, 2**25//len(signs))  # 128 MiB at a time
     for i in range(0, len(signs), rows):
         bits = (signs.shape[1] - signs[i:i+rows] @ signs[i:].T)/2
         a,b = np.nonzero(np.triu(bits <= distance, 1))
@@ -60,7 +60,7 @@ class DataReport:
     def summary(self)->pd.DataFrame:
         "Number of pairs by the splits they stand in, and how many of them carry two different labels"
         if not len(self.pairs): return pd.DataFrame(columns=["splits", "same pixels", "near", "of both, labelled differently"])
-        splits = [" and ".join(dict.fromkeys(s)) for s in zip(self.pairs.split_a, self.pairs.split_b)]
+        splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
         rows = [(name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum())) for name,own in self.pairs.groupby(splits, sort=False)]
         return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "of both, labelled differently"])
 

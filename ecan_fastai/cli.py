@@ -84,9 +84,9 @@ def _one_sentence(parser):
     except (ValueError, OSError, ImportError) as e: parser.exit(2, f"{parser.prog}: error: {e}\n")
     except KeyboardInterrupt: parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
-def _out(parser, file, *endings):
-    if file is not None and file.suffix not in endings: parser.error(f"--out: expected a name ending in {' or '.join(endings)}, got {file}")
-    if file is not None and not file.parent.is_dir(): parser.error(f"--out: no such folder: {file.parent}")
+def _out(parser, file, *endings, flag="--out"):
+    if file is not None and file.suffix not in endings: parser.error(f"{flag}: expected a name ending in {' or '.join(endings)}, got {file}")
+    if file is not None and not file.parent.is_dir(): parser.error(f"{flag}: no such folder: {file.parent}")
 
 def _with_model(prog, about, example):
     p = argparse.ArgumentParser(prog, description=about, epilog=f"Example: {example}")
@@ -145,6 +145,7 @@ def ecan_check(args=None):
     p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
     given = p.parse_args(args)
     _out(p, given.out, ".csv")
+    _out(p, given.picture, ".png", flag="--picture")
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
         report = check_data(given.data, given.kind, given.distance)
@@ -152,3 +153,4 @@ def ecan_check(args=None):
         print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)", report.summary().to_string(index=False) if len(report.pairs) else "none", sep="\n")
         if given.out: report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
         if given.picture and len(report.leaks): show_pairs(report).savefig(given.picture, dpi=110)
+        elif given.picture: print("no pair across splits, so no picture")

@@ -10,6 +10,7 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'PhotoCrop', 'read_face', 'Face
 
 # %% ../nbs/02_data.ipynb #0c0a5058
 import copy
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from PIL import Image
 from plum import dispatch
 from torch.utils.data import DataLoader, get_worker_info
 
-from .augment import eval_pipelines, train_pipeline
+from .augment import eval_pipelines, seed_pipeline, train_pipeline
 
 # %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):
@@ -115,7 +116,7 @@ class FaceTransform(Transform):
         return _to_face(crops[0] if len(crops) == 1 else np.stack(crops))
 
     def decode(self, x, **kwargs): return x
-    def seed(self, seed): self.train.set_random_seed(seed % 2**32)
+    def seed(self, seed): seed_pipeline(self.train, seed)
 
 def _channels_first(a):
     "(height, width, channels) to (channels, height, width); a grey picture keeps its memory"
@@ -144,7 +145,7 @@ class _Batches:
 _kept = WeakKeyDictionary()  # `TwoViewDL` to the loader whose workers live on
 
 class TwoViewDL(TfmdDL):
-    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own, and whose workers may be persistent"
+    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own. Persistent workers keep the data set and transforms of the first pass, and serve one pass at a time"
     def __iter__(self):
         self.randomize()
         self.before_iter()
@@ -154,7 +155,7 @@ class TwoViewDL(TfmdDL):
         self.after_iter()
 
     def _plan(self):
-        batches = [list(idxs) for idxs in self.chunkify(self.get_idxs())]
+        batches = [list(idxs) for idxs in itertools.islice(self.chunkify(self.get_idxs()), len(self))]  # `show_batch(unique=True)` has endless indices
         if getattr(self.dataset, "split_idx", None) != 0: return [(None, b) for b in batches]
         seed = torch.randint(2**31, ()).item()
         return [(seed+i, b) for i,b in enumerate(batches)]
@@ -183,6 +184,11 @@ class TwoViewDL(TfmdDL):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
+
+    def create_batches(self, samps):
+        "fastai's own way through the data, which its `DistributedDL` takes: one seed a pass and worker"
+        if getattr(self.dataset, "split_idx", None) == 0: self.seed(torch.randint(2**31, ()).item())
+        yield from super().create_batches(samps)
 
     def do_item(self, s):
         try: item = self.create_item(s)

@@ -177,6 +177,7 @@ def _check_labels(faces, vocab):
 def _check_shares(faces, idxs, vocab):
     for f in (faces[i] for i in idxs):
         if len(f.shares) != len(vocab): raise ValueError(f"{f}: soft labels need a share of votes for each of the {len(vocab)} classes, got {len(f.shares)}; FER+ has them")
+        if vocab[int(np.argmax(f.shares))] != f.label: raise ValueError(f"{f}: its largest share is not that of {f.label!r}: soft labels need the classes in the order of the shares")
 
 def _stratified(idxs, labels, pct, seed):
     "A seeded share of `idxs` from each class: at least one where a class has two, none where it has one"

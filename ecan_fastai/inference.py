@@ -9,6 +9,7 @@ __all__ = ['PictureModel', 'Predictor', 'picture_files', 'shared_classes']
 
 # %% ../nbs/10_inference.ipynb #a2187ad8
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from albumentations import Resize
 from fastai.data.transforms import get_image_files
+from fastai.imports import is_listy
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -55,14 +57,17 @@ class PictureModel(nn.Module):
         return torch.stack([self.classifier.encoder(v) for v in self.views(x)]).mean(0)
 
 # %% ../nbs/10_inference.ipynb #98a9c774
+_NEEDED = dict(config=("arch", "level", "recipe", "size", "channels", "eval_crops"), about=("vocab", "mean", "std", "view_size"))
+
 def _read_run(run):
     "Configuration, what is known of the data, and weights"
     for name in ("config.json", "model.safetensors"):
         if not (run/name).is_file(): raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
     try:
         written = json.loads((run/"config.json").read_text())
-        return written["config"],written["about"],load_file(run/"model.safetensors")
-    except (json.JSONDecodeError, KeyError) as e: raise ValueError(f"{run/'config.json'} is not the configuration of a run: {e}") from e
+        config,about = [{k: written[part][k] for k in keys} for part,keys in _NEEDED.items()]
+        return config,about,load_file(run/"model.safetensors")
+    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{run/'config.json'} is not the configuration of a run: {e}") from e
     except SafetensorError as e: raise ValueError(f"{run/'model.safetensors'} is broken: {e}") from e
 
 class Predictor:
@@ -80,8 +85,10 @@ class Predictor:
         try: model.load_state_dict(weights)
         except RuntimeError as e: raise ValueError(f"{self.run/'model.safetensors'} does not fit its config.json: {e}") from e
         self.vocab,self.channels,self.crops = list(about["vocab"]),cfg["channels"],crops
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = PictureModel(model.eval(), about["mean"], about["std"], side, about["view_size"], crops).eval().to(self.device)
+        self.model = PictureModel(model.eval(), about["mean"], about["std"], side, about["view_size"], crops).eval()
+        try: self.model.to(device := torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        except (RuntimeError, AssertionError) as e: raise ValueError(f"no such device here: {device}") from e
+        self.device = device
         self.resize = Resize(side, side)
 
     def pixels(self,
@@ -130,7 +137,7 @@ def picture_files(
 
 def _items(x):
     if isinstance(x, (str, Path)): return picture_files(x)
-    if isinstance(x, (list, tuple)) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4: x = list(x)
+    if is_listy(x) or isinstance(x, pd.Series) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4: x = list(x)
     else: x = [x]
     if not x: raise ValueError("no pictures to predict")
     return x
@@ -162,7 +169,7 @@ def evaluate(self:Predictor,
     shared = shared_classes(self.vocab, {f.label for f in faces})
     known = [f for f in faces if f.label in shared]
     index = {v: i for i,v in enumerate(self.vocab)}
-    result = dict(classes=shared, left_out={l: n for l in sorted({f.label for f in faces} - set(shared)) if (n := sum(f.label == l for f in faces))}, unseen=[v for v in self.vocab if v not in shared.values()], crops=self.crops, splits={})
+    result = dict(classes=shared, left_out=dict(Counter(f.label for f in faces if f.label not in shared)), unseen=[v for v in self.vocab if v not in shared.values()], crops=self.crops, splits={})
     for split in chosen:
         own = [f for f in known if f.split == split]
         if not own: continue
@@ -179,6 +186,7 @@ def export(self:Predictor,
     "Write the model, with its views and its normalisation, for another runtime"
     file = Path(file)
     if file.suffix not in (".onnx", ".pt2"): raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")
+    if file.suffix == ".onnx": _check_onnx()
     model = self.model.cpu()
     example = torch.zeros(2, self.channels, model.side, model.side, dtype=torch.uint8)
     try:
@@ -188,9 +196,11 @@ def export(self:Predictor,
     finally: model.to(self.device)
     return file
 
-def _save_onnx(program, predictor, file):
+def _check_onnx():
     try: import onnx, onnxscript
     except ImportError as e: raise ImportError(f"exporting to ONNX needs the package {e.name}: pip install 'ecan_fastai[onnx]'") from e
+
+def _save_onnx(program, predictor, file):
     made = torch.onnx.export(program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False)
     made.model.metadata_props.update(labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels))
     made.save(file)

@@ -77,7 +77,8 @@ def _read_weights(path):
     file = path/"model.safetensors" if path.is_dir() else path
     if not file.is_file(): raise FileNotFoundError(f"no such file: {file}" if file == path else f"{path} is not the folder of a finished run: no model.safetensors in it")
     try: state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as e: raise ValueError(f"{file} is no file of weights, or needs code to load: {str(e).splitlines()[0]}") from e
+    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{file} is no file of weights, or needs code to load: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
     for wrapper in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]
     if not isinstance(state, dict): raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
@@ -93,15 +94,15 @@ def load_encoder(
     encoder:nn.Module, # A timm model without classifier
     path # Folder of a finished run, `.safetensors` file, or checkpoint of torch, with names as in torchvision or timm
 )->str: # How many tensors matched, and what was left out
-    "Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises `ValueError` where fewer than half of its tensors match"
+    "Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"
     own,state = encoder.state_dict(),_read_weights(path)
-    prefixes = {name[:-len(k)] for k in own for name in state if name.endswith(k) and (name == k or name[-len(k)-1] == ".")} or {""}
+    prefixes = dict.fromkeys(name[:-len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k)-1] == ".")) or [""]
     def found(prefix): return {k: w for k,v in own.items() if prefix + k in state and (w := _fit_channels(state[prefix + k], v.shape)).shape == v.shape}
-    prefix = max(sorted(prefixes), key=lambda p: len(found(p)))
+    prefix = max(prefixes, key=lambda p: len(found(p)))  # of two alike, MoCo's query and key encoder, the first in the file
     matched = found(prefix)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
-    said = f"{len(matched)} of {len(own)} tensors matched those of {path}" + (f"; left out there: {', '.join(left[:4])}{f' and {len(left)-4} more' if len(left) > 4 else ''}" if left else "")
-    if 2*len(matched) < len(own): raise ValueError(f"{said}; expected at least half: are these the weights of the same architecture?")
+    said = f"{len(matched)} of {len(own)} tensors matched those of {path}" + (f" under {prefix}" if prefix else "") + (f"; left out there: {', '.join(left[:4])}{f' and {len(left)-4} more' if len(left) > 4 else ''}" if left else "")
+    if 2*len(matched) < len(own) or 2*sum(k.startswith(prefix) for k in left) > len(matched): raise ValueError(f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights of the same architecture?")
     encoder.load_state_dict({**own, **matched})
     return said
 

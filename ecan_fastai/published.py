@@ -12,12 +12,10 @@ __all__ = ['EXPRESSIONS_8', 'RAFDB_IDS', 'RAFDB_COUNTS', 'FERPLUS_VOTES', 'AFFEC
 # %% ../nbs/03a_published.ipynb #3d3defa8
 import re
 import warnings
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from sklearn.model_selection import StratifiedGroupKFold
@@ -115,7 +113,7 @@ def _ferplus_csv(path):
     for i,(row,picture) in enumerate(zip(table.itertuples(index=False), pictures), start=2):
         usage,name,*votes = row
         where = f"{path/_FERPLUS_CSV}, line {i}"
-        if usage.replace("Training", "train") != picture.split: raise ValueError(f"{where}: Usage is {usage}, but {picture} is of {picture.split}: the two files are not in the same order")
+        if str(usage).replace("Training", "train") != picture.split: raise ValueError(f"{where}: Usage is {usage}, but {picture} is of {picture.split}: the two files are not in the same order")
         if isinstance(name, str): faces += _voted(picture.image, _votes(votes, where), picture.split, name)
     return faces
 
@@ -123,8 +121,7 @@ def _ferplus_folders(path):
     faces = []
     for folder,split in _FERPLUS_FOLDERS.items():
         file = _folder(path/folder)/"label.csv"
-        if not file.exists(): raise FileNotFoundError(f"no such file: {file}")
-        for i,row in enumerate(pd.read_csv(file, header=None, skipinitialspace=True).itertuples(index=False), start=1):
+        for i,row in enumerate(_read_csv(file, header=None).itertuples(index=False), start=1):
             faces += _voted(path/folder/row[0], _votes(row[-10:], f"{file}, line {i}"), split, str(path/folder/row[0]))
     return faces
 
@@ -230,8 +227,7 @@ def ckplus_faces(
     for f in faces:
         if not _CKPLUS_NAME.match(Path(f.image).stem): raise ValueError(f"{f}: expected a name like S010_004_00000017.png, whose beginning is the subject")
     if not faces: raise ValueError(f"{path} is not CK+48: expected class folders with files like S010_004_00000017.png")
-    counts = Counter(f.label for f in faces)
-    if counts != CKPLUS_COUNTS: warnings.warn(f"this CK+48 differs from the published one: {', '.join(f'{k} {counts[k]} instead of {n}' for k,n in CKPLUS_COUNTS.items() if counts[k] != n)}")
+    _warn_counts(faces, {"train": CKPLUS_COUNTS}, "CK+48")
     return split_by_group(faces, [Path(f.image).name.split("_")[0] for f in faces], fold)
 
 # %% ../nbs/03a_published.ipynb #8804676f

@@ -34,7 +34,7 @@ def test_rows_of_table_1():
 
 def test_shift_moves_each_direction_on_its_own_and_fills_with_black():
     shift = A.Compose([next(t for t in train_pipeline("strong", "fer2013", 48, 1).transforms if type(t).__name__ == "RandomShift")])
-    shift.set_random_seed(0)
+    seed_pipeline(shift, 0)
     seen, still = set(), 0
     img = np.zeros((48, 48, 1), np.uint8)
     img[24, 24] = 255
@@ -60,7 +60,7 @@ def test_random_five_crop_is_one_of_five_crops_with_equal_chance():
     img, side = picture(), 40
     crops = [p(image=img)["image"] for p in eval_pipelines("strong", "fer2013", 48, "five")]
     pipe = A.Compose([RandomFiveCrop(48, side)])
-    pipe.set_random_seed(0)
+    seed_pipeline(pipe, 0)
     counts = np.zeros(5)
     for _ in range(2000):
         out = pipe(image=img)["image"]
@@ -70,9 +70,9 @@ def test_random_five_crop_is_one_of_five_crops_with_equal_chance():
 def test_seed_repeats_and_goes_on():
     for kwargs in (dict(), dict(all_crops=True)):
         pipe, img = train_pipeline("strong", "fer2013", 48, 1, **kwargs), picture()
-        pipe.set_random_seed(5)
+        seed_pipeline(pipe, 5)
         first = [pipe(image=img)["image"] for _ in range(4)]
-        pipe.set_random_seed(5)
+        seed_pipeline(pipe, 5)
         again = [pipe(image=img)["image"] for _ in range(4)]
         assert all(np.array_equal(a, b) for a, b in zip(first, again)) and not np.array_equal(first[0], first[1])
 
@@ -90,6 +90,21 @@ def test_evaluation_crops():
     assert all(np.array_equal(a, b) for a, b in zip(ten[5:], corners))
     assert np.array_equal(eval_pipelines("strong", "fer2013", 48)[0](image=img)["image"], img[4:44, 4:44])
     assert len(eval_pipelines("weak", "fer2013", 48)) == 1
+
+@pytest.mark.parametrize("recipe,level", [("rafdb", "weak"), ("rafdb", "strong"), ("fer2013", "weak"), ("fer2013", "strong")])
+def test_transforms_are_applied_independently_of_each_other(recipe, level):
+    pipe = train_pipeline(level, recipe, 24, 3)
+    pipe.save_applied_params = True
+    img, applied = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8), []
+    for batch in range(150):     # seeded anew for each batch, as in the loader
+        seed_pipeline(pipe, batch)
+        applied += [{name for name, _ in pipe(image=img)["applied_transforms"]} for _ in range(16)]
+    names = [n for n in set.union(*applied) if 0.05 < np.mean([n in a for a in applied]) < 0.95]
+    chance = dict(HorizontalFlip=0.5, ToGray=0.2, Erasing=0.5, Rotate=0.5, GaussianBlur=0.5, ColorJitter=0.8 if recipe == "rafdb" else 0.5, RandomShift=0.5)
+    assert len(names) >= 3
+    for n in names: assert abs(np.mean([n in a for a in applied]) - chance[n]) < 0.05
+    together = np.corrcoef([[n in a for a in applied] for n in names])
+    assert abs(together - np.eye(len(names))).max() < 0.1
 
 def test_five_crops_of_whole_pictures_come_from_a_larger_picture():
     img = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)

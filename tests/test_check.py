@@ -30,6 +30,12 @@ def test_what_was_spoiled_is_found_and_nothing_else(spoiled):
     n = {s: len(list((spoiled/s).rglob("*.png"))) for s in ("train", "test")}
     assert report.counts.loc["all"].to_dict() == {**n, "all": sum(n.values())} and report.counts.loc["happy", "test"] == len(list((spoiled/"test"/"happy").iterdir()))
 
+def test_a_pair_of_splits_is_one_row_in_whatever_order_its_images_come(tmp_path):
+    files = sorted((sample_faces(tmp_path/"f", n=40)/"train"/"happy").glob("*.png"))[:2]
+    rows = [f"{files[0]},happy,train", f"{files[0]},happy,test", f"{files[1]},happy,test", f"{files[1]},happy,train"]
+    (tmp_path/"t.csv").write_text("image,label,split\n" + "\n".join(rows))
+    assert check_data(tmp_path/"t.csv").summary().values.tolist() == [["test and train", 2, 0, 0]]
+
 def test_a_clean_set_has_no_pairs(tmp_path):
     report = check_data(sample_faces(tmp_path/"f", n=60))
     assert not len(report.pairs) and not report.broken and not len(report.summary())
@@ -50,5 +56,7 @@ def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
     assert "1 broken images" in printed and "test and train" in printed and "short.png" in printed
     table = pd.read_csv(tmp_path/"pairs.csv")
     assert len(table[table.split_a != table.split_b]) == 3 and Image.open(tmp_path/"pairs.png").size[0] > 300
+    with pytest.raises(SystemExit) as e: ecan_check([str(spoiled), "--picture", "pairs.foo"])
+    assert e.value.code == 2 and "--picture: expected a name ending in .png, got pairs.foo" in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: ecan_check([str(tmp_path/"nowhere")])
     assert e.value.code == 2 and "no such file or folder" in capsys.readouterr().err

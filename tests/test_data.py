@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.torch_core import TensorCategory, set_seed
 from fasttransform import Transform
@@ -77,6 +78,18 @@ def test_workers_end_with_their_loader_even_if_a_cycle_holds_it(make_dls):
     start = time.perf_counter()
     gc.collect()
     assert time.perf_counter()-start < 4 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)     # torch asks idle workers every 5 s
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_draws_differ_on_fastais_own_way_through_the_data_too(make_dls, workers):
+    dls = batch_of_one_picture(make_dls, workers)
+    set_seed(3)
+    views = [v for _ in range(2) for (q, k), _ in TfmdDL.__iter__(dls.train) for v in (*q, *k)]     # as DistributedDL goes
+    assert len(views) == 128 and distinct(views) == 128
+
+def test_a_batch_of_one_item_again_and_again(make_dls):
+    import matplotlib.pyplot as plt
+    make_dls().show_batch(unique=True, max_n=4)     # fastai asks for an endless pass over the first item
+    plt.close("all")
 
 def test_a_skipped_item_makes_its_batch_smaller(make_dls):
     dls = make_dls(bs=16)

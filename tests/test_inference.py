@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastcore.foundation import L
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -50,6 +51,7 @@ def test_every_form_of_a_picture_gives_the_same(faces, run):
     assert expected.shape == (1, 7) and expected.sum() == pytest.approx(1, abs=1e-5)
     for x in (str(file), file.read_bytes(), grey, grey[..., None], np.repeat(grey[..., None], 3, -1), Image.fromarray(grey), torch.from_numpy(grey)[None], [grey], grey[None, ..., None]):
         assert np.allclose(predictor.probabilities(x), expected, atol=1e-5)
+    for many in (L([file, file]), pd.Series([str(file)]*2), (file, grey)): assert np.allclose(predictor.probabilities(many), np.repeat(expected, 2, 0), atol=1e-5)
     folder = predictor.predict(faces/"test")
     assert list(folder["image"]) == list(map(str, test_files(faces))) and np.allclose(folder.iloc[[0]][predictor.vocab], expected, atol=1e-5)
 
@@ -102,8 +104,11 @@ def test_damaged_runs_are_named(run, tmp_path):
     weights = load_file(run/"model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "classifier.bias"}, tmp_path/"model.safetensors")
     with pytest.raises(ValueError, match="does not fit its config.json"): Predictor(tmp_path)
-    (tmp_path/"config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json is not the configuration of a run"): Predictor(tmp_path)
+    for text in ("{}", "[]", '{"config": {"arch": "resnet18"}, "about": {}}', "{"):
+        (tmp_path/"config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not the configuration of a run"): Predictor(tmp_path)
+    for device in ("gpu", "cuda:7"):
+        with pytest.raises(ValueError, match=f"no such device here: {device}"): Predictor(run, device=device)
     with pytest.raises(ValueError, match="unknown evaluation crops 'six'"): Predictor(run, "six")
 
 def test_bad_pictures_are_named(run, tmp_path):

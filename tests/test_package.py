@@ -33,7 +33,7 @@ def test_public_names():
     assert all(callable(getattr(ExpressionDataLoaders, f"from_{k}")) for k in ("folder", "df", "csv", "fer2013"))
 
 def test_all_gives_everything_to_a_notebook():
-    code = "from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert ecan_learner and ExpressionDataLoaders and TwoView and ECANLoss and Learner and train_pipeline"
+    code = "from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert ecan_learner and check_data and Predictor and read_faces and ExpressionDataLoaders and TwoView and ECANLoss and Learner and train_pipeline"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 def test_readme_and_index_say_the_same():

@@ -1,4 +1,3 @@
-import warnings
 from collections import Counter
 
 import cv2
@@ -185,6 +184,17 @@ def test_soft_labels_train_on_shares_and_evaluate_on_labels(tmp_path, maker):
     learn.fit(1, 0.01)
     assert torch.isfinite(torch.tensor(learn.recorder.values[0][:2])).all()
     if maker is ecan_learner: assert learn.model.bank.y.dtype == torch.long and set(learn.model.bank.rows()[1].tolist()) <= set(range(8))
+
+def test_soft_labels_go_with_all_crops_and_need_the_classes_in_order(tmp_path):
+    rows = [("Training", f"fer{i}.png", one_hot(i % 8)) for i in range(16)]
+    path = ferplus_csv(tmp_path, rows)
+    dls = ExpressionDataLoaders.from_ferplus(path, soft_labels=True, all_crops=True, valid_pct=0.4, **FAST)
+    learn = ecan_learner(dls, path=tmp_path)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda row: None
+    learn.fit(1, 0.01)
+    assert torch.isfinite(torch.tensor(learn.recorder.values[0][0]))
+    with pytest.raises(ValueError, match="its largest share is not that of"): ExpressionDataLoaders.from_ferplus(path, soft_labels=True, vocab=["neutral", "happy", "surprise", "sad", "angry", "disgust", "fear", "contempt"], **FAST)
 
 def test_soft_cross_entropy_is_that_of_the_shares_and_the_rest_sees_the_largest():
     from ecan_fastai.losses import ECANLoss

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ecan_fastai import runs
 from ecan_fastai.cli import ecan_train
-from ecan_fastai.config import METHODS, OPTIMIZERS, RunConfig
+from ecan_fastai.config import METHODS, RunConfig
 from ecan_fastai.interpret import split_metrics
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run

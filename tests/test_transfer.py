@@ -52,10 +52,18 @@ def test_too_few_matches_are_refused_and_nothing_is_loaded(tmp_path):
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     net = {k: v for k, v in face_network().state_dict().items() if k.startswith(("layer1", "conv1", "bn1"))}
     torch.save(net, tmp_path/"part.pth")
-    with pytest.raises(ValueError, match="of 216 tensors matched those of .*part.pth; expected at least half: are these the weights of the same architecture"): load_encoder(encoder, tmp_path/"part.pth")
+    with pytest.raises(ValueError, match="of 216 tensors matched those of .*part.pth; expected at least half to match"): load_encoder(encoder, tmp_path/"part.pth")
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     torch.save({"a": torch.zeros(3)}, tmp_path/"other.pth")
     with pytest.raises(ValueError, match="^0 of 216"): load_encoder(encoder, tmp_path/"other.pth")
+
+def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_path, capsys):
+    encoder = FaceClassifier.create("resnet18", 7, 3).encoder
+    torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), tmp_path/"deep.pth")
+    with pytest.raises(ValueError, match="120 of 120 tensors matched .*deep.pth; left out there: .* and 94 more; expected .* nothing but a head to be left out"): load_encoder(encoder, tmp_path/"deep.pth")
+    query, key = face_network(), torchvision.models.resnet18(num_classes=100)
+    torch.save({"state_dict": {f"module.encoder_{name}.{k}": v for name, net in (("q", query), ("k", key)) for k, v in net.state_dict().items()}}, tmp_path/"moco.pth")
+    assert "under module.encoder_q." in load_encoder(encoder, tmp_path/"moco.pth") and torch.equal(encoder.conv1.weight, query.conv1.weight)
 
 class Harmful:
     def __reduce__(self): return print, ("harm done",)
@@ -65,8 +73,9 @@ def test_files_that_are_no_weights_are_named_and_run_no_code(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="no such file: .*none.pth"): load_encoder(encoder, tmp_path/"none.pth")
     with pytest.raises(FileNotFoundError, match="is not the folder of a finished run"): load_encoder(encoder, tmp_path)
     for name in ("a.pth", "a.safetensors"):
-        (tmp_path/name).write_bytes(b"nonsense")
-        with pytest.raises(ValueError, match=f"{name} is no file of weights"): load_encoder(encoder, tmp_path/name)
+        for content in (b"nonsense", b"", b"read me", b"hello", b"a,b", b"state"):
+            (tmp_path/name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} is no file of weights"): load_encoder(encoder, tmp_path/name)
     torch.save({"state_dict": Harmful()}, tmp_path/"bad.pth")
     with pytest.raises(ValueError, match="bad.pth is no file of weights, or needs code to load"): load_encoder(encoder, tmp_path/"bad.pth")
     torch.save([1, 2], tmp_path/"list.pth")
