@@ -18,7 +18,7 @@ from ecan_fastai import runs
 
 class Stopwatch(Callback):
     "Seconds an epoch by what they went into; the device is waited for at each change, which costs what overlap there was between loader and step"
-    order, remove_on_fetch = 100, True  # not in the evaluation of the test splits
+    order = 100
     def __init__(self): self.epochs, self.last = [], None
     def note(self, name):
         synchronize(self.dls.device)
@@ -49,9 +49,10 @@ def one_run(config, threads):
         ready = time.perf_counter()
         runs._train(learn, cfg, Path(tmp), None)
         done = time.perf_counter()
-    trained = sum(sum(e.values()) for e in watch.epochs)
+    epochs = watch.epochs[:cfg.epochs]  # the evaluation of the test splits has the events of an epoch too
+    trained = sum(sum(e.values()) for e in epochs)
     memory = torch.cuda.max_memory_allocated() if dls.device.type == "cuda" else 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(epochs=watch.epochs, ready=ready-start, results=done-ready-trained, memory=memory, images=len(dls.train)*dls.train.bs, workers=cfg.workers, config=asdict(cfg))
+    return dict(epochs=epochs, ready=ready-start, results=done-ready-trained, memory=memory, images=len(dls.train)*dls.train.bs, workers=cfg.workers, config=asdict(cfg))
 
 def main():
     p = parser("epoch", __doc__)
