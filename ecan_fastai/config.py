@@ -16,9 +16,9 @@ CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, re
 PRESETS = {
     "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
     "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
-    "ferplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
     "ckplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=40, opt="paper", momentum=0.999),
     "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
+PRESETS["ferplus"] = PRESETS["fer2013"]  # the same pictures
 
 
 @dataclass
