@@ -6,7 +6,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from statistics import median
 
@@ -38,6 +38,7 @@ class Stopwatch(Callback):
 def one_run(config, threads):
     "In a process of its own, so that its peak memory is its own"
     warnings.simplefilter("ignore")
+    set_start_method(None, force=True)  # the loader's workers start as they do in ecan_train; a spawned process would spawn them as well
     if threads: torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as tmp, open("/dev/null", "w") as nothing, redirect_stdout(nothing):
         start = time.perf_counter()
