@@ -15,7 +15,7 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "onnx")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "faces", "onnx")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -19,6 +19,7 @@ HELP = dict(
     all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
     l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss",
     momentum="momentum of the key encoder (sample 0.99, else 0.999)", bank_groups="batches that the memory bank holds (K)", affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
+    balance="for unequal classes: draw them equally often, weigh cross-entropy, or take bank entries of rare classes as positives",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
     seed="seed of everything", precision="fp16 and bf16 need a GPU", workers="loader processes (default: one a core, 16 at most)")
 
@@ -98,18 +99,35 @@ def _with_model(prog, about, example):
 @_script
 def ecan_predict(args=None):
     "Label pictures with a trained model"
-    p = _with_model("ecan_predict", "Label pictures: a table, or a CSV or JSON file.", "ecan_predict runs/mine photo.jpg more_photos/ --out labels.csv")
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
+    p = _with_model("ecan_predict", "Label pictures of faces, or with --faces the faces in photographs and video: a table, or a CSV or JSON file.", "ecan_predict runs/mine photo.jpg more_photos/ --out labels.csv")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images; with --faces also video")
+    p.add_argument("--faces", action="store_true", help="find the faces first (needs the extra `faces`): a row a face")
+    p.add_argument("--every", type=float, metavar="SECONDS", help="with --faces: time between the frames of a video that are looked at; default 1")
     p.add_argument("--out", type=Path, metavar="FILE", help="write every class's probability to FILE, .csv or .json, instead of printing a table")
     given = p.parse_args(args)
     _out(p, given.out, ".csv", ".json")
+    if given.every is not None and not given.faces: p.error("--every goes with --faces")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, picture_files
-        files = [f for path in given.images for f in picture_files(path)]
-        table = Predictor(given.run, given.crops, given.device).predict(files)
-        if given.out is None: print(table[["image", "label", "probability"]].to_string(index=False, float_format="{:.3f}".format))
+        predictor = Predictor(given.run, given.crops, given.device)
+        table = _found_faces(predictor, given) if given.faces else predictor.predict([f for path in given.images for f in picture_files(path)])
+        if given.out is None: print(_short(table).to_string(index=False, float_format="{:.3f}".format) if len(table) else "no face found")
         elif given.out.suffix == ".csv": table.round(5).to_csv(given.out, index=False)
-        else: given.out.write_text(json.dumps(table.round(5).to_dict("records"), indent=1))
+        else: given.out.write_text(table.round(5).to_json(orient="records", indent=1))
+
+def _found_faces(predictor, given):
+    from ecan_fastai.faces import media_files
+    files = [f for path in given.images for f in media_files(path)]
+    table = predictor.predict_faces(files, every=1. if given.every is None else given.every)
+    for f in files:
+        if str(f) not in set(table["image"]): print(f"ecan_predict: no face found in {f}", file=sys.stderr)
+    return table
+
+def _short(table):
+    "What is printed: pixels as whole numbers, and no seconds where there is no video"
+    columns = [c for c in ("image", "second", "left", "top", "right", "bottom", "label", "probability") if c in table]
+    box = {c: int for c in ("left", "top", "right", "bottom") if c in table}
+    return table[columns].dropna(axis=1, how="all").astype(box)
 
 @_script
 def ecan_evaluate(args=None):
