@@ -8,9 +8,10 @@ KINDS = ("fer2013", "rafdb", "ferplus", "affectnet", "expw", "ckplus", "csv", "f
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
 OPTIMIZERS = ("paper", "adam")
 SCHEDULES = ("one-cycle", "cosine")
+BALANCES = ("none", "sampler", "weights", "positives")
 PRECISIONS = ("fp32", "fp16", "bf16")
 CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
-               schedule=SCHEDULES, precision=PRECISIONS, affinity_reduction=("mean", "sum"), channels=(1, 3))
+               schedule=SCHEDULES, precision=PRECISIONS, balance=BALANCES, affinity_reduction=("mean", "sum"), channels=(1, 3))
 
 # what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
 PRESETS = {
@@ -48,6 +49,7 @@ class RunConfig:
     momentum: float = None
     bank_groups: int = 16
     affinity_reduction: str = "mean"
+    balance: str = "none"
     valid_pct: float = 0.1
     train_all: bool = False
     skip_broken: bool = False
@@ -61,6 +63,7 @@ class RunConfig:
             if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
         if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
         if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
+        if self.balance == "positives" and self.method not in ("ecan", "ensc"): raise ValueError(f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan or ensc")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.precision != "fp32":

@@ -146,6 +146,10 @@ _kept = WeakKeyDictionary()  # `TwoViewDL` to the loader whose workers live on
 
 class TwoViewDL(TfmdDL):
     "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own. Persistent workers keep the data set and transforms of the first pass, and serve one pass at a time"
+    item_weights = None  # (n,) to draw items with replacement, each by its weight; None: each item once an epoch
+
+    def shuffle_fn(self, idxs): return super().shuffle_fn(idxs) if self.item_weights is None else self.rng.choices(idxs, self.item_weights, k=len(idxs))
+
     def __iter__(self):
         self.randomize()
         self.before_iter()

@@ -261,6 +261,7 @@ def _loaders(cls,
     skip_broken:bool=False, # Go on without images that cannot be read
     image_size:int=None, # Side that every picture on disk must have
     soft_labels:bool=False, # Train on the shares of people's votes (FER+); evaluation keeps the label
+    balanced:bool=False, # Draw every class equally often in training: faces with replacement, by the inverse of their class's count
     **kwargs # To `DataBlock.dataloaders`: num_workers, device, val_bs, ...
 ):
     if bs is not None and not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
@@ -276,6 +277,9 @@ def _loaders(cls,
     loaders = block.dataloaders(faces, bs=bs, **{"persistent_workers": True, **kwargs}).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
+    if balanced:
+        weights = dict(zip(vocab, dls.class_weights()))
+        dls.train.item_weights = [weights[f.label] for f in dls.train_ds.items]
     return dls
 
 # %% ../nbs/03_datasets.ipynb #7cb432fb
@@ -286,6 +290,20 @@ class ExpressionDataLoaders(DataLoaders):
         if not isinstance(i, str): return super().__getitem__(i)
         if i not in self.split_names: raise ValueError(f"no split {i!r}, the splits are {', '.join(self.split_names)}")
         return super().__getitem__(self.split_names.index(i))
+
+    def class_counts(self):
+        "Training faces of each class (C,), in the order of the vocabulary"
+        counts = Counter(f.label for f in self.train_ds.items)
+        return np.array([counts[v] for v in self.vocab])
+
+    def class_weights(self):
+        "n/(C n_c) for each class (C,), scikit-learn's \"balanced\": their mean over the training faces is 1; 0 for a class without any"
+        counts = self.class_counts()
+        return np.divide(counts.sum()/len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
+
+    def minority_classes(self):
+        "True for each class (C,) with less than three quarters of the training faces that a class has on average: on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"
+        return self.class_counts() < 0.75*self.class_counts().mean()
 
     @classmethod
     @delegates(_loaders, but="cls")

@@ -46,12 +46,17 @@ def _bank_chunks(z, bank_z, bank_y, normalize):
         rows = bank_z[i:i+n].to(z.dtype)
         yield F.normalize(rows, dim=1) if normalize else rows, None if bank_y is None else bank_y[i:i+n]
 
-def _largest(sim, a, y, chunks):
+def _below(y, labels, joins):
+    "Which bank rows are in each anchor's denominator (M, B): those of another class, and its own where the anchor joins them"
+    other = y[:, None] != labels
+    return other if joins is None else other | joins[:, None]
+
+def _largest(sim, a, y, chunks, joins):
     "Largest exponent of each row's denominator (M, 1), 0 where it is empty"
     top = sim.clone().fill_diagonal_(-torch.inf).amax(1)
     for rows,labels in chunks:
         s = a @ rows.T
-        if labels is not None: s.masked_fill_(y[:, None] == labels, -torch.inf)
+        if labels is not None: s.masked_fill_(~_below(y, labels, joins), -torch.inf)
         top = torch.maximum(top, s.amax(1))
     return top.masked_fill_(top == -torch.inf, 0)[:, None]
 
@@ -60,46 +65,61 @@ def _exp_(sim, shift):
     if shift is not None: sim.sub_(shift).clamp_(max=0)
     return sim.exp_()
 
+def _class_sums(chunks, classes, z):
+    "Sum (C, d) and number (C,) of the bank rows of each class that is True in `classes`; all that a mean over positives needs of them"
+    sums,counts = z.new_zeros(len(classes), z.shape[1]),torch.zeros(len(classes), dtype=torch.long, device=z.device)
+    for rows,labels in chunks:
+        member = (labels == torch.arange(len(classes), device=z.device)[:, None]) & classes[:, None]
+        sums.addmm_(member.to(z.dtype), rows)
+        counts += member.sum(1)
+    return sums,counts
+
 class _Contrast(torch.autograd.Function):
     "Mean contrastive loss over the anchors with a positive; the gradient is ready when the forward pass ends"
     @staticmethod
-    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y):
+    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y, bank_positives):
         a = z/temperature
         sim = a @ z.T
         positive = (y[:, None] == y).fill_diagonal_(False)
-        count = positive.sum(1)
-        log_numerator = (sim*positive).sum(1)/count.clamp(min=1)
+        count,numerator,joins = positive.sum(1),(sim*positive).sum(1),None
+        if bank_positives is not None:
+            sums,counts = _class_sums(_bank_chunks(z, bank_z, bank_y, normalize), bank_positives, z)
+            joins,pulls = bank_positives[y],sums[y]
+            count = count + counts[y]
+            numerator = numerator + (a*pulls).sum(1)
         safe = normalize and temperature >= 1/40
-        shift = None if safe else _largest(sim, a, y, _bank_chunks(z, bank_z, bank_y, normalize))
+        shift = None if safe else _largest(sim, a, y, _bank_chunks(z, bank_z, bank_y, normalize), joins)
         own = _exp_(sim, shift).fill_diagonal_(0)
         total,grad = own.sum(1),torch.zeros_like(z)
         for rows,labels in _bank_chunks(z, bank_z, bank_y, normalize):
             e = _exp_(a @ rows.T, shift)
-            if labels is not None: e *= y[:, None] != labels
+            if labels is not None: e *= _below(y, labels, joins)
             total += e.sum(1)
             if ctx.needs_input_grad[0]: grad.addmm_(e, rows)
         has = count > 0
         weight = has.to(z.dtype)/has.sum().clamp(min=1)
         total = torch.where(has, total, 1)
+        share = weight/count.clamp(min=1)
         if ctx.needs_input_grad[0]:
-            pull = own.mul_((weight/total)[:, None]).sub_(positive*(weight/count.clamp(min=1))[:, None])
-            grad.mul_((weight/total)[:, None]).addmm_(pull + pull.T, z).div_(temperature)
-            ctx.save_for_backward(grad)
+            pull = own.mul_((weight/total)[:, None]).sub_(positive*share[:, None])
+            grad.mul_((weight/total)[:, None]).addmm_(pull + pull.T, z)
+            if joins is not None: grad -= share[:, None]*pulls
+            ctx.save_for_backward(grad.div_(temperature))
         log_denominator = total.log() if shift is None else total.log() + shift[:, 0]
-        return ((log_denominator - log_numerator)*weight).sum()
+        return (log_denominator*weight - numerator*share).sum()
 
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled(): raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
-        return g*ctx.saved_tensors[0], None, None, None, None, None
+        return g*ctx.saved_tensors[0], *[None]*6
 
-def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None):
+def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None):
     "Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of another label alone"
     _check_temperature(temperature)
     if bank_z is None: bank_z = z[:0]
     if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]: raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
     if normalize: z = F.normalize(z, dim=1)
-    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y)
+    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives)
 
 # %% ../nbs/04_losses.ipynb #ec631beb
 @_full_precision
@@ -146,12 +166,15 @@ def ensc_loss(
     bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
     bank_y:Tensor, # Their labels (B,)
     temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True # L2-normalise all rows first
+    normalize:bool=True, # L2-normalise all rows first
+    bank_positives:Tensor=None # Classes (C,), True where an anchor's positives are also the bank entries of its own class; default none, as in the paper
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
-    return _contrast(z, y, temperature, normalize, bank_z, bank_y)
+    if bank_positives is not None and (bank_positives.ndim != 1 or bank_positives.dtype != torch.bool):
+        raise ValueError(f"expected bank_positives of shape (C,), True or False for each class, got {bank_positives.dtype} of shape {tuple(bank_positives.shape)}")
+    return _contrast(z, y, temperature, normalize, bank_z, bank_y, bank_positives)
 
 # %% ../nbs/04_losses.ipynb #31272950
 def _check_centers(x, y, centers):
@@ -261,6 +284,8 @@ class ECANLoss(nn.Module):
         contrast:str="ensc", # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
         compact:str="mva", # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
         affinity_reduction:str="mean", # "mean", or "sum" for the literal Eq. 8
+        weight=None, # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
+        bank_positives=None, # Classes (C,), True where `ensc_loss` takes the bank entries of an anchor's class as positives too; default none
         reduction:str="mean" # "mean", "sum" or "none" over the images of a batch
     ):
         super().__init__()
@@ -269,8 +294,11 @@ class ECANLoss(nn.Module):
         if n_groups < 1: raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
         if contrast not in CONTRASTS: raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
         if compact not in COMPACTS: raise ValueError(f"unknown compact {compact!r}, expected one of {', '.join(COMPACTS)}")
+        if bank_positives is not None and contrast != "ensc": raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
         _check_temperature(temperature)
         _check_reduction(affinity_reduction)
+        for name,value,dtype in (("weight", weight, torch.float32), ("bank_positives", bank_positives, torch.bool)):  # settings, not state: they follow the device, and are not saved
+            self.register_buffer(name, None if value is None else torch.as_tensor(value, dtype=dtype), persistent=False)
         self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
         self.contrast,self.compact,self.affinity_reduction,self.reduction = contrast,compact,affinity_reduction,reduction
         self.parts = {}
@@ -284,9 +312,10 @@ class ECANLoss(nn.Module):
         out, # Logits (n, C), or the model's training output: a dict with logits, z_q, z_k, bank_z, bank_y, bank_order, centers
         y:Tensor # Labels (n,), or shares of the classes (n, C): cross-entropy takes them as they are, the other terms the largest
     )->Tensor: # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
-        if isinstance(out, Tensor): return F.cross_entropy(out.float(), y, reduction=self.reduction)
+        if isinstance(out, Tensor): return F.cross_entropy(out.float(), y, self.weight, reduction=self.reduction)
         y = y.as_subclass(Tensor)
-        ce = F.cross_entropy(out["logits"].float(), y, reduction="none")
+        ce = F.cross_entropy(out["logits"].float(), y, self.weight, reduction="none")
+        if self.weight is not None and y.ndim == 1: ce = ce*(len(y)/self.weight[y].sum())  # the mean is then torch's
         loss,parts = (1-self.l1)*ce,[ce.mean()]
         if y.ndim == 2: y = y.argmax(1)
         if self.l1:
@@ -303,7 +332,7 @@ class ECANLoss(nn.Module):
         z,yy = torch.cat([out["z_q"], out["z_k"]]),y.repeat(2)
         if self.contrast == "supcon": return supcon_loss(z, yy, self.temperature)
         if self.contrast == "esc": return esc_loss(z, yy, out["bank_z"], self.temperature)
-        return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature)
+        return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives)
 
     def _compact(self, out, y):
         x,centers = out["z_q"],out["centers"]

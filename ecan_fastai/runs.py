@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from fastai.callback import channelslast  # `to_channelslast`
 from fastai.callback.core import Callback
+from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import defaults, set_seed
 from fastcore.foundation import L
@@ -42,7 +43,7 @@ def run_loaders(cfg, out):
     if cfg.workers is None: cfg.workers = min(16, defaults.cpus)
     kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
                   all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
-                  skip_broken=cfg.skip_broken, num_workers=cfg.workers)
+                  skip_broken=cfg.skip_broken, balanced=cfg.balance == "sampler", num_workers=cfg.workers)
     data, kind = (sample_faces(Path(out)/"faces", channels=cfg.channels), "folder") if cfg.kind == "sample" else (cfg.data, cfg.kind)
     dls = ExpressionDataLoaders.from_path(data, kind, bs=cfg.bs, **kwargs)
     cfg.bs = dls.train.bs
@@ -54,10 +55,12 @@ def run_learner(cfg, dls, out):
     if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
     if cfg.wd is None: cfg.wd = opt["wd"]
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
-    if cfg.method == "baseline": learn = baseline_learner(dls, **kwargs)
+    weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
+    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
     else:
         terms = dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction), **terms})
+        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction,
+                               weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None), **terms})
         groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB

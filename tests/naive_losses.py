@@ -4,8 +4,8 @@ import numpy as np
 
 def unit(z): return z/np.sqrt((z**2).sum(1, keepdims=True))
 
-def contrast(z, y, tau, bank=None, allowed=lambda i, m: True, positives=None, normalize=True):
-    "Mean over anchors that have a positive; `allowed(i, m)` says whether bank entry m is in anchor i's denominator"
+def contrast(z, y, tau, bank=None, allowed=lambda i, m: True, positives=None, normalize=True, also=lambda i, m: False):
+    "Mean over anchors that have a positive; `allowed(i, m)` says whether bank entry m is in anchor i's denominator, `also(i, m)` whether it is a positive too"
     z = np.asarray(z, np.float64)
     bank = np.zeros((0, z.shape[1])) if bank is None else np.asarray(bank, np.float64)
     if normalize: z, bank = unit(z), unit(bank)
@@ -13,9 +13,11 @@ def contrast(z, y, tau, bank=None, allowed=lambda i, m: True, positives=None, no
     for i in range(len(z)):
         others = [a for a in range(len(z)) if a != i]
         mine = [p for p in others if (positives[p] == positives[i] if positives is not None else y[p] == y[i])]
-        if not mine: continue
-        below = sum(np.exp(z[i] @ z[a]/tau) for a in others) + sum(np.exp(z[i] @ bank[m]/tau) for m in range(len(bank)) if allowed(i, m))
-        losses.append(-sum(np.log(np.exp(z[i] @ z[p]/tau)/below) for p in mine)/len(mine))
+        more = [m for m in range(len(bank)) if also(i, m)]
+        if not mine and not more: continue
+        below = sum(np.exp(z[i] @ z[a]/tau) for a in others) + sum(np.exp(z[i] @ bank[m]/tau) for m in range(len(bank)) if allowed(i, m) or also(i, m))
+        near = [z[p] for p in mine] + [bank[m] for m in more]
+        losses.append(-sum(np.log(np.exp(z[i] @ p/tau)/below) for p in near)/len(near))
     return np.mean(losses) if losses else 0.
 
 def selfcon(z_q, z_k, tau):                      # Eq. 3
@@ -25,6 +27,7 @@ def selfcon(z_q, z_k, tau):                      # Eq. 3
 def supcon(z, y, tau, **kw): return contrast(z, y, tau, **kw)                                                       # Eq. 4
 def esc(z, y, bank, tau, **kw): return contrast(z, y, tau, bank, **kw)                                              # Eq. 5
 def ensc(z, y, bank, bank_y, tau, **kw): return contrast(z, y, tau, bank, lambda i, m: y[i] != bank_y[m], **kw)     # Eq. 6
+def ensc_with_positives(z, y, bank, bank_y, tau, classes, **kw): return ensc(z, y, bank, bank_y, tau, also=lambda i, m: y[i] == bank_y[m] and classes[y[i]], **kw)
 
 def distances(x, y, c): return sum(((np.asarray(x[i], np.float64)-np.asarray(c[y[i]], np.float64))**2).sum() for i in range(len(x)))
 

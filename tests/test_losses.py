@@ -29,6 +29,19 @@ def test_contrastive_losses_match_the_equations(m, bank, tau):
     close(esc_loss(z, y, bz, tau), naive.esc(z.numpy(), y.numpy(), bz.numpy(), tau))
     close(ensc_loss(z, y, bz, by, tau), naive.ensc(z.numpy(), y.numpy(), bz.numpy(), by.numpy(), tau))
 
+@pytest.mark.parametrize("tau,normalize", [(0.01, True), (0.1, True), (2., False)])
+@pytest.mark.parametrize("m,bank", [(1, 3), (2, 0), (24, 7), (40, 200)])
+def test_bank_entries_as_positives_of_some_classes(m, bank, tau, normalize):
+    (z, y), (bz, by) = draw(m, 16), draw(bank, 16, seed=1)
+    for classes in (np.arange(CLASSES) > 2, np.arange(CLASSES) == 0, np.ones(CLASSES, bool)):
+        close(ensc_loss(z, y, bz, by, tau, normalize, torch.tensor(classes)), naive.ensc_with_positives(z.numpy(), y.numpy(), bz.numpy(), by.numpy(), tau, classes, normalize=normalize))
+    assert ensc_loss(z, y, bz, by, tau, normalize, torch.zeros(CLASSES, dtype=torch.bool)) == ensc_loss(z, y, bz, by, tau, normalize)
+
+def test_an_anchor_that_is_alone_in_the_batch_learns_from_the_bank():
+    z, y, bz, by = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2]), torch.tensor([[1., 0, 0, 0]]), torch.tensor([1])
+    v, g = value_and_gradient(ensc_loss, z, y, bz, by, 0.1, True, torch.tensor([False, True, False]))
+    assert v > 0 and (g @ bz.T)[1] < 0      # a step down goes towards the entry
+
 def test_unnormalised_features():
     (z, y), (bz, by) = draw(20, 6), draw(9, 6, seed=1)
     close(supcon_loss(z, y, 2., normalize=False), naive.supcon(z.numpy(), y.numpy(), 2., normalize=False))
@@ -97,13 +110,17 @@ def test_gradients():
     assert gradcheck(lambda z: supcon_loss(z, y), (z,))
     assert gradcheck(lambda z: esc_loss(z, y, bz), (z,))
     assert gradcheck(lambda z: ensc_loss(z, y, bz, by), (z,))
+    assert gradcheck(lambda z: ensc_loss(z, y, bz, by, bank_positives=torch.tensor([False, True, True])), (z,))
     assert gradcheck(lambda z, c: center_loss(z, y, c), (z, c))
     assert gradcheck(lambda z, c: affinity_loss(z, y, c), (z, c))
     assert gradcheck(lambda z, c: affinity_loss(z, y, c, "sum"), (z, c))
 
+RARE = torch.arange(CLASSES) > 1
+
 FORMS = {"supcon": (lambda z, y, bz, by, *a: supcon_loss(z, y, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a)),
          "esc": (lambda z, y, bz, by, *a: esc_loss(z, y, bz, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz)),
-         "ensc": (ensc_loss, lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by))}
+         "ensc": (ensc_loss, lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by)),
+         "positives": (lambda *a: ensc_loss(*a, RARE), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by, RARE))}
 
 def value_and_gradient(loss, z, *args):
     z = z.clone().requires_grad_()
@@ -211,6 +228,25 @@ def test_ecan_loss_parts_reductions_and_contract():
     assert torch.allclose(loss.activation(out["logits"]).sum(1), torch.ones(8))
     assert (loss.decodes(out["logits"]) == out["logits"].argmax(1)).all()
 
+def test_class_weights_are_those_of_torch():
+    out, y = output(n=20)
+    w = 1/RAFDB*1000
+    ce = torch.nn.functional.cross_entropy(out["logits"], y, torch.tensor(w, dtype=torch.float32))
+    loss = ECANLoss(weight=w)
+    close(loss(out["logits"], y), ce)
+    total, parts = loss(out, y), loss.parts
+    close(parts["ce"], ce)
+    close(total, 0.8*ce + 0.2*parts["ensc"] + 0.7*parts["mva"])
+    shares = torch.softmax(torch.randn(20, CLASSES, generator=torch.Generator().manual_seed(3)), 1)
+    loss(out, shares)
+    close(loss.parts["ce"], torch.nn.functional.cross_entropy(out["logits"], shares, torch.tensor(w, dtype=torch.float32)))
+    assert not loss.state_dict()
+
+def test_ecan_loss_with_bank_positives():
+    out, y = output()
+    z, yy = torch.cat([out["z_q"], out["z_k"]]), torch.cat([y, y])
+    close(ECANLoss(l2=0, bank_positives=RARE)(out, y), 0.8*torch.nn.functional.cross_entropy(out["logits"], y) + 0.2*ensc_loss(z, yy, out["bank_z"], out["bank_y"], bank_positives=RARE))
+
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
 def test_ecan_loss_on_logits_is_cross_entropy(reduction):
     out, y = output()
@@ -248,6 +284,8 @@ def test_modules_are_their_functions():
     (lambda: affinity_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2)), "at least 2 classes"),
     (lambda: affinity_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 2), "max"), "reduction"),
     (lambda: center_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 3)), r"centers of shape \(C, 2\)"),
+    (lambda: ensc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), bank_positives=torch.tensor([1, 2])), "True or False for each class"),
+    (lambda: ECANLoss(contrast="supcon", bank_positives=[True, False]), "option of contrast 'ensc'"),
     (lambda: ECANLoss(l1=2), "between 0 and 1"), (lambda: ECANLoss(l2=-1), "negative"), (lambda: ECANLoss(n_groups=0), "at least 1"),
     (lambda: ECANLoss(contrast="simclr"), "ensc, esc, supcon"), (lambda: ECANLoss(compact="island"), "mva, affinity, center")])
 def test_wrong_input_is_named(call, said):
