@@ -6,6 +6,7 @@ from ecan_fastai.callbacks import *
 from ecan_fastai.check import *
 from ecan_fastai.data import *
 from ecan_fastai.datasets import *
+from ecan_fastai.experiments import *
 from ecan_fastai.faces import *
 from ecan_fastai.inference import *
 from ecan_fastai.interpret import *

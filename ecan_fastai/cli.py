@@ -19,9 +19,11 @@ HELP = dict(
     all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
     l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss",
     momentum="momentum of the key encoder (sample 0.99, else 0.999)", bank_groups="batches that the memory bank holds (K)", affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
+    normalize_compact="L2-normalise the features for the MVA or center loss", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
     balance="for unequal classes: draw them equally often, weigh cross-entropy, or take bank entries of rare classes as positives",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
-    seed="seed of everything", precision="fp16 and bf16 need a GPU", workers="loader processes (default: one a core, 16 at most)")
+    seed="seed of everything", precision="fp16 and bf16 need a GPU", workers="loader processes (default: one a core, 16 at most)",
+    watch_tests="record the test splits' accuracy after every epoch too, for comparison with work that reports its best epoch; decides nothing")
 
 def _parser(config, choices):
     p = argparse.ArgumentParser("ecan_train", description="Train a facial-expression model and write a run folder: configuration, history, metrics, predictions, pictures, weights, exported learner.",
@@ -172,3 +174,39 @@ def ecan_check(args=None):
         if given.out: report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
         if given.picture and len(report.leaks): show_pairs(report).savefig(given.picture, dpi=110)
         elif given.picture: print("no pair across splits, so no picture")
+
+# The paper's experiments
+
+def _setting(text):
+    "`key=value` as a setting of `RunConfig`, in the type that it has there"
+    key, equals, value = text.partition("=")
+    types = {f.name: f.type for f in fields(RunConfig)}
+    if not equals or key not in types: raise argparse.ArgumentTypeError(f"expected SETTING=VALUE with a setting of ecan_train, got {text!r}")
+    if types[key] is bool:
+        if value not in ("true", "false"): raise argparse.ArgumentTypeError(f"{key} is true or false, got {value!r}")
+        return key, value == "true"
+    try: return key, types[key](value)
+    except ValueError: raise argparse.ArgumentTypeError(f"{key} is a number, got {value!r}") from None
+
+@_script
+def ecan_reproduce(args=None):
+    "Make the runs of a table or figure, then the table or figure"
+    p = argparse.ArgumentParser("ecan_reproduce", description="A table or figure of the paper, or a question that it leaves open: makes the runs that are missing, then writes the table beside the paper's numbers, and the picture. Without EXPERIMENT: what there is.",
+                                epilog="Example: ecan_reproduce table3 --data path/to/fer2013 --seeds 3")
+    p.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="table2 to table5, figure3a to figure7, or a question")
+    p.add_argument("--data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes, or `sample`")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; default 1")
+    p.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="where runs, records and tables go; default runs/reproduce")
+    p.add_argument("--records", type=Path, metavar="DIR", help="where the records go; default DIR/records")
+    p.add_argument("--set", type=_setting, action="append", default=[], metavar="SETTING=VALUE", help="a setting of ecan_train for all runs, as epochs=8; may be given again")
+    given = p.parse_args(args)
+    if given.experiment is not None and given.data is None: p.error("--data is missing: the path of a data set, or `sample`")
+    try:
+        from ecan_fastai.experiments import EXPERIMENTS, reproduce
+        if given.experiment is None: print(*[f"{name:<14}{len(e['runs']):>3} runs a seed   {e['title']}" for name, e in EXPERIMENTS.items()], sep="\n")
+        else:
+            table = reproduce(given.experiment, given.data, given.seeds, given.out, given.kind, given.records, lambda said: print(said, flush=True), **dict(given.set))
+            print(f"\n{table.to_string()}")
+    except (ValueError, OSError) as e: p.exit(2, f"{p.prog}: error: {e}\n")
+    except KeyboardInterrupt: p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")

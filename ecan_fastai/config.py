@@ -49,6 +49,8 @@ class RunConfig:
     momentum: float = None
     bank_groups: int = 16
     affinity_reduction: str = "mean"
+    normalize_compact: bool = False
+    key_eval: bool = False
     balance: str = "none"
     valid_pct: float = 0.1
     train_all: bool = False
@@ -56,6 +58,7 @@ class RunConfig:
     seed: int = 0
     precision: str = "fp32"
     workers: int = None
+    watch_tests: bool = False
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():

@@ -91,6 +91,7 @@ def ecan_learner(
     temperature:float=0.1, # Temperature of ENSC
     momentum:float=0.999, # m of the key encoder; about 1/(1-m) steps of memory
     bank_groups:int=16, # K: batches that the memory bank holds
+    key_eval:bool=False, # Key encoder in evaluation mode
     loss_func=None, # Another `ECANLoss`; then l1, l2, n_groups and temperature are not used
     metrics=None, # Default: accuracy, average accuracy, macro-F1
     cbs=None, # Further callbacks
@@ -101,7 +102,7 @@ def ecan_learner(
     if len(views) != 2: raise ValueError("ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 (TwoViewBlock), or use baseline_learner")
     if bank_groups < 1: raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
-    model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained)
+    model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained, key_eval)
     _check_fits(dls, model, views[0], arch)
     loss_func = loss_func or ECANLoss(l1, l2, n_groups, temperature)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]

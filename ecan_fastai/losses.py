@@ -285,6 +285,7 @@ class ECANLoss(nn.Module):
         compact:str="mva", # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
         affinity_reduction:str="mean", # "mean", or "sum" for the literal Eq. 8
         weight=None, # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
+        normalize_compact:bool=False, # L2-normalise the features before the compactness loss; the paper does not
         bank_positives=None, # Classes (C,), True where `ensc_loss` takes the bank entries of an anchor's class as positives too; default none
         reduction:str="mean" # "mean", "sum" or "none" over the images of a batch
     ):
@@ -300,7 +301,7 @@ class ECANLoss(nn.Module):
         for name,value,dtype in (("weight", weight, torch.float32), ("bank_positives", bank_positives, torch.bool)):  # settings, not state: they follow the device, and are not saved
             self.register_buffer(name, None if value is None else torch.as_tensor(value, dtype=dtype), persistent=False)
         self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
-        self.contrast,self.compact,self.affinity_reduction,self.reduction = contrast,compact,affinity_reduction,reduction
+        self.contrast,self.compact,self.affinity_reduction,self.normalize_compact,self.reduction = contrast,compact,affinity_reduction,normalize_compact,reduction
         self.parts = {}
 
     @property
@@ -335,17 +336,18 @@ class ECANLoss(nn.Module):
         return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives)
 
     def _compact(self, out, y):
-        x,centers = out["z_q"],out["centers"]
+        def unit(z): return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
+        x,centers = unit(out["z_q"]),out["centers"]
         one = x.new_ones((), dtype=torch.float32)
         if self.compact == "center": return center_loss(x, y, centers),one
         if self.compact == "affinity": return affinity_loss(x, y, centers, self.affinity_reduction),one
         rows = out["bank_order"]
         whole = min(self.n_groups-1, len(rows)//len(y))
         rows = rows[:whole*len(y)].view(whole, len(y))
-        losses = _full_precision(_affinities)(x, y, centers, out["bank_z"][rows], out["bank_y"][rows], self.affinity_reduction)
+        losses = _full_precision(_affinities)(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction)
         alpha = mva_weight(losses)
         return alpha*losses[0],alpha
 
     def activation(self, out:Tensor): return out.float().softmax(-1)
     def decodes(self, out:Tensor): return out.argmax(-1)
-    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction"))
+    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact"))

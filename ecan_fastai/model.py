@@ -154,15 +154,22 @@ class ECANModel(FaceClassifier):
         n_classes:int=7, # Number of expressions
         in_chans:int=3, # 1 or 3
         bank_size:int=4096, # Rows of the memory bank: K groups times the batch size
-        pretrained:bool|str|Path=False # timm's pretrained weights, or a path as `load_encoder` takes it
+        pretrained:bool|str|Path=False, # timm's pretrained weights, or a path as `load_encoder` takes it
+        key_eval:bool=False # Key encoder in evaluation mode: its normalisation uses running statistics, which `update_keys` moves with the parameters
     ):
         if n_classes < 2: raise ValueError(f"expected at least 2 classes, got {n_classes}")
         encoder = _encoder(arch, in_chans, pretrained)
         d = encoder.head_hidden_size
         super().__init__(encoder, nn.Linear(d, n_classes))
-        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.key_encoder,self.key_eval = copy.deepcopy(encoder).requires_grad_(False),key_eval
         self.bank = MemoryBank(bank_size, d)
         self.centers = nn.Parameter(torch.randn(n_classes, d))
+        self.train()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.key_eval: self.key_encoder.eval()
+        return self
 
     def forward(self,
         x # A view (n, channels, height, width), or a pair of views (query's, key's)
@@ -184,8 +191,11 @@ class ECANModel(FaceClassifier):
         momentum:float # m, in [0, 1)
     ):
         "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-        torch._foreach_lerp_(list(self.key_encoder.parameters()), list(self.encoder.parameters()), 1-momentum)
+        def moved(encoder): return [*encoder.parameters(), *(b for b in encoder.buffers() if self.key_eval and b.is_floating_point())]
+        torch._foreach_lerp_(moved(self.key_encoder), moved(self.encoder), 1-momentum)
 
-    def inference(self)->FaceClassifier:
-        "Copy of encoder and classifier alone, in evaluation mode: without key encoder, bank and centres"
-        return FaceClassifier(copy.deepcopy(self.encoder), copy.deepcopy(self.classifier)).eval()
+    def inference(self,
+        key:bool=False # The key encoder instead of the query encoder, under the same classifier
+    )->FaceClassifier:
+        "Copy of an encoder and the classifier alone, in evaluation mode: without bank and centres"
+        return FaceClassifier(copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)).eval()

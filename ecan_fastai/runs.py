@@ -4,6 +4,7 @@ import os
 import pickle
 import platform
 import random
+import subprocess
 import sys
 import time
 import warnings
@@ -59,10 +60,10 @@ def run_learner(cfg, dls, out):
     if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
     else:
         terms = dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction,
+        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction, normalize_compact=cfg.normalize_compact,
                                weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None), **terms})
         groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
-        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
+        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     return learn if cfg.precision == "fp32" else learn.to_channelslast(amp_mode=cfg.precision)  # on a CPU, channels last and half precision are both slower
 
@@ -90,11 +91,20 @@ def _replace(file, write):
     write(tmp)
     os.replace(tmp, file)
 
+def _tests(dls): return [(name, dls[name]) for name in dls.split_names[2:] if len(dls[name].dataset)]
+
+@torch.no_grad()
+def _accuracy(model, dl):
+    "Outside fastai's events, so that a fit goes on as if nothing had been looked at"
+    model.eval()
+    right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
+    return right/len(dl.dataset)
+
 class RunState(Callback):
     "Keep history and checkpoint in the run's folder after every epoch, and put everything back when a run is resumed"
     order = 70  # after the recorder, its parts and the progress bars
 
-    def __init__(self, out, resumed=None): self.out, self.resumed, self.rows, self.started = Path(out), resumed, [], None
+    def __init__(self, out, resumed=None, watch_tests=False): self.out, self.resumed, self.watch_tests, self.rows, self.started = Path(out), resumed, watch_tests, [], None
 
     def before_fit(self):
         show = self.logger if hasattr(self.learn, "progress") else self._print_row
@@ -113,7 +123,9 @@ class RunState(Callback):
     def after_epoch(self):
         if self.started is None: return
         row = dict(zip(self.recorder.metric_names, [self.epoch, *self.recorder.values[-1]]))
-        self.rows.append({**row, "seconds": round(time.time()-self.started, 2)})
+        row["seconds"] = round(time.time()-self.started, 2)
+        if self.watch_tests: row |= {f"{name}_accuracy": _accuracy(self.model, dl) for name, dl in _tests(self.dls)}
+        self.rows.append(row)
         self.started = None
         self._save()
 
@@ -177,12 +189,18 @@ def _save_figure(fig, file):
     fig.savefig(file, dpi=110)
     matplotlib.pyplot.close(fig)
 
+def _commit():
+    "Commit of the package's code, where it lies in a repository of its own; with a + where files differ from it"
+    def git(*args): return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, timeout=10).stdout.strip()
+    try: return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "ecan_fastai") else "") if git("ls-files", "ecan_fastai/runs.py") else None
+    except (OSError, subprocess.TimeoutExpired): return None
+
 def _environment(dls):
     import albumentations, fastai, timm
     device = torch.device(dls.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(ecan_fastai=__version__, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__,
-                albumentations=albumentations.__version__, device=f"{device.type}: {name}", cpus=os.cpu_count())
+                albumentations=albumentations.__version__, commit=_commit(), device=f"{device.type}: {name}", cpus=os.cpu_count())
 
 def _write_json(file, value): _replace(file, lambda f: f.write_text(json.dumps(value, indent=1)))
 
@@ -190,6 +208,9 @@ def _write_results(learn, cfg, out, rows):
     history = pd.DataFrame(rows)
     _save_figure(plot_history(history), out/"curves.png")
     metrics = _evaluate(learn, cfg, out)
+    for name, m in metrics.items():
+        if f"{name}_accuracy" in history: m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
+        if isinstance(learn.model, ECANModel): m["key_encoder_accuracy"] = _accuracy(learn.model.inference(key=True), learn.dls[name])
     model = learn.model.inference() if isinstance(learn.model, ECANModel) else learn.model
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     _replace(out/"model.safetensors", lambda f: save_file(weights, f))
@@ -244,7 +265,7 @@ def _warn_short(learn, cfg):
 
 def _train(learn, cfg, out, state):
     if state: _load_weights(learn, state)
-    keeper, done = RunState(out, state), state["epochs"] if state else 0
+    keeper, done = RunState(out, state, cfg.watch_tests), state["epochs"] if state else 0
     with warnings.catch_warnings():
         if done < cfg.epochs: _warn_short(learn, cfg)
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # a small split may lack a class

@@ -247,6 +247,14 @@ def test_ecan_loss_with_bank_positives():
     z, yy = torch.cat([out["z_q"], out["z_k"]]), torch.cat([y, y])
     close(ECANLoss(l2=0, bank_positives=RARE)(out, y), 0.8*torch.nn.functional.cross_entropy(out["logits"], y) + 0.2*ensc_loss(z, yy, out["bank_z"], out["bank_y"], bank_positives=RARE))
 
+@pytest.mark.parametrize("compact", COMPACTS)
+def test_compactness_on_normalised_features(compact):
+    out, y = output()
+    unit = lambda z: z/z.norm(dim=1, keepdim=True)
+    normalised = {**out, "z_q": unit(out["z_q"]), "bank_z": unit(out["bank_z"])}
+    assert torch.allclose(ECANLoss(l1=0, compact=compact, normalize_compact=True)(out, y), ECANLoss(l1=0, compact=compact)(normalised, y))
+    assert not torch.allclose(ECANLoss(l1=0, compact=compact)(out, y), ECANLoss(l1=0, compact=compact)(normalised, y))
+
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
 def test_ecan_loss_on_logits_is_cross_entropy(reduction):
     out, y = output()

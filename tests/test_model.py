@@ -99,6 +99,24 @@ def test_inference_is_a_copy_without_the_apparatus():
     with torch.no_grad(): small.classifier.weight += 1
     assert not torch.equal(small(x), model(x))
 
+def test_inference_with_the_key_encoder():
+    model, (x, _) = tiny().eval(), pair()
+    with torch.no_grad():
+        for p in model.key_encoder.parameters(): p.mul_(1.1)
+    assert torch.equal(model.inference(key=True)(x), model.classifier(model.key_encoder(x))) and not torch.equal(model.inference(key=True)(x), model(x))
+    assert all(p.requires_grad for p in model.inference(key=True).parameters()) and not any(p.requires_grad for p in model.key_encoder.parameters())
+
+def test_key_encoder_in_evaluation_mode():
+    "Keys do not depend on the batch, and the running statistics follow those of the query encoder by Eq. 1"
+    model, (x_q, x_k) = ECANModel("resnet18", 3, 1, 10, key_eval=True), pair()
+    assert model.training and model.encoder.training and not any(m.training for m in model.key_encoder.modules()) and not model.eval().train().key_encoder.training
+    before = [b.double() for b in model.key_encoder.buffers()]
+    z_k = model((x_q, x_k))["z_k"]
+    assert torch.allclose(model.keys(x_k[:1]), z_k[:1], atol=1e-5) and not torch.allclose(tiny().train().keys(x_k[:2]), tiny().train().keys(x_k)[:2], atol=1e-3)
+    model.update_keys(0.9)
+    for a, q, k in zip(before, model.encoder.buffers(), model.key_encoder.buffers()):
+        assert torch.allclose(k.double(), 0.9*a + 0.1*q.double() if q.is_floating_point() else a, atol=1e-6)
+
 def test_crops_are_averaged_in_evaluation_and_refused_in_training():
     model = FaceClassifier.create("resnet18", 3, 1).eval()
     x = torch.randn(2, 5, 1, 32, 32)

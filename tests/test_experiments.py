@@ -1,0 +1,125 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ecan_fastai import experiments
+from ecan_fastai.cli import ecan_reproduce
+from ecan_fastai.config import RunConfig
+from ecan_fastai.experiments import *
+
+QUICK = dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0)
+
+def quick_args(faces, out, *more): return ["--data", str(faces), "--out", str(out), *[a for k, v in QUICK.items() for a in ("--set", f"{k}={v}")], *more]
+
+@pytest.mark.parametrize("kind", ["fer2013", "rafdb", "sample"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_a_list_of_valid_and_different_runs(name, kind):
+    exp, runs = EXPERIMENTS[name], experiment_runs(name, "sample" if kind == "sample" else "x", kind)
+    assert list(runs) == list(exp["runs"]) and exp["title"] and len({run_name(c) for c in runs.values()}) == len(runs)
+    for c in runs.values(): assert c.kind == kind
+    for paper in exp.get("paper", {}).values(): assert set(paper) <= set(runs) and all(len(v) == len(exp["measures"]) for v in paper.values())
+    if "axis" in exp: assert [getattr(c, exp["axis"]) for c in runs.values()] == [float(label) for label in runs]
+
+def test_the_papers_numbers():
+    "A few by hand, from Tables 2, 3 and 5"
+    assert EXPERIMENTS["table2"]["paper"]["fer2013"]["ECAN, strong"] == [73.73] and EXPERIMENTS["table2"]["paper"]["rafdb"]["baseline, none"] == [85.69]
+    assert EXPERIMENTS["table3"]["paper"]["rafdb"]["SupCon"] == [88.01, 79.45] and EXPERIMENTS["table5"]["paper"]["fer2013"]["baseline, cosine"] == [72.33, 71.57]
+
+def test_equal_runs_have_equal_names_and_different_ones_do_not():
+    def name(**kw): return run_name(RunConfig("x", "fer2013", **kw).resolve())
+    assert name() == name(l1=0.2, level="strong", workers=3, seed=5) == "ecan"
+    assert name(l1=0.3, epochs=8) == "ecan-epochs=8-l1=0.3" and name(method="baseline") == "baseline"
+    assert "/" not in name(pretrained="some/where/a.pth")
+
+def test_table_shows_mean_deviation_and_number(tmp_path):
+    rows = [("cross-entropy", 0, "valid", .70, .60), ("cross-entropy", 1, "valid", .72, .64), ("center", 0, "valid", .5, .4), ("cross-entropy", 0, "test", .8, .7)]
+    table = experiment_table("table3", pd.DataFrame(rows, columns=["label", "seed", "split", "accuracy", "average_accuracy"]), "rafdb")
+    assert table.loc["cross-entropy", "valid: accuracy"] == f"71.00 ± {100*np.std([.7, .72], ddof=1):.2f} (2)" and table.loc["center", "valid: average accuracy"] == "40.00 (1)"
+    assert table.loc["SupCon", "valid: accuracy"] == "" and table.loc["SupCon", "paper: average accuracy"] == "79.45" and table.loc["cross-entropy", "test: accuracy"] == "80.00 (1)"
+
+def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "table3", {**EXPERIMENTS["table3"], "runs": {k: EXPERIMENTS["table3"]["runs"][k] for k in ("cross-entropy", "ENSC + MVA")}})
+    ecan_reproduce(["table3", *quick_args(faces, tmp_path, "--seeds", "2")])
+    said = capsys.readouterr().out
+    assert said.count("starts") == 4
+    run = {m: [json.loads((tmp_path/"folder"/f"{p.name}"/"metrics.json").read_text()) for p in sorted((tmp_path/"folder").glob(f"{m}-*"))] for m in ("baseline", "ecan")}
+    table = pd.read_csv(tmp_path/"table3-folder.csv", index_col=0)
+    for label, method in (("cross-entropy", "baseline"), ("ENSC + MVA", "ecan")):
+        for split in ("valid", "test"):
+            a = [100*r["splits"][split]["average_accuracy"] for r in run[method]]
+            assert table.loc[label, f"{split}: average accuracy"] == f"{np.mean(a):.2f} ± {np.std(a, ddof=1):.2f} (2)"
+    assert np.isfinite([r["splits"]["test"]["key_encoder_accuracy"] for r in run["ecan"]]).all() and isinstance(table.loc["ENSC + MVA", "test: accuracy with the key encoder"], str)
+    lines = (tmp_path/"table3-folder.md").read_text().splitlines()
+    assert lines[0] == "# Losses (Table 3): folder" and len(lines) == 8 and all(l.count("|") == lines[4].count("|") for l in lines[4:])
+    # a second time: nothing runs, the same table
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
+    ecan_reproduce(["table3", *quick_args(faces, tmp_path, "--seeds", "2")])
+    assert "starts" not in capsys.readouterr().out and before == {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
+    # records alone are enough for the table, and tell nothing of the machine's folders
+    again = experiment_table("table3", experiment_results("table3", tmp_path/"records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}), "folder")
+    assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"records").rglob("*.json"))
+    record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
+    assert len(record["history"]["accuracy"]) == 1 and record["environment"]["torch"] and record["config"]["seed"] in (0, 1) and record["seconds"]
+
+def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}})
+    monkeypatch.setitem(EXPERIMENTS, "figure3b", {**EXPERIMENTS["figure3b"], "runs": {"0.7": {"l2": 0.7}, "0.2": {"l2": 0.2}}})
+    ecan_reproduce(["affinity", *quick_args(faces, tmp_path)])
+    ecan_reproduce(["figure3b", *quick_args(faces, tmp_path)])
+    assert capsys.readouterr().out.count("starts") == 2
+    assert {f.suffix for f in tmp_path.glob("figure3b-folder.*")} == {".md", ".csv", ".png"}
+
+@pytest.mark.parametrize("name", ["figure5", "figure6", "figure7"])
+def test_pictures_are_drawn(faces, tmp_path, name, monkeypatch):
+    runs = EXPERIMENTS[name]["runs"]
+    monkeypatch.setitem(EXPERIMENTS, name, {**EXPERIMENTS[name], "runs": {k: runs[k] for k in list(runs)[:2]}})
+    reproduce(name, faces, out=tmp_path, **QUICK)
+    assert (tmp_path/f"{name}-folder.png").stat().st_size > 5000
+    if name == "figure7":
+        fig = experiments._confusions({"one": tmp_path/"folder"/"baseline-epochs=1-bs=16-opt=adam-size=32-channels=1-level=weak-recipe=fer2013-momentum=0.9-train_all=True-seed0"}, "test")
+        assert len(fig.axes) == 1
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(faces, tmp_path):
+    args = [sys.executable, "-c", "import sys; from ecan_fastai.cli import ecan_reproduce; ecan_reproduce(sys.argv[1:])", "affinity",
+            *quick_args(faces, tmp_path), "--set", "epochs=6"]
+    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    start = time.time()
+    while not (done := [f for f in tmp_path.rglob("history.csv") if len(pd.read_csv(f)) >= 2]):
+        assert process.poll() is None and time.time() < start + 120
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (done[0].parent/"metrics.json").exists()
+    said = subprocess.run(args, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    assert said.count("goes on") == 1 and said.count("starts") == 1 and "written" in said
+    assert all(len(pd.read_csv(f)) == 6 for f in tmp_path.rglob("history.csv"))
+
+def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
+    from ecan_fastai.runs import start_run
+    def run(out, **kw): return start_run(RunConfig(str(faces), **{**QUICK, "epochs": 3}, **kw), tmp_path/out)
+    a, b = run("a"), run("b", watch_tests=True)
+    history = pd.read_csv(tmp_path/"b"/"history.csv")
+    best = b["splits"]["test"].pop("accuracy_of_best_epoch_chosen_on_this_split")
+    assert a["splits"] == b["splits"] and best == pytest.approx(history["test_accuracy"].max()) and history["test_accuracy"].iloc[-1] == pytest.approx(a["splits"]["test"]["accuracy"])
+
+@pytest.mark.parametrize("args,said", [
+    (["table9", "--data", "sample"], "no experiment 'table9'"), (["table3"], "--data is missing"), (["table3", "--data", "/nowhere"], "no such"),
+    (["table3", "--data", "sample", "--seeds", "0"], "at least one seed"), (["figure3a", "--data", "sample", "--set", "l1=0.3"], "varies l1 itself"),
+    (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"), (["table3", "--data", "sample", "--set", "epochs=many"], "epochs is a number"),
+    (["table3", "--data", "sample", "--set", "train_all=1"], "true or false")])
+def test_what_is_wrong_is_said(args, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e: ecan_reproduce([*args, "--out", str(tmp_path/"out")])
+    assert e.value.code == 2 and said in capsys.readouterr().err
+
+def test_the_list(capsys):
+    ecan_reproduce([])
+    said = capsys.readouterr().out
+    assert all(name in said for name in EXPERIMENTS) and "5 runs a seed   Losses (Table 3)" in said
