@@ -224,6 +224,17 @@ def test_affectnet_in_both_layouts(tmp_path):
     dls = ExpressionDataLoaders.from_affectnet(tmp_path/"a", contempt=False, size=32, train_all=True, valid_pct=0.5, **FAST)
     assert len(dls.vocab) == 7 and dls.split_names == ("train", "valid_seen", "val_set")
 
+def test_published_counts_add_up_and_are_checked(tmp_path):
+    "Totals as their papers give them: 287,651 (283,901 without contempt) and 4,000; 91,793"
+    train = AFFECTNET_COUNTS["train"]
+    assert sum(train.values()) == 287651 and sum(train.values())-train["contempt"] == 283901 and sum(AFFECTNET_COUNTS["val_set"].values()) == 4000 and sum(EXPW_COUNTS.values()) == 91793
+    for i, (load, make, said) in enumerate([(affectnet_faces, affectnet_npy, r"this AffectNet differs.*instead of 134415.*val_set contempt \d+ instead of 499"),
+                                            (affectnet_faces, affectnet_csv, r"this AffectNet differs.*val_set contempt \d+ instead of 500"), (expw_faces, expw, "this ExpW differs.*train happy .* instead of 30537")]):
+        (tmp_path/str(i)).mkdir()
+        with pytest.warns(UserWarning, match=said): load(make(tmp_path/str(i)))
+    (tmp_path/"f").mkdir()
+    with pytest.warns(UserWarning, match="this FER.* 1 rows of train instead of 28709"): ferplus_faces(ferplus_csv(tmp_path/"f", [("Training", "a.png", one_hot(0))]))
+
 def test_affectnet_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not AffectNet"): affectnet_faces(tmp_path)
     path = affectnet_npy(tmp_path/"a")
