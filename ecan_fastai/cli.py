@@ -180,9 +180,9 @@ def ecan_check(args=None):
 def _setting(text):
     "`key=value` as a setting of `RunConfig`, in the type that it has there"
     key, equals, value = text.partition("=")
-    types = {f.name: f.type for f in fields(RunConfig)}
+    types = {f.name: f.type for f in fields(RunConfig) if f.name not in ("data", "kind", "seed")}  # which are options of their own
     if not equals or key not in types: raise argparse.ArgumentTypeError(f"expected SETTING=VALUE with a setting of ecan_train, got {text!r}")
-    if types[key] is bool:
+    if types[key] is bool or key == "pretrained" and value in ("true", "false"):
         if value not in ("true", "false"): raise argparse.ArgumentTypeError(f"{key} is true or false, got {value!r}")
         return key, value == "true"
     try: return key, types[key](value)

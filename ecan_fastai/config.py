@@ -67,6 +67,7 @@ class RunConfig:
         if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
         if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"): raise ValueError(f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan or ensc")
+        if self.balance == "positives" and not self.l1: raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.precision != "fp32":

@@ -150,6 +150,11 @@ class TwoViewDL(TfmdDL):
 
     def shuffle_fn(self, idxs): return super().shuffle_fn(idxs) if self.item_weights is None else self.rng.choices(idxs, self.item_weights, k=len(idxs))
 
+    def new(self, dataset=None, cls=None, **kwargs):
+        dl = super().new(dataset, cls, **kwargs)
+        if dataset is None: dl.item_weights = self.item_weights
+        return dl
+
     def __iter__(self):
         self.randomize()
         self.before_iter()

@@ -8,7 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
            'experiment_figure', 'reproduce']
 
-# %% ../nbs/13_experiments.ipynb #0dde28d5
+# %% ../nbs/13_experiments.ipynb #44235c58
 import json
 import re
 from collections import Counter
@@ -20,26 +20,30 @@ import pandas as pd
 
 import ecan_fastai
 from .config import RunConfig
+from .datasets import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .published import detect_kind, read_faces
 from .runs import resume_run, start_run
 
-# %% ../nbs/13_experiments.ipynb #ea6af6d0
+# %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent/"experiments.json").read_text())
-_FREE = ("data", "kind", "method", "seed", "workers", "watch_tests")  # nothing of these in a run's name, or not as a setting
+_FREE = ("data", "kind", "method", "seed", "workers")  # these are no part of what a run's settings are called
 
 def _experiment(name):
     if name not in EXPERIMENTS: raise ValueError(f"no experiment {name!r}, there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
+
+def _written(v): return Path(v).name if isinstance(v, str) else f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+def _settings(settings): return [f"{k}={_written(v)}" for k,v in settings.items()]
+def _safe(parts): return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
 
 def run_name(
     cfg:RunConfig # Resolved
 )->str: # Without the seed
     "Method and settings that differ from the data's preset"
     preset = asdict(RunConfig(cfg.data, cfg.kind, cfg.method).resolve())
-    own = [f"{k}={v}" for k,v in asdict(cfg).items() if k not in _FREE and v != preset[k]]
-    return re.sub(r"[^\w.=+-]", "_", "-".join([cfg.method, *own]))
+    return _safe([cfg.method, *_settings({k: v for k,v in asdict(cfg).items() if k not in _FREE and v != preset[k]})])
 
 def experiment_runs(
     name:str, # Of an experiment
@@ -54,7 +58,7 @@ def experiment_runs(
         if any(k in s for s in exp["runs"].values()): raise ValueError(f"{name} varies {k} itself")
     return {label: RunConfig(str(data), kind, **{**exp["settings"], **s, **settings}).resolve() for label,s in exp["runs"].items()}
 
-# %% ../nbs/13_experiments.ipynb #23a9be66
+# %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
     folder # Of a finished run
 )->dict:
@@ -62,7 +66,7 @@ def run_record(
     folder = Path(folder)
     written,metrics = json.loads((folder/"config.json").read_text()),json.loads((folder/"metrics.json").read_text())
     history = pd.read_csv(folder/"history.csv")
-    config = {**written["config"], "data": Path(written["config"]["data"]).name}
+    config = {k: Path(v).name if k in ("data", "pretrained") and isinstance(v, str) else v for k,v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
 
 def _save_record(folder, file):
@@ -83,10 +87,10 @@ def experiment_results(
         for file in sorted((Path(records)/kind).glob(f"{run_name(cfg)}-seed*.json")):
             record = json.loads(file.read_text())
             for split,m in record["splits"].items():
-                if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, **{k: v for k,v in m.items() if isinstance(v, float)}))
+                if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, commit=record["environment"].get("commit"), **{k: v for k,v in m.items() if isinstance(v, float)}))
     return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split"])
 
-# %% ../nbs/13_experiments.ipynb #75274789
+# %% ../nbs/13_experiments.ipynb #cbf22014
 _NAMES = dict(accuracy="accuracy", average_accuracy="average accuracy", macro_f1="macro-F1", key_encoder_accuracy="accuracy with the key encoder",
               accuracy_of_best_epoch_chosen_on_this_split="best epoch, chosen on this split")
 
@@ -114,23 +118,30 @@ def experiment_table(
         if paper: table[f"paper: {_NAMES[m]}"] = {label: f"{paper[label][i]:.2f}" if label in paper else "" for label in exp["runs"]}
     return pd.DataFrame(table, index=list(exp["runs"]))
 
-def _markdown(table, title):
-    rows = [[exp_label, *cells] for exp_label,cells in zip(table.index, table.to_numpy().tolist())]
-    lines = [["", *table.columns], ["---"]*(1+len(table.columns)), *rows]
-    return f"# {title}\n\nPercent: mean ± standard deviation (seeds).\n\n" + "\n".join(f"| {' | '.join(map(str, l))} |" for l in lines) + "\n"
+def _note(name, kind, settings, results):
+    "What a reader of the table must know of its runs"
+    exp,said = _experiment(name),[]
+    said.append(f"Settings: {', '.join(_settings({**exp['settings'], **settings})) or 'none'}; everything else is the preset of {kind}.")
+    said.append("Trained on all of train." if {**exp["settings"], **settings}.get("train_all") else "Trained on train without the tenth `valid`.")
+    said.append(f"Views of a picture in evaluation: {settings.get('eval_crops', 'center')}.")
+    if kind == "rafdb" and not settings.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
+    if len(results): said.append(f"Commits: {', '.join(sorted(set(map(str, results['commit']))))}.")
+    return " ".join(said)
 
-# %% ../nbs/13_experiments.ipynb #703ade6b
+def _markdown(table, title, note):
+    rows = [[label, *cells] for label,cells in zip(table.index, table.to_numpy().tolist())]
+    lines = [["", *table.columns], ["---"]*(1+len(table.columns)), *rows]
+    return f"# {title}\n\nPercent: mean ± standard deviation (seeds). {note}\n\n" + "\n".join(f"| {' | '.join(map(str, l))} |" for l in lines) + "\n"
+
+# %% ../nbs/13_experiments.ipynb #cc479b37
 _AXES = dict(l1=r"$\lambda_1$", l2=r"$\lambda_2$", n_groups="feature groups V", temperature="temperature", bank_groups="batches in the bank K", momentum="momentum m")
 
-def _first_test(results):
-    names = [s for s in dict.fromkeys(results["split"]) if s != "valid"]
-    return names[0] if names else "valid"
+def _first_test(splits):
+    names = [s for s in dict.fromkeys(splits) if s not in ("train", "valid")]
+    return names[0] if names else None
 
-def _tsne(folders, split, kind):
-    data,kind = next(((f/"faces", "folder") for f in folders.values() if kind == "sample"), (None, kind))
-    config = json.loads((next(iter(folders.values()))/"config.json").read_text())
-    faces = [f for f in read_faces(data or config["config"]["data"], kind) if f.split == split]
-    vocab = config["about"]["vocab"]
+def _tsne(folders, faces, split):
+    faces,vocab = [f for f in faces if f.split == split],json.loads((next(iter(folders.values()))/"config.json").read_text())["about"]["vocab"]
     return plot_tsne({label: Predictor(f).features([x.image for x in faces]) for label,f in folders.items()}, [vocab.index(x.label) for x in faces], vocab)
 
 def _confusions(folders, split):
@@ -145,29 +156,44 @@ def experiment_figure(
     name:str, # Of an experiment
     results:pd.DataFrame, # From `experiment_results`
     kind:str, # Kind of the data
+    faces:list=None, # `Face` records, for pictures that need them
     folders:dict=None # Label to the run's folder, for pictures that need predictions or features
 ): # Figure, or None where the experiment is a table alone
     "The picture of an experiment"
-    exp = _experiment(name)
+    exp,split = _experiment(name),_first_test(f.split for f in faces or ())
     if "axis" in exp and len(results):
-        split = "valid" if "valid" in set(results["split"]) else _first_test(results)
+        split = "valid" if "valid" in set(results["split"]) else _first_test(results["split"])
         own = results[results["split"] == split]
         ax = plot_sweep(own.assign(**{exp["axis"]: own["label"].astype(float)}), exp["axis"], {m: _NAMES[m] for m in exp["measures"]}, _AXES[exp["axis"]])
         ax.set_title(f"{kind}, {split}", fontsize=10)
         return ax.figure
-    if exp.get("picture") == "tsne" and folders: return _tsne(folders, _first_test(results), kind)
-    if exp.get("picture") == "confusion" and folders: return _confusions(folders, _first_test(results))
+    if exp.get("picture") == "classes": return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
+    if exp.get("picture") == "tsne": return _tsne(folders, faces, split)
+    if exp.get("picture") == "confusion": return _confusions(folders, split)
 
-# %% ../nbs/13_experiments.ipynb #d0204088
+# %% ../nbs/13_experiments.ipynb #886a1420
+def _check_same(cfg, folder):
+    "That a run in `folder` is the one asked for"
+    written = json.loads((folder/"config.json").read_text())["config"]
+    for k,asked in asdict(cfg).items():
+        found = written.get(k, asked)
+        same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
+        if not same and asked is not None and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
+
 def _run(cfg, folder, say):
+    "Make a run, go on with it, or find it done"
+    begun = (folder/"config.json").exists()
+    if begun: _check_same(cfg, folder)
     if (folder/"metrics.json").exists(): return
-    say(f"{folder.name}: {'goes on' if (folder/'config.json').exists() else 'starts'}")
-    resume_run(folder) if (folder/"config.json").exists() else start_run(cfg, folder)
+    say(f"{folder.name}: {'goes on' if begun else 'starts'}")
+    resume_run(folder) if begun else start_run(cfg, folder)
 
-def _write(out, stem, title, table, figure):
-    table.to_csv(out/f"{stem}.csv")
-    (out/f"{stem}.md").write_text(_markdown(table, title))
-    if figure is not None: figure.savefig(out/f"{stem}.png", dpi=150)
+def _needed_faces(exp, name, data, kind, out):
+    "Faces for the experiment's picture, read before anything is trained"
+    if "picture" not in exp: return None
+    faces = read_faces(sample_faces(out/"faces", channels=1), "folder") if kind == "sample" else read_faces(data, kind)
+    if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None: raise ValueError(f"{name} is drawn of a test split, and {data} has none")
+    return faces
 
 def reproduce(
     name:str, # Of an experiment
@@ -182,24 +208,25 @@ def reproduce(
     "Make the missing runs of an experiment, then its table (Markdown and CSV) and its picture (PNG)"
     exp,out = _experiment(name),Path(out)
     if seeds < 1: raise ValueError(f"expected at least one seed, got {seeds}")
+    if "seed" in settings: raise ValueError("seeds are counted from 0: give their number as seeds")
     kind = ("sample" if str(data) == "sample" else detect_kind(data)) if kind == "auto" else kind
     records = Path(records) if records else out/"records"
-    folders = {}
+    faces,folders = _needed_faces(exp, name, data, kind, out),{}
     for seed in range(seeds):
         for label,cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
             stem = f"{run_name(cfg)}-seed{seed}"
             _run(cfg, out/kind/stem, say)
             _save_record(out/kind/stem, records/kind/f"{stem}.json")
             folders.setdefault(label, out/kind/stem)
-    out.mkdir(parents=True, exist_ok=True)
     results = experiment_results(name, records, kind, **settings)
     table = experiment_table(name, results, kind)
-    figure = _class_figure(data, kind, out) if exp.get("picture") == "classes" else experiment_figure(name, results, kind, folders)
-    _write(out, f"{name}-{kind}", f"{exp['title']}: {kind}", table, figure)
-    say(f"written: {out/f'{name}-{kind}'}.md, .csv{', .png' if figure is not None else ''}")
+    stem = _safe([name, kind, *_settings({k: v for k,v in settings.items() if k not in _FREE})])
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out/f"{stem}.csv")
+    (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", _note(name, kind, settings, results)))
+    say(f"written: {out/stem}.md and .csv")
+    figure = experiment_figure(name, results, kind, faces, folders)
+    if figure is not None:
+        figure.savefig(out/f"{stem}.png", dpi=150)
+        say(f"written: {out/stem}.png")
     return table
-
-def _class_figure(data, kind, out):
-    from ecan_fastai.datasets import sample_faces
-    faces = read_faces(sample_faces(out/"faces"), "folder") if kind == "sample" else read_faces(data, kind)
-    return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})

@@ -63,7 +63,7 @@ class FaceFinder:
     )->list: # of `FoundFace`
         "Faces of a picture"
         img = read_face(x, 3)
-        if min(img.shape[:2]) < self.min_size: return []
+        if min(img.shape[:2]) <= self.min_size: return []
         boxes,probs,points = self.mtcnn.detect(img, landmarks=True)
         if boxes is None: return []
         faces = [(box.tolist(), p, *_upright(img, box, eyes, self.margin)) for box,p,eyes in zip(boxes.astype(float), probs, points[:, :2].astype(float)) if p >= self.threshold]

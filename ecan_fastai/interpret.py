@@ -85,9 +85,11 @@ def plot_confusions(
     vocab # Names of the classes
 ):
     "Confusion matrices side by side, on one scale"
-    fig,axs = plt.subplots(1, len(runs), figsize=(len(runs)*(0.9+0.65*len(vocab)), 1.3+0.65*len(vocab)), sharey=True, layout="constrained", squeeze=False)
+    fig,axs = plt.subplots(1, len(runs), figsize=(len(runs)*(0.9+0.65*len(vocab)), 1.3+0.65*len(vocab)), layout="constrained", squeeze=False)
     for ax,(title,(targets,predicted)) in zip(axs[0], runs.items()): plot_confusion(targets, predicted, vocab, title, ax)
-    for ax in axs[0][1:]: ax.set_ylabel("")
+    for ax in axs[0][1:]:
+        ax.set_ylabel("")
+        if [t.get_text() for t in ax.get_yticklabels()] == [t.get_text() for t in axs[0][0].get_yticklabels()]: ax.set_yticklabels([])
     return fig
 
 # %% ../nbs/08_interpret.ipynb #03977633
@@ -143,6 +145,7 @@ def plot_sweep(
     "Measures over the values of a setting, in percent"
     if ax is None: _,ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
+    if len(names) > len(_COLORS): raise ValueError(f"there are colours for {len(_COLORS)} measures, got {len(names)}")
     groups = table.groupby(setting, sort=True)
     values = list(groups.groups)
     numbers = all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in values)

@@ -159,6 +159,10 @@ def esc_loss(
     return _contrast(z, y, temperature, normalize, bank_z)
 
 # %% ../nbs/04_losses.ipynb #5222a0c6
+def _check_classes(bank_positives, n_classes=None):
+    if bank_positives.ndim != 1 or bank_positives.dtype != torch.bool or n_classes not in (None, len(bank_positives)):
+        raise ValueError(f"expected bank_positives of shape ({n_classes or 'C'},), True or False for each class, got {bank_positives.dtype} of shape {tuple(bank_positives.shape)}")
+
 @_full_precision
 def ensc_loss(
     z:Tensor, # Features of all views (M, d)
@@ -172,8 +176,7 @@ def ensc_loss(
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
-    if bank_positives is not None and (bank_positives.ndim != 1 or bank_positives.dtype != torch.bool):
-        raise ValueError(f"expected bank_positives of shape (C,), True or False for each class, got {bank_positives.dtype} of shape {tuple(bank_positives.shape)}")
+    if bank_positives is not None: _check_classes(bank_positives)
     return _contrast(z, y, temperature, normalize, bank_z, bank_y, bank_positives)
 
 # %% ../nbs/04_losses.ipynb #31272950
@@ -251,7 +254,7 @@ class ESCLoss(SupConLoss):
 
 class ENSCLoss(SupConLoss):
     "Module form of `ensc_loss`"
-    def forward(self, z, y, bank_z, bank_y): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize)
+    def forward(self, z, y, bank_z, bank_y, bank_positives=None): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives)
 
 class CenterLoss(nn.Module):
     "Module form of `center_loss`"
@@ -298,8 +301,9 @@ class ECANLoss(nn.Module):
         if bank_positives is not None and contrast != "ensc": raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
         _check_temperature(temperature)
         _check_reduction(affinity_reduction)
-        for name,value,dtype in (("weight", weight, torch.float32), ("bank_positives", bank_positives, torch.bool)):  # settings, not state: they follow the device, and are not saved
-            self.register_buffer(name, None if value is None else torch.as_tensor(value, dtype=dtype), persistent=False)
+        if weight is not None: weight = torch.as_tensor(weight, dtype=torch.float32)
+        if bank_positives is not None: _check_classes(bank_positives := torch.as_tensor(bank_positives))
+        for name,value in (("weight", weight), ("bank_positives", bank_positives)): self.register_buffer(name, value, persistent=False)  # settings, not state: they follow the device, and are not saved
         self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
         self.contrast,self.compact,self.affinity_reduction,self.normalize_compact,self.reduction = contrast,compact,affinity_reduction,normalize_compact,reduction
         self.parts = {}
@@ -316,7 +320,7 @@ class ECANLoss(nn.Module):
         if isinstance(out, Tensor): return F.cross_entropy(out.float(), y, self.weight, reduction=self.reduction)
         y = y.as_subclass(Tensor)
         ce = F.cross_entropy(out["logits"].float(), y, self.weight, reduction="none")
-        if self.weight is not None and y.ndim == 1: ce = ce*(len(y)/self.weight[y].sum())  # the mean is then torch's
+        if self.weight is not None and self.reduction == "mean" and y.ndim == 1: ce = ce*(len(y)/self.weight[y].sum())  # the mean is then torch's
         loss,parts = (1-self.l1)*ce,[ce.mean()]
         if y.ndim == 2: y = y.argmax(1)
         if self.l1:
@@ -333,6 +337,7 @@ class ECANLoss(nn.Module):
         z,yy = torch.cat([out["z_q"], out["z_k"]]),y.repeat(2)
         if self.contrast == "supcon": return supcon_loss(z, yy, self.temperature)
         if self.contrast == "esc": return esc_loss(z, yy, out["bank_z"], self.temperature)
+        if self.bank_positives is not None: _check_classes(self.bank_positives, len(out["centers"]))
         return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives)
 
     def _compact(self, out, y):
@@ -350,4 +355,4 @@ class ECANLoss(nn.Module):
 
     def activation(self, out:Tensor): return out.float().softmax(-1)
     def decodes(self, out:Tensor): return out.argmax(-1)
-    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact"))
+    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact", "weight", "bank_positives"))

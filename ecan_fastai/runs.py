@@ -56,6 +56,7 @@ def run_learner(cfg, dls, out):
     if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
     if cfg.wd is None: cfg.wd = opt["wd"]
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+    if cfg.balance == "positives" and not dls.minority_classes().any(): warnings.warn("no class has less than three quarters of the faces that a class has on average: balance positives changes nothing")
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
     if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
     else:
@@ -202,6 +203,12 @@ def _environment(dls):
     return dict(ecan_fastai=__version__, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__,
                 albumentations=albumentations.__version__, commit=_commit(), device=f"{device.type}: {name}", cpus=os.cpu_count())
 
+def _environments(dls, out):
+    "The environment at the run's start, and under `resumed` the present one where a run went on in another"
+    file, now = out/"config.json", _environment(dls)
+    start = json.loads(file.read_text()).get("environment", now) if file.exists() else now
+    return start if start == now else {**start, "resumed": now}
+
 def _write_json(file, value): _replace(file, lambda f: f.write_text(json.dumps(value, indent=1)))
 
 def _write_results(learn, cfg, out, rows):
@@ -216,7 +223,7 @@ def _write_results(learn, cfg, out, rows):
     _replace(out/"model.safetensors", lambda f: save_file(weights, f))
     learn.export("export.pkl")
     seconds = history["seconds"]
-    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), environment=_environment(learn.dls))
+    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), environment=_environments(learn.dls, out))
     if "alpha" in history: record["alpha"] = dict(first=float(history["alpha"].iloc[0]), last=float(history["alpha"].iloc[-1]), highest=float(history["alpha"].max()))
     _write_json(out/"metrics.json", record)
     return record
@@ -241,7 +248,7 @@ def start_run(
     stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
     about = dict(vocab=list(dls.vocab), view_size=side, mean=stats.mean.flatten().tolist(), std=stats.std.flatten().tolist(),
                  images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)})
-    _write_json(out/"config.json", dict(config=asdict(cfg), about=about))
+    _write_json(out/"config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
     return _train(learn, cfg, out, None)
 
 def resume_run(

@@ -1,14 +1,13 @@
 "Against unequal classes: sampler, class weights, bank entries as positives."
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from fastai.losses import CrossEntropyLossFlat
 from sklearn.utils.class_weight import compute_class_weight
 
 from ecan_fastai import runs
-from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import RunConfig
 
 def labels(dls): return [f.label for f in dls.train_ds.items]
@@ -63,30 +62,18 @@ def test_each_choice_reaches_its_place(faces, tmp_path):
     assert learner(faces, tmp_path, balance="positives")[0].loss_func.bank_positives.tolist() == list(dls.minority_classes())
     assert np.allclose(learner(faces, tmp_path, balance="weights", method="baseline")[0].loss_func.func.weight, dls.class_weights())
 
-@pytest.mark.parametrize("balance", ["sampler", "weights", "positives"])
-def test_a_balanced_run_finishes_and_resumes(faces, tmp_path, balance, capsys):
-    ecan_train([str(faces), "--balance", balance, "--epochs", "1", "--size", "32", "--channels", "1", "--recipe", "fer2013", "--level", "weak", "--bs", "16", "--workers", "0", "--out", str(tmp_path/"run")])
-    (tmp_path/"run"/"metrics.json").unlink()
-    ecan_train(["--resume", str(tmp_path/"run")])
-    assert "valid" in capsys.readouterr().out
-
-def test_weighted_training_moves_predictions_to_rare_classes(make_dls):
-    "On logits that do not depend on the picture, the weighted loss is least where all classes are equally likely, the plain one at their shares"
-    dls = make_dls()
-    y = torch.tensor([dls.vocab.o2i[l] for l in labels(dls)])
-    def least(weight):
-        logits = torch.zeros(7, requires_grad=True)
-        opt = torch.optim.LBFGS([logits], max_iter=200)
-        def step():
-            opt.zero_grad()
-            loss = CrossEntropyLossFlat(flatten=False, weight=weight)(logits.expand(len(y), 7), y)
-            loss.backward()
-            return loss
-        opt.step(step)
-        return logits.softmax(0).detach()
-    assert torch.allclose(least(torch.tensor(dls.class_weights(), dtype=torch.float32)), torch.full((7,), 1/7), atol=1e-3)
-    assert torch.allclose(least(None), torch.tensor(dls.class_counts()/len(y), dtype=torch.float32), atol=1e-3)
+def test_a_loader_made_anew_stays_balanced(make_dls):
+    dls = make_dls(balanced=True)
+    assert dls.train.new().item_weights == dls.train.item_weights and dls.train.new(dls.valid_ds).item_weights is None
 
 def test_positives_need_the_ensc_loss():
     for method in ("baseline", "center", "supcon"):
         with pytest.raises(ValueError, match="use ecan or ensc"): RunConfig("x", method=method, balance="positives")
+    with pytest.raises(ValueError, match="whose share l1 is 0"): RunConfig("x", l1=0, balance="positives")
+
+def test_positives_without_a_minority_are_told(tmp_path):
+    for c in "ab":
+        for i in range(30):
+            (tmp_path/"faces"/c).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path/"faces"/c/f"{i}.png"), np.full((32, 32), i, np.uint8))
+    with pytest.warns(UserWarning, match="balance positives changes nothing"): learner(tmp_path/"faces", tmp_path, balance="positives")

@@ -35,8 +35,9 @@ def test_the_papers_numbers():
 def test_equal_runs_have_equal_names_and_different_ones_do_not():
     def name(**kw): return run_name(RunConfig("x", "fer2013", **kw).resolve())
     assert name() == name(l1=0.2, level="strong", workers=3, seed=5) == "ecan"
+    assert name(l1=0) == name(l1=0.0) == "ecan-l1=0"
     assert name(l1=0.3, epochs=8) == "ecan-epochs=8-l1=0.3" and name(method="baseline") == "baseline"
-    assert "/" not in name(pretrained="some/where/a.pth")
+    assert name(pretrained="some/where/a.pth") == "ecan-pretrained=a.pth" and name(pretrained=True) == "ecan-pretrained=True"
 
 def test_table_shows_mean_deviation_and_number(tmp_path):
     rows = [("cross-entropy", 0, "valid", .70, .60), ("cross-entropy", 1, "valid", .72, .64), ("center", 0, "valid", .5, .4), ("cross-entropy", 0, "test", .8, .7)]
@@ -50,13 +51,15 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert said.count("starts") == 4
     run = {m: [json.loads((tmp_path/"folder"/f"{p.name}"/"metrics.json").read_text()) for p in sorted((tmp_path/"folder").glob(f"{m}-*"))] for m in ("baseline", "ecan")}
-    table = pd.read_csv(tmp_path/"table3-folder.csv", index_col=0)
+    written, = tmp_path.glob("table3-folder-*epochs=1*.csv")
+    table = pd.read_csv(written, index_col=0)
     for label, method in (("cross-entropy", "baseline"), ("ENSC + MVA", "ecan")):
         for split in ("valid", "test"):
             a = [100*r["splits"][split]["average_accuracy"] for r in run[method]]
             assert table.loc[label, f"{split}: average accuracy"] == f"{np.mean(a):.2f} ± {np.std(a, ddof=1):.2f} (2)"
     assert np.isfinite([r["splits"]["test"]["key_encoder_accuracy"] for r in run["ecan"]]).all() and isinstance(table.loc["ENSC + MVA", "test: accuracy with the key encoder"], str)
-    lines = (tmp_path/"table3-folder.md").read_text().splitlines()
+    lines = written.with_suffix(".md").read_text().splitlines()
+    assert all(said in lines[2] for said in ("epochs=1", "without the tenth", "in evaluation: center", "Commits: "))
     assert lines[0] == "# Losses (Table 3): folder" and len(lines) == 8 and all(l.count("|") == lines[4].count("|") for l in lines[4:])
     # a second time: nothing runs, the same table
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
@@ -74,17 +77,47 @@ def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatc
     ecan_reproduce(["affinity", *quick_args(faces, tmp_path)])
     ecan_reproduce(["figure3b", *quick_args(faces, tmp_path)])
     assert capsys.readouterr().out.count("starts") == 2
-    assert {f.suffix for f in tmp_path.glob("figure3b-folder.*")} == {".md", ".csv", ".png"}
+    assert {f.suffix for f in tmp_path.glob("figure3b-folder*")} == {".md", ".csv", ".png"}
 
-@pytest.mark.parametrize("name", ["figure5", "figure6", "figure7"])
-def test_pictures_are_drawn(faces, tmp_path, name, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    "Figures that an experiment draws, instead of being lost in a file"
+    drawn, draw = [], experiments.experiment_figure
+    monkeypatch.setattr(experiments, "experiment_figure", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    return drawn
+
+def two_rows(name, monkeypatch):
     runs = EXPERIMENTS[name]["runs"]
     monkeypatch.setitem(EXPERIMENTS, name, {**EXPERIMENTS[name], "runs": {k: runs[k] for k in list(runs)[:2]}})
-    reproduce(name, faces, out=tmp_path, **QUICK)
-    assert (tmp_path/f"{name}-folder.png").stat().st_size > 5000
-    if name == "figure7":
-        fig = experiments._confusions({"one": tmp_path/"folder"/"baseline-epochs=1-bs=16-opt=adam-size=32-channels=1-level=weak-recipe=fer2013-momentum=0.9-train_all=True-seed0"}, "test")
-        assert len(fig.axes) == 1
+
+def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figures, monkeypatch):
+    two_rows("figure5", monkeypatch)
+    reproduce("figure5", faces, out=tmp_path, **QUICK)
+    panels, n = figures[0].axes, len(list((faces/"test").rglob("*.png")))
+    assert [ax.get_title() for ax in panels] == ["cross-entropy", "center"] and all(sum(len(c.get_offsets()) for c in ax.collections) == n for ax in panels)
+    assert len(list(tmp_path.glob("figure5-folder*.png"))) == 1
+
+def test_figure_6_counts_train(faces, tmp_path, figures):
+    reproduce("figure6", faces, out=tmp_path)
+    ax, = figures[0].axes
+    assert {l.get_text(): int(t.get_text()) for l, t in zip(ax.get_xticklabels(), ax.texts)} == {c.name: len(list(c.iterdir())) for c in (faces/"train").iterdir()}
+
+def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
+    table = reproduce("figure7", faces, out=tmp_path, **QUICK)
+    assert [ax.get_title() for ax in figures[0].axes] == [f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test" for label in ("baseline", "ECAN")]
+
+def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, tmp_path):
+    for name in ("figure5", "figure7"):
+        with pytest.raises(ValueError, match=f"{name} is drawn of a test split, and .* has none"): reproduce(name, faces/"train", out=tmp_path/"out", **QUICK)
+    assert not list(tmp_path.rglob("config.json"))
+
+def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch):
+    two_rows("affinity", monkeypatch)
+    reproduce("affinity", faces, out=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"holds a run with data {faces}, and {faces/'train'} is asked for"): reproduce("affinity", faces/"train", out=tmp_path, **QUICK)
+    file = next(tmp_path.rglob("config.json"))
+    file.write_text(file.read_text().replace('"l2": 0.7', '"l2": 0.6'))
+    with pytest.raises(ValueError, match="holds a run with l2 0.6, and 0.7 is asked for"): reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on(faces, tmp_path):

@@ -43,6 +43,11 @@ def test_confusions_side_by_side_are_those_alone():
         assert ax.get_title() == title and [t.get_text() for t in ax.texts] == [t.get_text() for t in plot_confusion(y, p, VOCAB).texts]
     plt.close("all")
 
+def test_confusions_of_other_faces_keep_their_own_counts():
+    fig = plot_confusions({"one": ([0, 0, 0, 1], [0, 0, 0, 1]), "two": ([0, 1, 1, 1], [0, 1, 1, 1])}, VOCAB[:2])
+    assert [[t.get_text() for t in ax.get_yticklabels()] for ax in fig.axes] == [["a (3)", "b (1)"], ["a (1)", "b (3)"]]
+    plt.close("all")
+
 def test_tsne_keeps_far_classes_apart_and_repeats():
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1, 2], 20)

@@ -241,6 +241,10 @@ def test_class_weights_are_those_of_torch():
     loss(out, shares)
     close(loss.parts["ce"], torch.nn.functional.cross_entropy(out["logits"], shares, torch.tensor(w, dtype=torch.float32)))
     assert not loss.state_dict()
+    for reduction in ("none", "sum"):
+        loss.reduction = reduction
+        own = torch.nn.functional.cross_entropy(out["logits"], y, torch.tensor(w, dtype=torch.float32), reduction=reduction)
+        assert torch.allclose(ECANLoss(l1=0, l2=0, weight=w, reduction=reduction)(out, y), own) and torch.allclose(loss(out["logits"], y), own)
 
 def test_ecan_loss_with_bank_positives():
     out, y = output()
@@ -279,6 +283,7 @@ def test_modules_are_their_functions():
     assert SupConLoss(0.2)(z, y) == supcon_loss(z, y, 0.2)
     assert ESCLoss(0.2)(z, y, bz) == esc_loss(z, y, bz, 0.2)
     assert ENSCLoss(0.2, normalize=False)(z, y, bz, by) == ensc_loss(z, y, bz, by, 0.2, False)
+    assert ENSCLoss(0.2)(z, y, bz, by, RARE) == ensc_loss(z, y, bz, by, 0.2, bank_positives=RARE)
     assert CenterLoss()(z, y, c) == center_loss(z, y, c)
     assert AffinityLoss("sum")(z, y, c) == affinity_loss(z, y, c, "sum")
     assert MVALoss("sum")(z, y, c, groups, labels) == mva_loss(z, y, c, groups, labels, "sum")
@@ -293,6 +298,7 @@ def test_modules_are_their_functions():
     (lambda: affinity_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 2), "max"), "reduction"),
     (lambda: center_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(2, 3)), r"centers of shape \(C, 2\)"),
     (lambda: ensc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), bank_positives=torch.tensor([1, 2])), "True or False for each class"),
+    (lambda: ECANLoss(bank_positives=[0, 2]), "True or False for each class"), (lambda: ECANLoss(bank_positives=[True]*3)(*output()), r"of shape \(7,\), True or False"),
     (lambda: ECANLoss(contrast="supcon", bank_positives=[True, False]), "option of contrast 'ensc'"),
     (lambda: ECANLoss(l1=2), "between 0 and 1"), (lambda: ECANLoss(l2=-1), "negative"), (lambda: ECANLoss(n_groups=0), "at least 1"),
     (lambda: ECANLoss(contrast="simclr"), "ensc, esc, supcon"), (lambda: ECANLoss(compact="island"), "mva, affinity, center")])
