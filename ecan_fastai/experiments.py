@@ -121,8 +121,9 @@ def experiment_table(
 def _note(name, kind, settings, results):
     "What a reader of the table must know of its runs"
     exp,said = _experiment(name),[]
-    said.append(f"Settings: {', '.join(_settings({**exp['settings'], **settings})) or 'none'}; everything else is the preset of {kind}.")
-    said.append("Trained on all of train." if {**exp["settings"], **settings}.get("train_all") else "Trained on train without the tenth `valid`.")
+    given = {k: v for k,v in {**exp["settings"], **settings}.items() if k not in _FREE}
+    said.append(f"Settings: {', '.join(_settings(given)) or 'none'}; everything else is the preset of {kind}.")
+    said.append("Trained on all of train." if given.get("train_all") else "Trained on train without the tenth `valid`.")
     said.append(f"Views of a picture in evaluation: {settings.get('eval_crops', 'center')}.")
     if kind == "rafdb" and not settings.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
     if len(results): said.append(f"Commits: {', '.join(sorted(set(map(str, results['commit']))))}.")
