@@ -207,6 +207,6 @@ def ecan_reproduce(args=None):
         if given.experiment is None: print(*[f"{name:<14}{len(e['runs']):>3} runs a seed   {e['title']}" for name, e in EXPERIMENTS.items()], sep="\n")
         else:
             table = reproduce(given.experiment, given.data, given.seeds, given.out, given.kind, given.records, lambda said: print(said, flush=True), **dict(given.set))
-            print(f"\n{table.to_string()}")
+            if not table.empty: print(f"\n{table.to_string()}")
     except (ValueError, OSError) as e: p.exit(2, f"{p.prog}: error: {e}\n")
     except KeyboardInterrupt: p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")

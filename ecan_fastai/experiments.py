@@ -223,9 +223,10 @@ def reproduce(
     table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings({k: v for k,v in settings.items() if k not in _FREE})])
     out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out/f"{stem}.csv")
-    (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", _note(name, kind, settings, results)))
-    say(f"written: {out/stem}.md and .csv")
+    if not table.empty:
+        table.to_csv(out/f"{stem}.csv")
+        (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", _note(name, kind, settings, results)))
+        say(f"written: {out/stem}.md and .csv")
     figure = experiment_figure(name, results, kind, faces, folders)
     if figure is not None:
         figure.savefig(out/f"{stem}.png", dpi=150)

@@ -100,6 +100,7 @@ def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figure
 def test_figure_6_counts_train(faces, tmp_path, figures):
     reproduce("figure6", faces, out=tmp_path)
     ax, = figures[0].axes
+    assert not list(tmp_path.glob('*.md'))
     assert {l.get_text(): int(t.get_text()) for l, t in zip(ax.get_xticklabels(), ax.texts)} == {c.name: len(list(c.iterdir())) for c in (faces/"train").iterdir()}
 
 def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
