@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
-           'experiment_figure', 'reproduce']
+           'experiment_note', 'experiment_figure', 'reproduce', 'recorded_experiments']
 
 # %% ../nbs/13_experiments.ipynb #44235c58
 import json
@@ -118,7 +118,12 @@ def experiment_table(
         if paper: table[f"paper: {_NAMES[m]}"] = {label: f"{paper[label][i]:.2f}" if label in paper else "" for label in exp["runs"]}
     return pd.DataFrame(table, index=list(exp["runs"]))
 
-def _note(name, kind, settings, results):
+def experiment_note(
+    name:str, # Of an experiment
+    kind:str, # Kind of the data
+    settings:dict, # As the runs were made with
+    results:pd.DataFrame # From `experiment_results`
+)->str:
     "What a reader of the table must know of its runs"
     exp,said = _experiment(name),[]
     given = {k: v for k,v in {**exp["settings"], **settings}.items() if k not in _FREE}
@@ -219,16 +224,29 @@ def reproduce(
             _run(cfg, out/kind/stem, say)
             _save_record(out/kind/stem, records/kind/f"{stem}.json")
             folders.setdefault(label, out/kind/stem)
-    results = experiment_results(name, records, kind, **settings)
+    given = {k: v for k,v in settings.items() if k not in _FREE}
+    results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)
-    stem = _safe([name, kind, *_settings({k: v for k,v in settings.items() if k not in _FREE})])
+    stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
     if not table.empty:
+        (records/f"{stem}.json").write_text(json.dumps(dict(name=name, kind=kind, settings=given)))
         table.to_csv(out/f"{stem}.csv")
-        (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", _note(name, kind, settings, results)))
+        (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", experiment_note(name, kind, given, results)))
         say(f"written: {out/stem}.md and .csv")
     figure = experiment_figure(name, results, kind, faces, folders)
     if figure is not None:
         figure.savefig(out/f"{stem}.png", dpi=150)
         say(f"written: {out/stem}.png")
     return table
+
+# %% ../nbs/13_experiments.ipynb #3e248cfe
+def recorded_experiments(
+    records # Folder of records
+): # Generator of (title, note, results, table)
+    "Every experiment that was reproduced into a folder of records, from the records alone"
+    for file in sorted(Path(records).glob("*.json")):
+        made = json.loads(file.read_text())
+        name,kind,settings = made["name"],made["kind"],made["settings"]
+        results = experiment_results(name, records, kind, **settings)
+        yield f"{_experiment(name)['title']}: {kind}",experiment_note(name, kind, settings, results),results,experiment_table(name, results, kind)

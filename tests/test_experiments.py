@@ -68,6 +68,8 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     # records alone are enough for the table, and tell nothing of the machine's folders
     again = experiment_table("table3", experiment_results("table3", tmp_path/"records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}), "folder")
     assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"records").rglob("*.json"))
+    (title, note, _, same), = recorded_experiments(tmp_path/"records")
+    assert same.equals(again) and lines[0] == f"# {title}" and note in lines[2]
     record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
     assert len(record["history"]["accuracy"]) == 1 and record["environment"]["torch"] and record["config"]["seed"] in (0, 1) and record["seconds"]
 
