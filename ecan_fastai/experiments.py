@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
-           'experiment_note', 'experiment_figure', 'reproduce', 'recorded_experiments']
+           'experiment_note', 'experiment_markdown', 'experiment_figure', 'reproduce', 'recorded_experiments']
 
 # %% ../nbs/13_experiments.ipynb #44235c58
 import json
@@ -134,7 +134,12 @@ def experiment_note(
     if len(results): said.append(f"Commits: {', '.join(sorted(set(map(str, results['commit']))))}.")
     return " ".join(said)
 
-def _markdown(table, title, note):
+def experiment_markdown(
+    table:pd.DataFrame, # From `experiment_table`
+    title:str, # Heading
+    note:str # From `experiment_note`
+)->str:
+    "A table as a page of Markdown"
     rows = [[label, *cells] for label,cells in zip(table.index, table.to_numpy().tolist())]
     lines = [["", *table.columns], ["---"]*(1+len(table.columns)), *rows]
     return f"# {title}\n\nPercent: mean ± standard deviation (seeds). {note}\n\n" + "\n".join(f"| {' | '.join(map(str, l))} |" for l in lines) + "\n"
@@ -232,7 +237,7 @@ def reproduce(
     if not table.empty:
         (records/f"{stem}.json").write_text(json.dumps(dict(name=name, kind=kind, settings=given)))
         table.to_csv(out/f"{stem}.csv")
-        (out/f"{stem}.md").write_text(_markdown(table, f"{exp['title']}: {kind}", experiment_note(name, kind, given, results)))
+        (out/f"{stem}.md").write_text(experiment_markdown(table, f"{exp['title']}: {kind}", experiment_note(name, kind, given, results)))
         say(f"written: {out/stem}.md and .csv")
     figure = experiment_figure(name, results, kind, faces, folders)
     if figure is not None:
