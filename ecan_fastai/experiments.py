@@ -24,7 +24,7 @@ from .datasets import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .published import detect_kind, read_faces
-from .runs import resume_run, start_run
+from .runs import _read_config, _replace, _write_json, resume_run, start_run
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent/"experiments.json").read_text())
@@ -71,9 +71,7 @@ def run_record(
 
 def _save_record(folder, file):
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(run_record(folder), separators=(",", ":")))
-    part.replace(file)
+    _replace(file, lambda f: f.write_text(json.dumps(run_record(folder), separators=(",", ":"))))
 
 def experiment_results(
     name:str, # Of an experiment
@@ -129,8 +127,8 @@ def experiment_note(
     given = {k: v for k,v in {**exp["settings"], **settings}.items() if k not in _FREE}
     said.append(f"Settings: {', '.join(_settings(given)) or 'none'}; everything else is the preset of {kind}.")
     said.append("Trained on all of train." if given.get("train_all") else "Trained on train without the tenth `valid`.")
-    said.append(f"Views of a picture in evaluation: {settings.get('eval_crops', 'center')}.")
-    if kind == "rafdb" and not settings.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
+    said.append(f"Views of a picture in evaluation: {given.get('eval_crops', 'center')}.")
+    if kind == "rafdb" and not given.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
     if len(results): said.append(f"Commits: {', '.join(sorted(set(map(str, results['commit']))))}.")
     return " ".join(said)
 
@@ -185,9 +183,9 @@ def experiment_figure(
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
     "That a run in `folder` is the one asked for"
-    written = json.loads((folder/"config.json").read_text())["config"]
+    written = _read_config(folder)
     for k,asked in asdict(cfg).items():
-        found = written.get(k, asked)
+        found = getattr(written, k)
         same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
         if not same and asked is not None and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
 
@@ -235,7 +233,7 @@ def reproduce(
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
     if not table.empty:
-        (records/f"{stem}.json").write_text(json.dumps(dict(name=name, kind=kind, settings=given)))
+        _write_json(records/f"{stem}.json", dict(name=name, kind=kind, settings=given))
         table.to_csv(out/f"{stem}.csv")
         (out/f"{stem}.md").write_text(experiment_markdown(table, f"{exp['title']}: {kind}", experiment_note(name, kind, given, results)))
         say(f"written: {out/stem}.md and .csv")

@@ -191,7 +191,7 @@ class ECANModel(FaceClassifier):
         momentum:float # m, in [0, 1)
     ):
         "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-        def moved(encoder): return [*encoder.parameters(), *(b for b in encoder.buffers() if self.key_eval and b.is_floating_point())]
+        def moved(encoder): return [*encoder.parameters(), *([b for b in encoder.buffers() if b.is_floating_point()] if self.key_eval else [])]
         torch._foreach_lerp_(moved(self.key_encoder), moved(self.encoder), 1-momentum)
 
     def inference(self,

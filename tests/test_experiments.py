@@ -73,6 +73,12 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
     assert len(record["history"]["accuracy"]) == 1 and record["environment"]["torch"] and record["config"]["seed"] in (0, 1) and record["seconds"]
 
+def test_a_broken_run_folder_is_named(faces, tmp_path):
+    folder = tmp_path/"folder"/f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
+    folder.mkdir(parents=True)
+    (folder/"config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not the configuration of a run"): reproduce("affinity", faces, out=tmp_path, **QUICK)
+
 def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}})
     monkeypatch.setitem(EXPERIMENTS, "figure3b", {**EXPERIMENTS["figure3b"], "runs": {"0.7": {"l2": 0.7}, "0.2": {"l2": 0.2}}})
