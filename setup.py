@@ -1,4 +1,5 @@
 "Everything that pyproject.toml declares `dynamic` comes from settings.ini."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -7,10 +8,16 @@ ini = ConfigParser(delimiters=["="])
 ini.read(Path(__file__).parent/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
+readme = (Path(__file__).parent/"README.md").read_text(encoding="utf-8")
+pages = "https://github.com/ecan-fastai/ecan_fastai"  # where README's pictures and links lie for those who read it elsewhere
+readme = re.sub(r"(!\[[^]]*\]\()(?!http)", rf"\1{pages}/raw/main/", readme)
+readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!http)", rf"\1{pages}/blob/main/", readme)
+
 setup(
     version=cfg["version"],
+    long_description=readme,
+    long_description_content_type="text/markdown",
     author=cfg["author"],
-    license=cfg["license"],
     python_requires=f">={cfg['min_python']}",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),

@@ -53,7 +53,9 @@ class MemoryBankUpdate(Callback):
         if self.pending is not None: self.push(*self.pending)
         self.pending = None
 
-    def push(self, z, y): self.model.bank.push(z, y.argmax(1) if y.ndim == 2 else y)  # of soft labels, the largest share
+    def push(self, z, y):
+        "Keys (n, d) with labels (n,), or with shares (n, C), of which the largest counts, into the bank"
+        self.model.bank.push(z, y.argmax(1) if y.ndim == 2 else y)
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):

@@ -11,7 +11,7 @@ from pathlib import Path
 from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig
 
 HELP = dict(
-    kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights; with PATH those of a run's folder or a checkpoint",
+    kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights (DATA stands before it); with PATH those of a run's folder or a checkpoint",
     epochs="epochs (sample 12, FER2013 200, other data 40)", bs="batch size (sample 32, else 256, less for small data)", lr="highest learning rate (paper: 0.1 at batch 256, in proportion; adam: 0.002)",
     wd="weight decay (paper 5e-4, adam 1e-2)", opt="optimizer: the paper's SGD, or Adam (sample adam, else paper)", schedule="learning rate schedule",
     size="side in pixels (sample and FER2013 48, other data 224)", channels="1 grey, 3 colour (sample and FER2013 1, other data 3)",
@@ -101,8 +101,8 @@ def _with_model(prog, about, example):
 @_script
 def ecan_predict(args=None):
     "Label pictures with a trained model"
-    p = _with_model("ecan_predict", "Label pictures of faces, or with --faces the faces in photographs and video: a table, or a CSV or JSON file.", "ecan_predict runs/mine photo.jpg more_photos/ --out labels.csv")
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images; with --faces also video")
+    p = _with_model("ecan_predict", "Label pictures of faces, or with --faces the faces in photographs and video: a table, or a CSV or JSON file.", "ecan_predict runs/mine face.jpg more_faces/ --out labels.csv")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images, each a face as the model was trained on; with --faces also whole photographs and video")
     p.add_argument("--faces", action="store_true", help="find the faces first (needs the extra `faces`): a row a face")
     p.add_argument("--every", type=float, metavar="SECONDS", help="with --faces: time between the frames of a video that are looked at; default 1")
     p.add_argument("--out", type=Path, metavar="FILE", help="write every class's probability to FILE, .csv or .json, instead of printing a table")
@@ -112,8 +112,9 @@ def ecan_predict(args=None):
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, picture_files
         predictor = Predictor(given.run, given.crops, given.device)
-        table = _found_faces(predictor, given) if given.faces else predictor.predict([f for path in given.images for f in picture_files(path)])
-        if given.out is None: print(_short(table).to_string(index=False, float_format="{:.3f}".format) if len(table) else "no face found")
+        if given.faces: table = _found_faces(predictor, given)
+        else: table = predictor.predict([f for path in given.images for f in picture_files(path)])
+        if given.out is None: _print_faces(table)
         elif given.out.suffix == ".csv": table.round(5).to_csv(given.out, index=False)
         else: given.out.write_text(table.round(5).to_json(orient="records", indent=1))
 
@@ -125,11 +126,12 @@ def _found_faces(predictor, given):
         if str(f) not in set(table["image"]): print(f"ecan_predict: no face found in {f}", file=sys.stderr)
     return table
 
-def _short(table):
-    "What is printed: pixels as whole numbers, and no seconds where there is no video"
+def _print_faces(table):
+    "Pixels as whole numbers, and no seconds where there is no video"
+    if not len(table): return print("no face found")
     columns = [c for c in ("image", "second", "left", "top", "right", "bottom", "label", "probability") if c in table]
     box = {c: int for c in ("left", "top", "right", "bottom") if c in table}
-    return table[columns].dropna(axis=1, how="all").astype(box)
+    print(table[columns].dropna(axis=1, how="all").astype(box).to_string(index=False, float_format="{:.3f}".format))
 
 @_script
 def ecan_evaluate(args=None):
@@ -169,11 +171,18 @@ def ecan_check(args=None):
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
         report = check_data(given.data, given.kind, given.distance)
-        print(report.counts.to_string(), f"\n\n{len(report.broken)} broken images", *[f"  {said}" for said in list(report.broken.values())[:10]], sep="\n")
-        print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)", report.summary().to_string(index=False) if len(report.pairs) else "none", sep="\n")
+        _print_report(report)
         if given.out: report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
         if given.picture and len(report.leaks): show_pairs(report).savefig(given.picture, dpi=110)
         elif given.picture: print("no pair across splits, so no picture")
+
+def _print_report(report):
+    print(report.counts.to_string())
+    print(f"\n\n{len(report.broken)} broken images")
+    for said in list(report.broken.values())[:10]: print(f"  {said}")
+    print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)")
+    print(report.summary().to_string(index=False) if len(report.pairs) else "none")
+
 
 # The paper's experiments
 
@@ -191,8 +200,8 @@ def _setting(text):
 @_script
 def ecan_reproduce(args=None):
     "Make the runs of a table or figure, then the table or figure"
-    p = argparse.ArgumentParser("ecan_reproduce", description="A table or figure of the paper, or a question that it leaves open: makes the runs that are missing, then writes the table beside the paper's numbers, and the picture. Without EXPERIMENT: what there is.",
-                                epilog="Example: ecan_reproduce table3 --data path/to/fer2013 --seeds 3")
+    p = argparse.ArgumentParser("ecan_reproduce", description="A table or figure of the paper, or a question that it leaves open: makes the runs that are missing, then writes the table, beside the paper's numbers where there are some for that data, and the picture. Without EXPERIMENT: what there is.",
+                                epilog="Example: ecan_reproduce table5 --data path/to/fer2013 --seeds 3")
     p.add_argument("experiment", nargs="?", metavar="EXPERIMENT", help="table2 to table5, figure3a to figure7, or a question")
     p.add_argument("--data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes, or `sample`")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
@@ -204,9 +213,10 @@ def ecan_reproduce(args=None):
     if given.experiment is not None and given.data is None: p.error("--data is missing: the path of a data set, or `sample`")
     try:
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
-        if given.experiment is None: print(*[f"{name:<14}{len(e['runs']):>3} runs a seed   {e['title']}" for name, e in EXPERIMENTS.items()], sep="\n")
-        else:
-            table = reproduce(given.experiment, given.data, given.seeds, given.out, given.kind, given.records, lambda said: print(said, flush=True), **dict(given.set))
-            if not table.empty: print(f"\n{table.to_string()}")
+        if given.experiment is None:
+            for name, e in EXPERIMENTS.items(): print(f"{name:<14}{len(e['runs']):>3} runs a seed   {e['title']}")
+            return
+        table = reproduce(given.experiment, given.data, given.seeds, given.out, given.kind, given.records, lambda said: print(said, flush=True), **dict(given.set))
+        if not table.empty: print(f"\n{table.to_string()}")
     except (ValueError, OSError) as e: p.exit(2, f"{p.prog}: error: {e}\n")
     except KeyboardInterrupt: p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")

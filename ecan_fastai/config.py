@@ -1,4 +1,5 @@
 "Names and settings of a run. Imports wait until they are needed, so that `--help` and a wrong argument are answered at once."
+import warnings
 from dataclasses import dataclass
 
 LEVELS = ("none", "weak", "strong")
@@ -13,6 +14,11 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
                schedule=SCHEDULES, precision=PRECISIONS, balance=BALANCES, affinity_reduction=("mean", "sum"), channels=(1, 3))
 
+# settings that decide nothing in a run of the method
+_NO_GROUPS = ("n_groups", "bank_groups", "affinity_reduction")
+UNUSED = dict(ecan=(), ensc=("l2", "n_groups", "affinity_reduction", "normalize_compact"), supcon=("l2", *_NO_GROUPS, "normalize_compact"),
+              center=("l1", "temperature", *_NO_GROUPS), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "key_eval", *_NO_GROUPS))
+
 # what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
 PRESETS = {
     "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
@@ -24,7 +30,7 @@ PRESETS["ferplus"] = PRESETS["fer2013"]  # the same pictures
 
 @dataclass
 class RunConfig:
-    "Everything that decides a run. `None` stands for the preset of the data's kind"
+    "Everything that decides a run; what each setting means is what `ecan_train --help` says of its option. `None` stands for the preset of the data's kind"
     data: str
     kind: str = "auto"
     method: str = "ecan"
@@ -70,16 +76,16 @@ class RunConfig:
         if self.balance == "positives" and not self.l1: raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.precision != "fp32":
-            import torch
-            if not torch.cuda.is_available(): raise ValueError(f"precision {self.precision} needs a CUDA device, and there is none here: use fp32")
 
     def resolve(self):
-        "Fill in the preset of the data's kind"
+        "Fill in the preset of the data's kind; what decides nothing with the method becomes `None`"
         if self.kind == "auto": self.kind = "sample" if self.data == "sample" else self._detect()
+        for name in UNUSED[self.method]:
+            if getattr(self, name) not in (None, getattr(RunConfig, name)): warnings.warn(f"{name} decides nothing with method {self.method}, and is not used")
         preset = {**PRESETS.get(self.kind, PRESETS["other"]), "l2": 0.003 if self.method == "center" else 0.7}
         for name, value in preset.items():
             if getattr(self, name) is None: setattr(self, name, value)
+        for name in UNUSED[self.method]: setattr(self, name, None)
         return self
 
     def _detect(self):

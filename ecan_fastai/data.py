@@ -74,7 +74,9 @@ def read_face(
     if isinstance(x, (str, Path, bytes)): return _decode(x, channels)
     if isinstance(x, PhotoCrop): return x.read(channels)
     if isinstance(x, Image.Image): x = np.asarray(x.convert("L" if channels == 1 else "RGB"))
-    elif isinstance(x, torch.Tensor): x = x.detach().cpu().numpy().transpose(1, 2, 0) if x.ndim == 3 else x.numpy()
+    elif isinstance(x, torch.Tensor):
+        x = x.detach().cpu().numpy()
+        if x.ndim == 3: x = x.transpose(1, 2, 0)
     if x.ndim == 2: x = x[..., None]
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] not in (1, 3):
         raise ValueError(f"expected a uint8 picture with 1 or 3 channels, got {x.dtype} of shape {tuple(x.shape)}")
@@ -116,7 +118,9 @@ class FaceTransform(Transform):
         return _to_face(crops[0] if len(crops) == 1 else np.stack(crops))
 
     def decode(self, x, **kwargs): return x
-    def seed(self, seed): seed_pipeline(self.train, seed)
+    def seed(self, seed):
+        "Draw from `seed` on"
+        seed_pipeline(self.train, seed)
 
 def _channels_first(a):
     "(height, width, channels) to (channels, height, width); a grey picture keeps its memory"
@@ -134,7 +138,7 @@ class _Batches:
     "The batches of a pass as (seed, indices), and how one is made: sampler and data set of torch's `DataLoader`"
     def __init__(self, dl):
         self.dl,self.plan = copy.copy(dl),[]
-        self.dl.fake_l = None  # it holds `dl`
+        self.dl.fake_l,self.dl.after_batch = None,noop  # one holds `dl`, the other tensors of the device, and workers need neither
     def __len__(self): return len(self.plan)
     def __iter__(self): return iter(self.plan)
     def __getitem__(self, batch):

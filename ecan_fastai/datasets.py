@@ -153,7 +153,11 @@ def sample_faces(
     if done.exists():
         if json.loads(done.read_text()) == settings: return path
         raise ValueError(f"{path} holds a sample with other settings: {done.read_text()}")
-    if path.exists() and any(path.iterdir()): raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
+    begun = path/"sample_faces.part"  # whoever was stopped while drawing draws again
+    if path.exists() and any(path.iterdir()) and not (begun.exists() and json.loads(begun.read_text()) == settings):
+        raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
+    path.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(settings))
     for s,(split,counts) in enumerate(_sample_counts(n, round(n*test_pct)).items()):
         for c,(label,count) in enumerate(counts.items()):
             folder = path/split/label
@@ -161,7 +165,7 @@ def sample_faces(
             for i in range(count):
                 img = draw_face(label, np.random.default_rng([seed, s, c, i]), size, channels)
                 cv2.imwrite(str(folder/f"{label}_{i:04}.png"), img if channels == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
-    done.write_text(json.dumps(settings))
+    begun.replace(done)
     return path
 
 # %% ../nbs/03_datasets.ipynb #be5cd667

@@ -1,4 +1,4 @@
-"""The paper's tables and figures as lists of runs, and what came out of them
+"""The paper's tables and figures as lists of runs, and how they are made
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
-           'experiment_note', 'experiment_markdown', 'experiment_figure', 'reproduce', 'recorded_experiments']
+           'experiment_markdown', 'experiment_figure', 'reproduce', 'recorded_experiments']
 
 # %% ../nbs/13_experiments.ipynb #44235c58
 import json
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
 import ecan_fastai
-from .config import RunConfig
+from .config import UNUSED, RunConfig
 from .datasets import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
@@ -28,13 +29,14 @@ from .runs import _read_config, _replace, _write_json, resume_run, start_run
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent/"experiments.json").read_text())
-_FREE = ("data", "kind", "method", "seed", "workers")  # these are no part of what a run's settings are called
+_FREE = ("data", "kind", "seed", "workers")  # where a run's files lie, and what does not change what it is
 
 def _experiment(name):
     if name not in EXPERIMENTS: raise ValueError(f"no experiment {name!r}, there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
-def _written(v): return Path(v).name if isinstance(v, str) else f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(v)
+def _name(v): return Path(v).name if isinstance(v, str) else v  # of a file, wherever it lies; other texts have no folder in them
+def _written(v): return f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(_name(v))
 def _settings(settings): return [f"{k}={_written(v)}" for k,v in settings.items()]
 def _safe(parts): return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
 
@@ -43,7 +45,11 @@ def run_name(
 )->str: # Without the seed
     "Method and settings that differ from the data's preset"
     preset = asdict(RunConfig(cfg.data, cfg.kind, cfg.method).resolve())
-    return _safe([cfg.method, *_settings({k: v for k,v in asdict(cfg).items() if k not in _FREE and v != preset[k]})])
+    return _safe([cfg.method, *_settings({k: v for k,v in asdict(cfg).items() if k not in (*_FREE, "method") and v != preset[k]})])
+
+def _config(data, kind, settings):
+    unused = UNUSED.get(settings.get("method", "ecan"), ())
+    return RunConfig(str(data), kind, **{k: v for k,v in settings.items() if k not in unused}).resolve()
 
 def experiment_runs(
     name:str, # Of an experiment
@@ -56,7 +62,10 @@ def experiment_runs(
     for k in settings:
         if k not in {f.name for f in fields(RunConfig)}: raise ValueError(f"no setting {k!r}; ecan_train --help lists them")
         if any(k in s for s in exp["runs"].values()): raise ValueError(f"{name} varies {k} itself")
-    return {label: RunConfig(str(data), kind, **{**exp["settings"], **s, **settings}).resolve() for label,s in exp["runs"].items()}
+    if "axis" in exp and settings.get("train_all"): raise ValueError(f"{name} is there to choose by valid, and train_all leaves no valid")
+    runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label,s in exp["runs"].items()}
+    if len(set(map(run_name, runs.values()))) < len(runs): raise ValueError(f"{name} varies what makes no difference with {', '.join(_settings(settings))}")
+    return runs
 
 # %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
@@ -66,12 +75,25 @@ def run_record(
     folder = Path(folder)
     written,metrics = json.loads((folder/"config.json").read_text()),json.loads((folder/"metrics.json").read_text())
     history = pd.read_csv(folder/"history.csv")
-    config = {k: Path(v).name if k in ("data", "pretrained") and isinstance(v, str) else v for k,v in written["config"].items()}
+    config = {k: _name(v) for k,v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
 
+def _same_data(record, file, other):
+    if record["images"] != other["images"]: raise ValueError(f"{file} is of other data than these runs: images {record['images']} there, {other['images']} here; choose another folder for the records")
+
 def _save_record(folder, file):
+    record = run_record(folder)
+    if file.exists(): _same_data(json.loads(file.read_text()), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda f: f.write_text(json.dumps(run_record(folder), separators=(",", ":"))))
+    _replace(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
+
+def _read_record(file, cfg):
+    "A record, if it is one of the run that is asked for"
+    record = json.loads(file.read_text())
+    for k,asked in asdict(cfg).items():
+        found,asked = record["config"].get(k, getattr(RunConfig, k, None)),_name(asked)
+        if k not in _FREE and asked is not None and found != asked: raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
+    return record
 
 def experiment_results(
     name:str, # Of an experiment
@@ -80,12 +102,15 @@ def experiment_results(
     **settings # As the runs were made with
 )->pd.DataFrame: # label, seed, split, and a column for each measure (shares, 0 to 1)
     "All finished runs of an experiment, a row for each split"
-    rows = []
+    rows,first = [],None
     for label,cfg in experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).items():
         for file in sorted((Path(records)/kind).glob(f"{run_name(cfg)}-seed*.json")):
-            record = json.loads(file.read_text())
+            record = _read_record(file, cfg)
+            first = first or record
+            _same_data(record, file, first)
+            commits = " ".join(dict.fromkeys(e["commit"] for e in [record["environment"], *record.get("resumed", [])] if e.get("commit")))
             for split,m in record["splits"].items():
-                if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, commit=record["environment"].get("commit"), **{k: v for k,v in m.items() if isinstance(v, float)}))
+                if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, commits=commits, **{k: v for k,v in m.items() if isinstance(v, float)}))
     return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split"])
 
 # %% ../nbs/13_experiments.ipynb #cbf22014
@@ -111,36 +136,39 @@ def experiment_table(
             if m not in results: continue
             cells = {label: _cell(results.loc[(results["label"] == label) & (results["split"] == split), m]) for label in exp["runs"]}
             if any(cells.values()): table[f"{split}: {_NAMES[m]}"] = cells
+    paper = exp.get("paper", {}).get(kind, {})
     for i,m in enumerate(exp["measures"]):
-        paper = exp.get("paper", {}).get(kind)
-        if paper: table[f"paper: {_NAMES[m]}"] = {label: f"{paper[label][i]:.2f}" if label in paper else "" for label in exp["runs"]}
+        numbers = {label: paper[label][i] if label in paper else None for label in exp["runs"]}
+        if any(numbers.values()): table[f"paper: {_NAMES[m]}"] = {label: "" if v is None else f"{v:.2f}" for label,v in numbers.items()}
     return pd.DataFrame(table, index=list(exp["runs"]))
 
-def experiment_note(
-    name:str, # Of an experiment
-    kind:str, # Kind of the data
-    settings:dict, # As the runs were made with
-    results:pd.DataFrame # From `experiment_results`
-)->str:
+def _note(name, results, kind, settings):
     "What a reader of the table must know of its runs"
-    exp,said = _experiment(name),[]
-    given = {k: v for k,v in {**exp["settings"], **settings}.items() if k not in _FREE}
-    said.append(f"Settings: {', '.join(_settings(given)) or 'none'}; everything else is the preset of {kind}.")
-    said.append("Trained on all of train." if given.get("train_all") else "Trained on train without the tenth `valid`.")
+    exp = _experiment(name)
+    given = {**exp["settings"], **settings}
+    runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
+    shared = {k: getattr(next(iter(runs)), k) for k in ("arch", "epochs", "opt", "schedule", "level") if len({getattr(c, k) for c in runs}) == 1}
+    said = [f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."]
+    said.append("Trained on all of train." if given.get("train_all") else "Trained on train without `valid`.")
     said.append(f"Views of a picture in evaluation: {given.get('eval_crops', 'center')}.")
     if kind == "rafdb" and not given.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
-    if len(results): said.append(f"Commits: {', '.join(sorted(set(map(str, results['commit']))))}.")
+    if kind == "fer2013" and "fer2013" in exp.get("paper", {}): said.append("The paper trains on all of train for 200 epochs; it reports on FER2013's \"public test set\", which may be PublicTest or PrivateTest.")
+    commits = sorted({c for each in results["commits"] for c in each.split()})
+    if commits: said.append(f"Commits: {', '.join(commits)}.")
     return " ".join(said)
 
 def experiment_markdown(
-    table:pd.DataFrame, # From `experiment_table`
-    title:str, # Heading
-    note:str # From `experiment_note`
+    name:str, # Of an experiment
+    results:pd.DataFrame, # From `experiment_results`
+    kind:str, # Kind of the data
+    **settings # As the runs were made with
 )->str:
-    "A table as a page of Markdown"
+    "The table as a page of Markdown, with what a reader must know of its runs"
+    table = experiment_table(name, results, kind)
     rows = [[label, *cells] for label,cells in zip(table.index, table.to_numpy().tolist())]
     lines = [["", *table.columns], ["---"]*(1+len(table.columns)), *rows]
-    return f"# {title}\n\nPercent: mean ± standard deviation (seeds). {note}\n\n" + "\n".join(f"| {' | '.join(map(str, l))} |" for l in lines) + "\n"
+    said = f"Percent: mean ± standard deviation (seeds). {_note(name, results, kind, settings)}"
+    return f"# {_experiment(name)['title']}: {kind}\n\n{said}\n\n" + "\n".join(f"| {' | '.join(l)} |" for l in lines) + "\n"
 
 # %% ../nbs/13_experiments.ipynb #cc479b37
 _AXES = dict(l1=r"$\lambda_1$", l2=r"$\lambda_2$", n_groups="feature groups V", temperature="temperature", bank_groups="batches in the bank K", momentum="momentum m")
@@ -149,33 +177,43 @@ def _first_test(splits):
     names = [s for s in dict.fromkeys(splits) if s not in ("train", "valid")]
     return names[0] if names else None
 
+def _vocab(folder): return json.loads((folder/"config.json").read_text())["about"]["vocab"]
+def _predictions(folder, split): return pd.read_csv(folder/f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str), keep_default_na=False)
+
 def _tsne(folders, faces, split):
-    faces,vocab = [f for f in faces if f.split == split],json.loads((next(iter(folders.values()))/"config.json").read_text())["about"]["vocab"]
-    return plot_tsne({label: Predictor(f).features([x.image for x in faces]) for label,f in folders.items()}, [vocab.index(x.label) for x in faces], vocab)
+    first = next(iter(folders.values()))
+    vocab,measured = _vocab(first),set(_predictions(first, split)["image"])
+    faces = [f for f in faces if f.split == split and str(f) in measured]  # a run may have left broken images out
+    fig = plot_tsne({label: Predictor(f).features([x.image for x in faces]) for label,f in folders.items()}, [vocab.index(x.label) for x in faces], vocab)
+    fig.suptitle(f"{split}, seed 0", fontsize=10)
+    return fig
 
 def _confusions(folders, split):
     runs = {}
     for label,folder in folders.items():
-        table,vocab = pd.read_csv(folder/f"predictions_{split}.csv"),json.loads((folder/"config.json").read_text())["about"]["vocab"]
+        table,vocab = _predictions(folder, split),_vocab(folder)
         y,p = [[vocab.index(v) for v in table[c]] for c in ("label", "predicted")]
-        runs[f"{label}: {100*np.mean(np.equal(y, p)):.2f} % on {split}"] = (y, p)
+        runs[f"{label}: {100*np.mean(np.equal(y, p)):.2f} % on {split}, seed 0"] = (y, p)
     return plot_confusions(runs, vocab)
 
 def experiment_figure(
     name:str, # Of an experiment
     results:pd.DataFrame, # From `experiment_results`
     kind:str, # Kind of the data
-    faces:list=None, # `Face` records, for pictures that need them
-    folders:dict=None # Label to the run's folder, for pictures that need predictions or features
-): # Figure, or None where the experiment is a table alone
-    "The picture of an experiment"
-    exp,split = _experiment(name),_first_test(f.split for f in faces or ())
-    if "axis" in exp and len(results):
-        split = "valid" if "valid" in set(results["split"]) else _first_test(results["split"])
-        own = results[results["split"] == split]
+    faces:list=None, # `Face` records, for class counts and maps of features
+    folders:dict=None # Label to the run's folder, for confusion matrices and maps of features
+): # Figure, or None where the experiment has none, or none from records alone
+    "The picture of an experiment: a sweep from its results, another one from faces and runs"
+    exp = _experiment(name)
+    if "axis" in exp:
+        own = results[results["split"] == "valid"]
+        if not len(own): return None
         ax = plot_sweep(own.assign(**{exp["axis"]: own["label"].astype(float)}), exp["axis"], {m: _NAMES[m] for m in exp["measures"]}, _AXES[exp["axis"]])
-        ax.set_title(f"{kind}, {split}", fontsize=10)
+        n = own.groupby("label").size()
+        ax.set_title(f"{kind}, valid, {n.min() if n.min() == n.max() else f'{n.min()} to {n.max()}'} seed{'s' if n.max() > 1 else ''}", fontsize=10)
         return ax.figure
+    if faces is None: return None
+    split = _first_test(f.split for f in faces)
     if exp.get("picture") == "classes": return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
     if exp.get("picture") == "tsne": return _tsne(folders, faces, split)
     if exp.get("picture") == "confusion": return _confusions(folders, split)
@@ -189,13 +227,22 @@ def _check_same(cfg, folder):
         same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
         if not same and asked is not None and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
 
+def _locked(folder, say):
+    "Hold a run's folder against other processes, after the one that is at it"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try: return lock.acquire(timeout=0)
+    except Timeout: say(f"{folder.name}: another process is at it, waiting")
+    return lock.acquire()
+
 def _run(cfg, folder, say):
     "Make a run, go on with it, or find it done"
-    begun = (folder/"config.json").exists()
-    if begun: _check_same(cfg, folder)
-    if (folder/"metrics.json").exists(): return
-    say(f"{folder.name}: {'goes on' if begun else 'starts'}")
-    resume_run(folder) if begun else start_run(cfg, folder)
+    with _locked(folder, say):
+        begun = (folder/"config.json").exists()
+        if begun: _check_same(cfg, folder)
+        if (folder/"metrics.json").exists(): return
+        say(f"{folder.name}: {'goes on' if begun else 'starts'}")
+        resume_run(folder) if begun else start_run(cfg, folder)
 
 def _needed_faces(exp, name, data, kind, out):
     "Faces for the experiment's picture, read before anything is trained"
@@ -227,7 +274,7 @@ def reproduce(
             _run(cfg, out/kind/stem, say)
             _save_record(out/kind/stem, records/kind/f"{stem}.json")
             folders.setdefault(label, out/kind/stem)
-    given = {k: v for k,v in settings.items() if k not in _FREE}
+    given = {k: _name(v) for k,v in settings.items() if k not in _FREE}
     results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
@@ -235,7 +282,7 @@ def reproduce(
     if not table.empty:
         _write_json(records/f"{stem}.json", dict(name=name, kind=kind, settings=given))
         table.to_csv(out/f"{stem}.csv")
-        (out/f"{stem}.md").write_text(experiment_markdown(table, f"{exp['title']}: {kind}", experiment_note(name, kind, given, results)))
+        (out/f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
         say(f"written: {out/stem}.md and .csv")
     figure = experiment_figure(name, results, kind, faces, folders)
     if figure is not None:
@@ -246,10 +293,8 @@ def reproduce(
 # %% ../nbs/13_experiments.ipynb #3e248cfe
 def recorded_experiments(
     records # Folder of records
-): # Generator of (title, note, results, table)
-    "Every experiment that was reproduced into a folder of records, from the records alone"
+): # Generator of (name, results, kind, settings), as `experiment_table`, `experiment_markdown` and `experiment_figure` take them
+    "Every experiment that was reproduced into a folder of records"
     for file in sorted(Path(records).glob("*.json")):
         made = json.loads(file.read_text())
-        name,kind,settings = made["name"],made["kind"],made["settings"]
-        results = experiment_results(name, records, kind, **settings)
-        yield f"{_experiment(name)['title']}: {kind}",experiment_note(name, kind, settings, results),results,experiment_table(name, results, kind)
+        yield made["name"],experiment_results(made["name"], records, made["kind"], **made["settings"]),made["kind"],made["settings"]

@@ -142,17 +142,16 @@ def plot_sweep(
     label:str=None, # What the setting is called
     ax=None # Axes to draw on; default a new figure
 ):
-    "Measures over the values of a setting, in percent"
+    "Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where there are several runs of a value"
     if ax is None: _,ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
     if len(names) > len(_COLORS): raise ValueError(f"there are colours for {len(_COLORS)} measures, got {len(names)}")
     groups = table.groupby(setting, sort=True)
     values = list(groups.groups)
-    numbers = all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in values)
-    x = values if numbers else range(len(values))
     for (column,name),color,mark in zip(names.items(), _COLORS, "osD^"):
-        ax.errorbar(x, 100*groups[column].mean(), 100*groups[column].std().fillna(0), color=color, marker=mark, capsize=3, label=name)
-    ax.set_xticks(x, [f"{v:g}" if numbers else str(v) for v in values])
-    ax.set(xlabel=label or setting, ylabel="%")
+        ax.errorbar(range(len(values)), 100*groups[column].mean(), 100*groups[column].std(), color=color, marker=mark, capsize=3, label=name)
+    ax.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, (float, np.floating)) else str(v) for v in values])
+    ax.set_xlabel(label or setting)
+    ax.set_ylabel(f"{', '.join(names.values())} (%)", fontsize=9)
     ax.legend(fontsize=8)
     return ax

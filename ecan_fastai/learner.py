@@ -47,7 +47,15 @@ def cosine_with_warmup(
     return rate
 
 @patch
-def fit_cosine(self:Learner, n_epoch, lr_max=None, warmup=1, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+def fit_cosine(self:Learner,
+    n_epoch:int, # Epochs
+    lr_max=None, # Highest rate; default the learner's
+    warmup:int=1, # Epochs of linear warm-up
+    wd=None, # Weight decay; default the learner's
+    cbs=None, # Further callbacks for this fit
+    reset_opt=False, # A new optimizer
+    start_epoch:int=0 # Skip this many epochs, as fastai's `fit` does
+):
     "Fit with `cosine_with_warmup`, the schedule of the paper's reference"
     if self.opt is None: self.create_opt()
     self.opt.set_hyper("lr", self.lr if lr_max is None else lr_max)

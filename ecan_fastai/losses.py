@@ -221,11 +221,13 @@ def mva_weight(
     "Weight of the multi-view affinity loss (Eq. 9): 1 + population variance"
     return 1 + losses.detach().var(unbiased=False)
 
-def _affinities(x, y, centers, groups, group_labels, reduction):
-    older = [affinity_loss(g, l, centers, reduction) for g,l in zip(groups.detach(), group_labels)]
-    return torch.stack([affinity_loss(x, y, centers, reduction), *older])
+def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
+    "Multi-view affinity loss and its alpha; the older groups decide alpha alone, and are no part of the graph"
+    current = affinity_loss(x, y, centers, reduction)
+    with torch.no_grad(): older = [affinity_loss(g, l, centers, reduction) for g,l in zip(groups, group_labels)]
+    alpha = mva_weight(torch.stack([current, *older]))
+    return alpha*current,alpha
 
-@_full_precision
 def mva_loss(
     x:Tensor, # Current features (n, d)
     y:Tensor, # Their labels (n,)
@@ -235,12 +237,11 @@ def mva_loss(
     reduction:str="mean" # Of the affinity loss: "mean" or "sum"
 )->Tensor: # Scalar
     "Multi-view affinity loss (Eq. 10): alpha times the affinity loss of the current features"
-    losses = _affinities(x, y, centers, groups, group_labels, reduction)
-    return mva_weight(losses) * losses[0]
+    return _weighted_affinity(x, y, centers, groups, group_labels, reduction)[0]
 
 # %% ../nbs/04_losses.ipynb #00287d09
 class SupConLoss(nn.Module):
-    "Module form of `supcon_loss`"
+    "Module form of `supcon_loss` (Eq. 4)"
     def __init__(self, temperature:float=0.1, normalize:bool=True):
         super().__init__()
         _check_temperature(temperature)
@@ -249,19 +250,19 @@ class SupConLoss(nn.Module):
     def forward(self, z, y): return supcon_loss(z, y, self.temperature, self.normalize)
 
 class ESCLoss(SupConLoss):
-    "Module form of `esc_loss`"
+    "Module form of `esc_loss` (Eq. 5)"
     def forward(self, z, y, bank_z): return esc_loss(z, y, bank_z, self.temperature, self.normalize)
 
 class ENSCLoss(SupConLoss):
-    "Module form of `ensc_loss`"
+    "Module form of `ensc_loss` (Eq. 6)"
     def forward(self, z, y, bank_z, bank_y, bank_positives=None): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives)
 
 class CenterLoss(nn.Module):
-    "Module form of `center_loss`"
+    "Module form of `center_loss` (Eq. 7)"
     def forward(self, x, y, centers): return center_loss(x, y, centers)
 
 class AffinityLoss(nn.Module):
-    "Module form of `affinity_loss`"
+    "Module form of `affinity_loss` (Eq. 8)"
     def __init__(self, reduction:str="mean"):
         super().__init__()
         _check_reduction(reduction)
@@ -270,7 +271,7 @@ class AffinityLoss(nn.Module):
     def forward(self, x, y, centers): return affinity_loss(x, y, centers, self.reduction)
 
 class MVALoss(AffinityLoss):
-    "Module form of `mva_loss`"
+    "Module form of `mva_loss` (Eq. 9 and 10)"
     def forward(self, x, y, centers, groups, group_labels): return mva_loss(x, y, centers, groups, group_labels, self.reduction)
 
 # %% ../nbs/04_losses.ipynb #9067dde0
@@ -302,8 +303,11 @@ class ECANLoss(nn.Module):
         _check_temperature(temperature)
         _check_reduction(affinity_reduction)
         if weight is not None: weight = torch.as_tensor(weight, dtype=torch.float32)
-        if bank_positives is not None: _check_classes(bank_positives := torch.as_tensor(bank_positives))
-        for name,value in (("weight", weight), ("bank_positives", bank_positives)): self.register_buffer(name, value, persistent=False)  # settings, not state: they follow the device, and are not saved
+        if bank_positives is not None:
+            bank_positives = torch.as_tensor(bank_positives)
+            _check_classes(bank_positives)
+        self.register_buffer("weight", weight, persistent=False)  # settings, not state: they follow the device, and are not saved
+        self.register_buffer("bank_positives", bank_positives, persistent=False)
         self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
         self.contrast,self.compact,self.affinity_reduction,self.normalize_compact,self.reduction = contrast,compact,affinity_reduction,normalize_compact,reduction
         self.parts = {}
@@ -317,6 +321,7 @@ class ECANLoss(nn.Module):
         out, # Logits (n, C), or the model's training output: a dict with logits, z_q, z_k, bank_z, bank_y, bank_order, centers
         y:Tensor # Labels (n,), or shares of the classes (n, C): cross-entropy takes them as they are, the other terms the largest
     )->Tensor: # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
+        "Total loss (Eq. 11) of training output, cross-entropy of logits; leaves each term in `parts`"
         if isinstance(out, Tensor): return F.cross_entropy(out.float(), y, self.weight, reduction=self.reduction)
         y = y.as_subclass(Tensor)
         ce = F.cross_entropy(out["logits"].float(), y, self.weight, reduction="none")
@@ -349,9 +354,7 @@ class ECANLoss(nn.Module):
         rows = out["bank_order"]
         whole = min(self.n_groups-1, len(rows)//len(y))
         rows = rows[:whole*len(y)].view(whole, len(y))
-        losses = _full_precision(_affinities)(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction)
-        alpha = mva_weight(losses)
-        return alpha*losses[0],alpha
+        return _weighted_affinity(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction)
 
     def activation(self, out:Tensor): return out.float().softmax(-1)
     def decodes(self, out:Tensor): return out.argmax(-1)

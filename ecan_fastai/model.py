@@ -42,7 +42,9 @@ class MemoryBank(nn.Module):
 
     def __len__(self): return int(self.filled)
     @property
-    def full(self): return len(self) == self.size
+    def full(self):
+        "Whether every row has been written"
+        return len(self) == self.size
     def extra_repr(self): return f"{len(self)} of {self.size} rows of {self.z.shape[1]}"
 
     @torch.no_grad()
@@ -97,12 +99,18 @@ def load_encoder(
     "Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"
     own,state = encoder.state_dict(),_read_weights(path)
     prefixes = dict.fromkeys(name[:-len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k)-1] == ".")) or [""]
-    def found(prefix): return {k: w for k,v in own.items() if prefix + k in state and (w := _fit_channels(state[prefix + k], v.shape)).shape == v.shape}
+    def found(prefix):
+        fitted = {k: _fit_channels(state[prefix+k], v.shape) for k,v in own.items() if prefix+k in state}
+        return {k: w for k,w in fitted.items() if w.shape == own[k].shape}
     prefix = max(prefixes, key=lambda p: len(found(p)))  # of two alike, MoCo's query and key encoder, the first in the file
     matched = found(prefix)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
-    said = f"{len(matched)} of {len(own)} tensors matched those of {path}" + (f" under {prefix}" if prefix else "") + (f"; left out there: {', '.join(left[:4])}{f' and {len(left)-4} more' if len(left) > 4 else ''}" if left else "")
-    if 2*len(matched) < len(own) or 2*sum(k.startswith(prefix) for k in left) > len(matched): raise ValueError(f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights of the same architecture?")
+    said = f"{len(matched)} of {len(own)} tensors matched those of {path}"
+    if prefix: said += f" under {prefix}"
+    if left: said += f"; left out there: {', '.join(left[:4])}"
+    if len(left) > 4: said += f" and {len(left)-4} more"
+    deeper = 2*sum(k.startswith(prefix) for k in left) > len(matched)
+    if 2*len(matched) < len(own) or deeper: raise ValueError(f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights of the same architecture?")
     encoder.load_state_dict({**own, **matched})
     return said
 
@@ -136,7 +144,10 @@ class FaceClassifier(nn.Module):
         encoder = _encoder(arch, in_chans, pretrained)
         return cls(encoder, nn.Linear(encoder.head_hidden_size, n_classes))
 
-    def forward(self, x):
+    def forward(self,
+        x # A view (n, channels, height, width), a stack of crops (n, crops, channels, height, width), or a pair, of which the first counts
+    )->Tensor: # Logits (n, n_classes), of crops their mean
+        "Logits of a view; raises `ValueError` for crops in training"
         if isinstance(x, (tuple, list)): x = x[0]
         if x.ndim == 5:
             if self.training: raise ValueError(f"expected pictures (n, channels, height, width) in training, got {tuple(x.shape)}; the CropsAsImages callback unfolds crops")
@@ -174,8 +185,9 @@ class ECANModel(FaceClassifier):
     def forward(self,
         x # A view (n, channels, height, width), or a pair of views (query's, key's)
     ): # Logits (n, n_classes); in training with a pair a dict: logits, z_q, z_k (n, d), bank_z (B, d), bank_y, bank_order (B,), centers (n_classes, d)
+        "Logits of a view, or of a pair's first view; in training with a pair everything that `ECANLoss` needs"
         if not (self.training and isinstance(x, (tuple, list))): return super().forward(x)
-        x_q,x_k = x
+        x_q,x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
         z_k = self.keys(x_k)  # first, so that its memory is free again when the query's activations are kept for the backward pass
         z_q = self.encoder(x_q)
         bank_z,bank_y = self.bank.rows()

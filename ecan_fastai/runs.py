@@ -10,6 +10,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 from fastai.callback import channelslast  # `to_channelslast`
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import defaults, set_seed
@@ -26,7 +28,7 @@ from safetensors.torch import save_file
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import crop_size
-from ecan_fastai.config import RunConfig
+from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
@@ -60,10 +62,10 @@ def run_learner(cfg, dls, out):
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
     if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
     else:
-        terms = dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**{**dict(l1=cfg.l1, l2=cfg.l2, n_groups=cfg.n_groups, temperature=cfg.temperature, affinity_reduction=cfg.affinity_reduction, normalize_compact=cfg.normalize_compact,
-                               weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None), **terms})
-        groups = cfg.bank_groups if cfg.method in ("ecan", "ensc") else 1
+        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact") if k not in UNUSED[cfg.method]}
+        settings |= dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
+        loss = ECANLoss(**settings, weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
+        groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     return learn if cfg.precision == "fp32" else learn.to_channelslast(amp_mode=cfg.precision)  # on a CPU, channels last and half precision are both slower
@@ -154,11 +156,11 @@ def _read_config(out):
     try: return RunConfig(**json.loads(file.read_text())["config"])
     except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{file} is not the configuration of a run: {e}") from e
 
-def _read_checkpoint(out):
+def _read_checkpoint(out, device):
     "State after the last finished epoch, or None"
     file = out/"checkpoint.pth"
     if not file.exists(): return None
-    try: return torch.load(file, map_location="cpu", weights_only=True)
+    try: return torch.load(file, map_location=device, weights_only=True)  # fastai's optimizer moves nothing by itself
     except (RuntimeError, pickle.UnpicklingError, EOFError) as e: raise ValueError(f"{file} is broken: {e}") from e
 
 def _load_weights(learn, state):
@@ -170,7 +172,8 @@ def _load_weights(learn, state):
 # Results
 
 def _evaluate(learn, cfg, out):
-    "Metrics, predictions and a confusion matrix of every split but train; returns the metrics"
+    "Metrics, predictions and a confusion matrix of every split but train, in the precision in which the model is exported; returns the metrics"
+    learn.remove_cb(MixedPrecision)
     metrics, vocab = {}, list(learn.dls.vocab)
     for name in learn.dls.split_names[1:]:
         dl = learn.dls[name]
@@ -190,6 +193,7 @@ def _save_figure(fig, file):
     fig.savefig(file, dpi=110)
     matplotlib.pyplot.close(fig)
 
+@cache  # of the code that this process runs, whatever is committed while it does
 def _commit():
     "Commit of the package's code, where it lies in a repository of its own; with a + where files differ from it"
     def git(*args): return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, timeout=10).stdout.strip()
@@ -197,22 +201,35 @@ def _commit():
     except (OSError, subprocess.TimeoutExpired): return None
 
 def _environment(dls):
-    import albumentations, fastai, timm
+    import albumentations, cv2, fastai, sklearn, timm
     device = torch.device(dls.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return dict(ecan_fastai=__version__, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__,
-                albumentations=albumentations.__version__, commit=_commit(), device=f"{device.type}: {name}", cpus=os.cpu_count())
+                albumentations=albumentations.__version__, numpy=np.__version__, sklearn=sklearn.__version__, opencv=cv2.__version__,
+                commit=_commit(), device=f"{device.type}: {name}", cpus=os.cpu_count())
 
-def _environments(dls, out):
-    "The environment at the run's start, and under `resumed` the present one where a run went on in another"
+def _processor():
+    "Model of the processor, as Linux or else Python tells it"
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0] if models else platform.processor() or platform.machine()
+
+def _note_environment(dls, out):
+    "Where a run goes on in another environment than it was in, that one is kept too, under `resumed`"
     file, now = out/"config.json", _environment(dls)
-    start = json.loads(file.read_text()).get("environment", now) if file.exists() else now
-    return start if start == now else {**start, "resumed": now}
+    written = json.loads(file.read_text())
+    known = [written["environment"], *written.get("resumed", [])]
+    if known[-1] != now: _write_json(file, {**written, "resumed": [*known[1:], now]})
+
+def _environments(out):
+    written = json.loads((out/"config.json").read_text())
+    return {k: written[k] for k in ("environment", "resumed") if k in written}
 
 def _write_json(file, value): _replace(file, lambda f: f.write_text(json.dumps(value, indent=1)))
 
 def _write_results(learn, cfg, out, rows):
     history = pd.DataFrame(rows)
+    _replace(out/"history.csv", lambda f: history.to_csv(f, index=False))  # a run may have been stopped between its last checkpoint and this file
     _save_figure(plot_history(history), out/"curves.png")
     metrics = _evaluate(learn, cfg, out)
     for name, m in metrics.items():
@@ -223,7 +240,7 @@ def _write_results(learn, cfg, out, rows):
     _replace(out/"model.safetensors", lambda f: save_file(weights, f))
     learn.export("export.pkl")
     seconds = history["seconds"]
-    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), environment=_environments(learn.dls, out))
+    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), **_environments(out))
     if "alpha" in history: record["alpha"] = dict(first=float(history["alpha"].iloc[0]), last=float(history["alpha"].iloc[-1]), highest=float(history["alpha"].max()))
     _write_json(out/"metrics.json", record)
     return record
@@ -237,9 +254,11 @@ def start_run(
 )->dict: # The record that is written to `metrics.json`
     "Train, evaluate and write a new run; a folder that holds a run is refused"
     out = Path(out)
-    if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: choose another folder, or go on with it by --resume {out}")
+    if (out/"metrics.json").exists(): raise ValueError(f"{out} already holds a finished run: give another folder with --out")
+    if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}")
     if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
     cfg.resolve()
+    _check_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -258,15 +277,21 @@ def resume_run(
     out = Path(out)
     if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = _read_config(out)
+    _check_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
-    state = _read_checkpoint(out)
+    _note_environment(dls, out)
+    state = _read_checkpoint(out, dls.device)
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     return _train(learn, cfg, out, state)
 
+def _check_precision(cfg):
+    if cfg.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {cfg.precision} needs a CUDA device, and there is none here: use fp32")
+
 def _warn_short(learn, cfg):
+    if cfg.method in ("baseline", "center"): return
     steps, memory = cfg.epochs*len(learn.dls.train), 1/(1-cfg.momentum)
-    if cfg.method not in ("baseline", "center") and steps < 3*memory:
+    if steps < 3*memory:
         warnings.warn(f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about {memory:.0f}: {100*cfg.momentum**steps:.0f} % of it will still be its start; "
                       "train longer or give a smaller momentum")
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException
@@ -49,11 +51,17 @@ def test_events_of_a_fit_in_order():
 def test_filling_moves_nothing_but_the_bank():
     learn = noise_learner()
     learn.create_opt()
-    before = {k: v.clone() for k, v in learn.model.named_parameters()}
+    with torch.no_grad():
+        for p in learn.model.key_encoder.parameters(): p.mul_(1.1)      # a key encoder of its own
+    twin = copy.deepcopy(learn.model)
+    before = {k: v.clone() for k, v in [*learn.model.named_parameters(), *learn.model.encoder.named_buffers()]}
     learn.model.train()
     learn.n_epoch, learn.epoch = 1, 0
     learn.memory_bank_update.fill()
-    assert all(torch.equal(before[k], v) for k, v in learn.model.named_parameters()) and learn.model.bank.full
+    assert all(torch.equal(before[k], v) for k, v in [*learn.model.named_parameters(), *learn.model.encoder.named_buffers()]) and learn.model.bank.full
+    twin.train()
+    keys = torch.cat([twin.key_encoder(x_k) for (_, x_k), _ in learn.dls.train])
+    assert torch.equal(learn.model.bank.z, torch.cat([keys[10:], keys[2:10]]))
     assert learn.model.bank.y.tolist() == [1, 2, 2, 0, 1, 2, 0, 1, 2, 0]    # 12 labels 0 1 2 0 ... into 10 rows
 
 def test_a_bank_larger_than_the_data_takes_one_pass_and_grows_on():
@@ -113,6 +121,29 @@ def test_a_skipped_step_moves_no_key_and_still_pushes():
     learn = noise_learner(Overflow())
     learn.fit(1)
     assert EVENTS[3:] == ["update", "push4", "push4", "update", "push4"]
+
+class MixedPrecisionOnCPU(MixedPrecision):
+    "fastai's, but for the device"
+    name = "mixed_precision"
+    def before_fit(self):
+        self.autocast, self.learn.scaler, self.scales = torch.autocast("cpu", dtype=torch.bfloat16), torch.amp.GradScaler("cpu"), []
+
+def test_mixed_precision_keeps_the_bank_exact_and_a_step_that_overflows_moves_no_key():
+    dtypes = []
+    class Look(Callback):
+        order = MixedPrecision.order+1
+        def after_pred(self):
+            if self.training: dtypes.extend(v.dtype for v in self.pred.values() if v.is_floating_point())
+        def before_step(self):
+            if self.iter == 1: raise AssertionError("the step was not skipped")
+    class Overflow(Callback):
+        order = MixedPrecision.order-1
+        def before_step(self):
+            if self.iter == 1: self.model.classifier.weight.grad[0, 0] = torch.inf
+    learn = noise_learner(MixedPrecisionOnCPU(), Look(), Overflow())
+    learn.fit(1)
+    assert EVENTS[3:] == ["update", "push4", "push4", "update", "push4"] and set(dtypes) == {torch.float32} and learn.model.bank.z.dtype == torch.float32
+    assert all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_a_batch_cancelled_before_the_model_pushes_nothing():
     class Skip(Callback):

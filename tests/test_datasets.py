@@ -52,6 +52,16 @@ def test_sample_again_is_found_and_other_content_is_refused(tmp_path):
     (tmp_path/"mine"/"thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"mine")
 
+def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch):
+    from ecan_fastai import datasets
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(datasets.cv2, "imwrite", stop)
+        with pytest.raises(KeyboardInterrupt): sample_faces(tmp_path/"s", n=40)
+    with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"s", n=41)
+    a, b = sample_faces(tmp_path/"s", n=40), sample_faces(tmp_path/"whole", n=40)
+    assert {f.relative_to(a): f.read_bytes() for f in a.rglob("*") if f.is_file()} == {f.relative_to(b): f.read_bytes() for f in b.rglob("*") if f.is_file()}
+
 
 # Splits
 

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -37,7 +38,17 @@ def test_equal_runs_have_equal_names_and_different_ones_do_not():
     assert name() == name(l1=0.2, level="strong", workers=3, seed=5) == "ecan"
     assert name(l1=0) == name(l1=0.0) == "ecan-l1=0"
     assert name(l1=0.3, epochs=8) == "ecan-epochs=8-l1=0.3" and name(method="baseline") == "baseline"
+    assert name(method="baseline", schedule="cosine") == "baseline-schedule=cosine"
     assert name(pretrained="some/where/a.pth") == "ecan-pretrained=a.pth" and name(pretrained=True) == "ecan-pretrained=True"
+
+def test_a_setting_that_a_method_does_not_use_makes_no_other_run():
+    a, b = [experiment_runs("table3", "x", "fer2013", **kw) for kw in ({}, dict(momentum=0.99, temperature=0.07, bank_groups=4))]
+    assert {k for k in a if run_name(a[k]) == run_name(b[k])} == {"cross-entropy"} and run_name(b["center"]) == "center-schedule=cosine-momentum=0.99"
+    assert b["cross-entropy"].momentum is None and b["SupCon"].bank_groups is None and b["ENSC"].bank_groups == 4
+    with pytest.raises(ValueError, match="temperature varies what makes no difference with method=center"): experiment_runs("temperature", "x", "fer2013", method="center")
+
+def test_a_sweep_keeps_what_it_chooses_by():
+    with pytest.raises(ValueError, match="train_all leaves no valid"): experiment_runs("figure3b", "x", "fer2013", train_all=True)
 
 def test_table_shows_mean_deviation_and_number(tmp_path):
     rows = [("cross-entropy", 0, "valid", .70, .60), ("cross-entropy", 1, "valid", .72, .64), ("center", 0, "valid", .5, .4), ("cross-entropy", 0, "test", .8, .7)]
@@ -59,7 +70,7 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
             assert table.loc[label, f"{split}: average accuracy"] == f"{np.mean(a):.2f} ± {np.std(a, ddof=1):.2f} (2)"
     assert np.isfinite([r["splits"]["test"]["key_encoder_accuracy"] for r in run["ecan"]]).all() and isinstance(table.loc["ENSC + MVA", "test: accuracy with the key encoder"], str)
     lines = written.with_suffix(".md").read_text().splitlines()
-    assert all(said in lines[2] for said in ("epochs=1", "without the tenth", "in evaluation: center", "Commits: "))
+    assert all(said in lines[2] for said in ("epochs=1", "schedule=cosine", "without `valid`", "in evaluation: center", "Commits: "))
     assert lines[0] == "# Losses (Table 3): folder" and len(lines) == 8 and all(l.count("|") == lines[4].count("|") for l in lines[4:])
     # a second time: nothing runs, the same table
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
@@ -68,10 +79,74 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     # records alone are enough for the table, and tell nothing of the machine's folders
     again = experiment_table("table3", experiment_results("table3", tmp_path/"records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}), "folder")
     assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"records").rglob("*.json"))
-    (title, note, _, same), = recorded_experiments(tmp_path/"records")
-    assert same.equals(again) and lines[0] == f"# {title}" and note in lines[2]
+    (name, results, kind, settings), = recorded_experiments(tmp_path/"records")
+    assert experiment_table(name, results, kind).equals(again) and experiment_markdown(name, results, kind, **settings) == written.with_suffix(".md").read_text()
     record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
     assert len(record["history"]["accuracy"]) == 1 and record["environment"]["torch"] and record["config"]["seed"] in (0, 1) and record["seconds"]
+
+def fake_record(records, cfg, seed=0, accuracy=0.5, **kw):
+    "A record as `reproduce` writes it"
+    file = records/cfg.kind/f"{run_name(cfg)}-seed{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = dict(config={**vars(cfg), "seed": seed}, images=dict(train=90, valid=10), environment=dict(commit="a"), splits=dict(valid=dict(accuracy=accuracy, average_accuracy=accuracy, n=10)))
+    file.write_text(json.dumps({**record, **kw}))
+    return file
+
+def test_records_of_another_run_or_other_data_are_refused(tmp_path):
+    cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
+    file = fake_record(tmp_path, cfg)
+    assert len(experiment_results("affinity", tmp_path, "fer2013")) == 1
+    other = experiment_runs("affinity", "x", "fer2013")["sum"]
+    fake_record(tmp_path, other, images=dict(train=80, valid=10))
+    with pytest.raises(ValueError, match="is of other data than these runs: images .*80.* there, .*90.* here"): experiment_results("affinity", tmp_path, "fer2013")
+    fake_record(tmp_path, other)
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "config": {**record["config"], "epochs": 40}}))      # as if a preset had changed since
+    with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, and 200 is asked for"): experiment_results("affinity", tmp_path, "fer2013")
+
+def test_records_of_a_gpu_make_tables_without_one(tmp_path):
+    for cfg in experiment_runs("affinity", "x", "fer2013", precision="bf16").values(): fake_record(tmp_path, cfg, resumed=[dict(commit="b")])
+    (tmp_path/"affinity.json").write_text(json.dumps(dict(name="affinity", kind="fer2013", settings=dict(precision="bf16"))))
+    (name, results, kind, settings), = recorded_experiments(tmp_path)
+    assert len(results) == 2 and "Commits: a, b." in experiment_markdown(name, results, kind, **settings)
+
+def test_method_as_a_setting_is_what_the_table_is_of(tmp_path):
+    for temperature, cfg in experiment_runs("temperature", "x", "fer2013").items(): fake_record(tmp_path, cfg, accuracy=0.9)
+    for temperature, cfg in experiment_runs("temperature", "x", "fer2013", method="supcon").items(): fake_record(tmp_path, cfg, accuracy=0.1)
+    table = experiment_table("temperature", experiment_results("temperature", tmp_path, "fer2013", method="supcon"), "fer2013")
+    assert set(table["valid: accuracy"]) == {"10.00 (1)"}
+
+def test_a_sweep_is_drawn_from_records_alone(tmp_path):
+    for cfg in experiment_runs("momentum", "x", "fer2013").values():
+        for seed in (0, 1): fake_record(tmp_path, cfg, seed, 0.5 + 0.1*seed)
+    ax, = experiment_figure("momentum", experiment_results("momentum", tmp_path, "fer2013"), "fer2013").axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.9", "0.99", "0.996", "0.999"] and ax.get_title() == "fer2013, valid, 2 seeds"
+    assert experiment_figure("figure7", pd.DataFrame(columns=["label", "split"]), "fer2013") is None
+
+def test_the_results_page_shows_what_the_records_say():
+    from fastcore.nbio import read_nb
+    from test_package import ROOT
+    page = "".join("".join(o["data"].get("text/markdown", "")) for c in read_nb(ROOT/"nbs"/"14_results.ipynb").cells for o in c.get("outputs", []) if "data" in o)
+    for name, results, kind, settings in recorded_experiments(ROOT/"results"/"records"): assert experiment_markdown(name, results, kind, **settings).strip() in page
+
+def test_two_commands_make_a_run_once(tmp_path, monkeypatch):
+    made, said = [], []
+    def slow(cfg, folder):
+        made.append(folder)
+        time.sleep(0.5)
+        folder.mkdir(), (folder/"config.json").write_text(json.dumps(dict(config=vars(cfg)))), (folder/"metrics.json").write_text("{}")
+    monkeypatch.setattr(experiments, "start_run", slow)
+    cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
+    threads = [threading.Thread(target=experiments._run, args=(cfg, tmp_path/"run", said.append)) for _ in range(2)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert made == [tmp_path/"run"] and said == ["run: starts", "run: another process is at it, waiting"]
+
+def test_classes_named_by_numbers_have_a_confusion_matrix(tmp_path):
+    (tmp_path/"config.json").write_text(json.dumps(dict(about=dict(vocab=["0", "1", "NA"]))))
+    pd.DataFrame(dict(image=["a", "b", "c"], label=["0", "1", "NA"], predicted=["0", "1", "1"])).to_csv(tmp_path/"predictions_test.csv", index=False)
+    ax, = experiments._confusions({"run": tmp_path}, "test").axes
+    assert ax.get_title() == "run: 66.67 % on test, seed 0"
 
 def test_a_broken_run_folder_is_named(faces, tmp_path):
     folder = tmp_path/"folder"/f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
@@ -82,7 +157,7 @@ def test_a_broken_run_folder_is_named(faces, tmp_path):
 def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}})
     monkeypatch.setitem(EXPERIMENTS, "figure3b", {**EXPERIMENTS["figure3b"], "runs": {"0.7": {"l2": 0.7}, "0.2": {"l2": 0.2}}})
-    ecan_reproduce(["affinity", *quick_args(faces, tmp_path)])
+    ecan_reproduce(["affinity", *quick_args(faces, tmp_path), "--set", "schedule=cosine"])
     ecan_reproduce(["figure3b", *quick_args(faces, tmp_path)])
     assert capsys.readouterr().out.count("starts") == 2
     assert {f.suffix for f in tmp_path.glob("figure3b-folder*")} == {".md", ".csv", ".png"}
@@ -113,7 +188,7 @@ def test_figure_6_counts_train(faces, tmp_path, figures):
 
 def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
     table = reproduce("figure7", faces, out=tmp_path, **QUICK)
-    assert [ax.get_title() for ax in figures[0].axes] == [f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test" for label in ("baseline", "ECAN")]
+    assert [ax.get_title() for ax in figures[0].axes] == [f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test, seed 0" for label in ("baseline", "ECAN")]
 
 def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, tmp_path):
     for name in ("figure5", "figure7"):

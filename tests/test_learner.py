@@ -212,6 +212,6 @@ def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_mixed_precision_on_a_gpu(make, precision):
-    learn = make(dls=dict(device="cuda")).to_channelslast(amp_mode=precision)
+    learn = make(dls=dict(device="cuda"), bank_groups=3).to_channelslast(amp_mode=precision)
     learn.fit(1, 0.01)
     assert learn.model.bank.z.dtype == torch.float32 and learn.model.bank.full and np.isfinite(learn.recorder.values[0]).all()

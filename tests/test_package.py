@@ -22,6 +22,9 @@ def test_version_stands_once():
 def test_description_is_the_same_in_both_places():
     assert re.search(r'^description = "(.*)"$', (ROOT/"pyproject.toml").read_text(), re.M)[1] == settings()["description"]
 
+def test_setup_knows_the_repositorys_address():
+    assert re.search(r'^pages = "(.*?)"', (ROOT/"setup.py").read_text(), re.M)[1] == re.search(r'^Repository = "(.*)"$', (ROOT/"pyproject.toml").read_text(), re.M)[1]
+
 def test_public_names():
     from ecan_fastai.callbacks import MemoryBankUpdate, MomentumUpdate
     from ecan_fastai.data import TwoView, TwoViewBlock

@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 from ecan_fastai import runs
 from ecan_fastai.cli import ecan_train
-from ecan_fastai.config import METHODS, RunConfig
+from ecan_fastai.config import METHODS, UNUSED, RunConfig
 from ecan_fastai.interpret import split_metrics
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
-def config(faces, **kw): return RunConfig(str(faces), **{**dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw})
+def config(faces, **kw):
+    settings = {**dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw}
+    return RunConfig(str(faces), **{k: v for k, v in settings.items() if k not in UNUSED[kw.get("method", "ecan")]})
 
 def fails(capsys, *args):
     "What `ecan_train` says on its way out"
@@ -78,6 +80,63 @@ def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatc
     a, b = [torch.load(tmp_path/k/"checkpoint.pth", weights_only=True)["model"] for k in ("cut", "whole")]
     assert all(torch.equal(a[k], b[k]) for k in a) and int(a["bank.filled"]) == len(a["bank.z"])
 
+def test_a_checkpoint_is_read_onto_the_device_of_the_data(faces, tmp_path):
+    start_run(config(faces, epochs=1), tmp_path)
+    state = runs._read_checkpoint(tmp_path, torch.device("meta"))       # stands in for a GPU
+    assert {t.device.type for s in state["opt"]["state"] for t in s.values() if torch.is_tensor(t)} == {t.device.type for t in state["model"].values()} == {"meta"}
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_is_resumed_on_a_gpu(faces, tmp_path, monkeypatch, precision):
+    class Stop(runs.RunState):
+        def after_epoch(self):
+            super().after_epoch()
+            if self.epoch == 1: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(runs, "RunState", Stop)
+        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=3, precision=precision), tmp_path)
+    assert resume_run(tmp_path)["epochs"] == 3
+
+def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path)
+    (tmp_path/"history.csv").unlink()
+    resume_run(tmp_path)
+    assert list(pd.read_csv(tmp_path/"history.csv").epoch) == [0]
+
+def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(runs, "_commit", lambda: "a")
+        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path)
+        m.setattr(runs, "_commit", lambda: "b")
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt): resume_run(tmp_path)
+    monkeypatch.setattr(runs, "_commit", lambda: "c")
+    record = resume_run(tmp_path)
+    assert [e["commit"] for e in [record["environment"], *record["resumed"]]] == ["a", "b", "c"] and record["environment"]["device"] not in ("cpu: x86_64", "cpu: ")
+
+@pytest.mark.parametrize("options,where", [
+    (dict(l1=0.3), lambda l: l.loss_func.l1), (dict(l2=0.4), lambda l: l.loss_func.l2), (dict(n_groups=3), lambda l: l.loss_func.n_groups), (dict(temperature=0.3), lambda l: l.loss_func.temperature),
+    (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(key_eval=True), lambda l: l.model.key_eval),
+    (dict(momentum=0.7), lambda l: l.momentum_update.momentum), (dict(bank_groups=3), lambda l: l.model.bank.size/l.dls.bs), (dict(lr=0.03), lambda l: l.lr), (dict(wd=0.02), lambda l: l.wd),
+    (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
+def test_settings_arrive(faces, tmp_path, options, where):
+    cfg = config(faces, **options).resolve()
+    assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
+
+@pytest.mark.parametrize("method,terms", [("ecan", ["ensc", "mva", .2, .7]), ("ensc", ["ensc", "mva", .2, 0]), ("supcon", ["supcon", "mva", .2, 0]), ("center", ["ensc", "center", 0, .003])])
+def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
+    cfg = config(faces, method=method).resolve()
+    loss = runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path).loss_func
+    assert [loss.contrast, loss.compact, loss.l1, loss.l2] == terms
+
+def test_a_setting_that_decides_nothing_is_told_and_not_recorded():
+    with pytest.warns(UserWarning, match="l1 decides nothing with method center, and is not used"): cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
+    assert cfg.l1 is None and cfg.temperature is None and cfg.l2 == 0.003
+
 def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -130,7 +189,9 @@ def test_short_runs_are_told(faces, tmp_path):
 def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     run = tmp_path/"old"
     run.mkdir(), (run/"config.json").write_text("{}")
-    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: choose another folder, or go on with it by --resume {run}"
+    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: give another folder with --out, or go on with it by --resume {run}"
+    (run/"metrics.json").write_text("{}")
+    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a finished run: give another folder with --out"
     assert fails(capsys, tmp_path/"nowhere") == f"ecan_train: error: no such file or folder: {tmp_path/'nowhere'}"
     assert fails(capsys, "--resume", tmp_path) == f"ecan_train: error: {tmp_path} holds no run to resume: expected config.json in it"
     assert "DATA is missing" in fails(capsys)
@@ -152,7 +213,7 @@ def test_a_damaged_run_folder_is_named(tmp_path, capsys):
     (tmp_path/"config.json").write_text('{"config": {"data": "x", "colour": 1}}')
     assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
     (tmp_path/"checkpoint.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="checkpoint.pth is broken"): runs._read_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.pth is broken"): runs._read_checkpoint(tmp_path, "cpu")
 
 def test_a_finished_run_is_not_resumed(tmp_path):
     (tmp_path/"config.json").write_text("{}"), (tmp_path/"metrics.json").write_text("{}")
