@@ -111,7 +111,7 @@ def experiment_results(
             commits = " ".join(dict.fromkeys(e["commit"] for e in [record["environment"], *record.get("resumed", [])] if e.get("commit")))
             for split,m in record["splits"].items():
                 if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, commits=commits, **{k: v for k,v in m.items() if isinstance(v, float)}))
-    return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split"])
+    return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split", "commits"])
 
 # %% ../nbs/13_experiments.ipynb #cbf22014
 _NAMES = dict(accuracy="accuracy", average_accuracy="average accuracy", macro_f1="macro-F1", key_encoder_accuracy="accuracy with the key encoder",

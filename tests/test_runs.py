@@ -60,17 +60,21 @@ def test_same_seed_same_run(faces, tmp_path):
     a, b, c = [start_run(config(faces, seed=s, epochs=1), tmp_path/k)["splits"] for k, s in (("a", 1), ("b", 1), ("c", 2))]
     assert a == b != c
 
-@pytest.mark.parametrize("options", [dict(workers=0), dict(workers=2, schedule="cosine"), dict(workers=0, balance="sampler"), dict(workers=2, balance="positives", key_eval=True, watch_tests=True)])
-def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, options):
-    cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 48, **options})
-    whole = start_run(cfg(), tmp_path/"whole")
+def start_and_stop(cfg, out, monkeypatch):
+    "A run that is interrupted after its second epoch"
     class Stop(runs.RunState):
         def after_epoch(self):
             super().after_epoch()
             if self.epoch == 1: raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(runs, "RunState", Stop)
-        with pytest.raises(KeyboardInterrupt): start_run(cfg(), tmp_path/"cut")
+        with pytest.raises(KeyboardInterrupt): start_run(cfg, out)
+
+@pytest.mark.parametrize("options", [dict(workers=0), dict(workers=2, schedule="cosine"), dict(workers=0, balance="sampler"), dict(workers=2, balance="positives", key_eval=True, watch_tests=True)])
+def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, options):
+    cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 48, **options})
+    whole = start_run(cfg(), tmp_path/"whole")
+    start_and_stop(cfg(), tmp_path/"cut", monkeypatch)
     assert not (tmp_path/"cut"/"metrics.json").exists() and len(pd.read_csv(tmp_path/"cut"/"history.csv")) == 2
     torch.manual_seed(99), np.random.seed(99)
     resumed = resume_run(tmp_path/"cut")
@@ -89,13 +93,7 @@ def test_a_checkpoint_is_read_onto_the_device_of_the_data(faces, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_is_resumed_on_a_gpu(faces, tmp_path, monkeypatch, precision):
-    class Stop(runs.RunState):
-        def after_epoch(self):
-            super().after_epoch()
-            if self.epoch == 1: raise KeyboardInterrupt
-    with monkeypatch.context() as m:
-        m.setattr(runs, "RunState", Stop)
-        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=3, precision=precision), tmp_path)
+    start_and_stop(config(faces, epochs=3, precision=precision), tmp_path, monkeypatch)
     assert resume_run(tmp_path)["epochs"] == 3
 
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
