@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from ecan_fastai.all import ExpressionDataLoaders, plot_confusion, set_seed
 
@@ -32,6 +33,7 @@ history, ax = pd.read_csv(run/"history.csv"), middle.subplots()
 for column, name, color in (("accuracy", "accuracy", "#4477aa"), ("balanced_accuracy_score", "average accuracy", "#ee6677")):
     ax.plot(history["epoch"]+1, 100*history[column], marker=".", color=color, label=name)
 ax.set(xlabel="epoch", ylabel="%", ylim=(0, 102))
+ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 ax.legend(loc="lower right", fontsize=9)
 middle.suptitle("ecan_train sample: validation", fontsize=11)
 
