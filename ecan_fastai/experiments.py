@@ -271,9 +271,13 @@ def reproduce(
     for seed in range(seeds):
         for label,cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
             stem = f"{run_name(cfg)}-seed{seed}"
-            _run(cfg, out/kind/stem, say)
-            _save_record(out/kind/stem, records/kind/f"{stem}.json")
-            folders.setdefault(label, out/kind/stem)
+            folder,record = out/kind/stem,records/kind/f"{stem}.json"
+            folders.setdefault(label, folder)
+            drawn = seed == 0 and exp.get("picture") in ("tsne", "confusion")
+            if record.exists() and not folder.exists() and not drawn: say(f"{stem}: done, by its record")
+            else:
+                _run(cfg, folder, say)
+                _save_record(folder, record)
     given = {k: _name(v) for k,v in settings.items() if k not in _FREE}
     results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)

@@ -79,6 +79,10 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     # records alone are enough for the table, and tell nothing of the machine's folders
     again = experiment_table("table3", experiment_results("table3", tmp_path/"records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}), "folder")
     assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"records").rglob("*.json"))
+    # where the folders are gone, records count as runs
+    ecan_reproduce(["table3", *quick_args(faces, tmp_path/"elsewhere", "--seeds", "2", "--records", str(tmp_path/"records"))])
+    said = capsys.readouterr().out
+    assert said.count("done, by its record") == 4 and "starts" not in said and pd.read_csv(tmp_path/"elsewhere"/written.name, index_col=0).equals(table)
     (name, results, kind, settings), = recorded_experiments(tmp_path/"records")
     assert experiment_table(name, results, kind).equals(again) and experiment_markdown(name, results, kind, **settings) == written.with_suffix(".md").read_text()
     record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
