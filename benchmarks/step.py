@@ -5,9 +5,11 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 
 from benchmarks.common import alternate, arguments, parser, peak_memory, report, table
+from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
 from ecan_fastai.losses import ECANLoss
 
@@ -27,7 +29,7 @@ def learners(given, bs):
     def make(learner):
         learn = learner(dls, given.arch)
         if given.channels_last: learn.add_cb(ChannelsLast())
-        if given.precision != "fp32": getattr(learn, f"to_{given.precision}")()
+        if given.precision != "fp32": learn.add_cb(MixedPrecision(given.precision) if torch.device(given.device).type == "cuda" else CPUMixedPrecision())
         learn.remove_cb(learn.progress)
         return learn
     return make(baseline_learner), make(ecan_learner), pair, batch[0][1]

@@ -22,7 +22,7 @@ HELP = dict(
     normalize_compact="L2-normalise the features for the MVA or center loss", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
     balance="for unequal classes: draw them equally often, weigh cross-entropy, or take bank entries of rare classes as positives",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
-    seed="seed of everything", precision="fp16 and bf16 need a GPU", workers="loader processes (default: one a core, 16 at most)",
+    seed="seed of everything", precision="fp16 needs a GPU; bf16 a GPU, or a processor with bfloat16 arithmetic, which it makes faster and others slower", workers="loader processes (default: one a core, 16 at most)",
     watch_tests="record the test splits' accuracy after every epoch too, for comparison with work that reports its best epoch; decides nothing")
 
 def _parser(config, choices):

@@ -22,12 +22,13 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
-from fastai.torch_core import defaults, set_seed
+from fastai.torch_core import default_device, defaults, set_seed
 from fastcore.foundation import L
 from safetensors.torch import save_file
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import crop_size
+from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
@@ -68,7 +69,8 @@ def run_learner(cfg, dls, out):
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
-    return learn if cfg.precision == "fp32" else learn.to_channelslast(amp_mode=cfg.precision)  # on a CPU, channels last and half precision are both slower
+    if cfg.precision == "fp32": return learn
+    return learn.to_channelslast(amp_mode=cfg.precision) if dls.device.type == "cuda" else learn.add_cb(CPUMixedPrecision())  # channels last is slower on a CPU
 
 
 # State between epochs
@@ -286,7 +288,9 @@ def resume_run(
     return _train(learn, cfg, out, state)
 
 def _check_precision(cfg):
-    if cfg.precision != "fp32" and not torch.cuda.is_available(): raise ValueError(f"precision {cfg.precision} needs a CUDA device, and there is none here: use fp32")
+    device = default_device().type
+    known = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "bf16")}.get(device, ("fp32",))
+    if cfg.precision not in known: raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
 
 def _warn_short(learn, cfg):
     if cfg.method in ("baseline", "center"): return

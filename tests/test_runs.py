@@ -70,7 +70,7 @@ def start_and_stop(cfg, out, monkeypatch):
         m.setattr(runs, "RunState", Stop)
         with pytest.raises(KeyboardInterrupt): start_run(cfg, out)
 
-@pytest.mark.parametrize("options", [dict(workers=0), dict(workers=2, schedule="cosine"), dict(workers=0, balance="sampler"), dict(workers=2, balance="positives", key_eval=True, watch_tests=True)])
+@pytest.mark.parametrize("options", [dict(workers=0), dict(workers=2, schedule="cosine"), dict(workers=0, balance="sampler", precision="bf16"), dict(workers=2, balance="positives", key_eval=True, watch_tests=True)])
 def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, options):
     cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 48, **options})
     whole = start_run(cfg(), tmp_path/"whole")
@@ -202,7 +202,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path/"bin.csv")
     assert "does not take pictures of shape" in fails(capsys, faces, "--arch", "vit_tiny_patch16_224", "--size", 32, "--bs", 8, "--out", tmp_path/"new", "--workers", 0)
     assert "epochs must be at least 1, got 0" in fails(capsys, faces, "--epochs", 0)
-    if not torch.cuda.is_available(): assert "precision bf16 needs a CUDA device" in fails(capsys, faces, "--precision", "bf16")
+    if not torch.cuda.is_available(): assert "precision fp16 is not for a device of type cpu: use fp32 or bf16" in fails(capsys, faces, "--precision", "fp16")
     assert not (tmp_path/"new").exists()
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
