@@ -171,7 +171,8 @@ def experiment_markdown(
     return f"# {_experiment(name)['title']}: {kind}\n\n{said}\n\n" + "\n".join(f"| {' | '.join(l)} |" for l in lines) + "\n"
 
 # %% ../nbs/13_experiments.ipynb #cc479b37
-_AXES = dict(l1=r"$\lambda_1$", l2=r"$\lambda_2$", n_groups="feature groups V", temperature="temperature", bank_groups="batches in the bank K", momentum="momentum m")
+_AXES = dict(l1=r"$\lambda_1$", l2=r"$\lambda_2$", n_groups="feature groups V", temperature="temperature", bank_groups="batches in the bank K", momentum="momentum m",
+             lr="learning rate", wd="weight decay", size="side of the pictures")
 
 def _first_test(splits):
     names = [s for s in dict.fromkeys(splits) if s not in ("train", "valid")]
