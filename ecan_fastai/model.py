@@ -16,6 +16,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 
 # %% ../nbs/05_model.ipynb #c4acbbba
@@ -120,7 +121,8 @@ def _encoder(arch, in_chans, pretrained):
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch}*")[:5]
         raise ValueError(f"timm has no model {arch!r}" + (f", did you mean one of {', '.join(near)}?" if near else ""))
-    encoder = timm.create_model(arch, pretrained=pretrained is True, num_classes=0, in_chans=in_chans)
+    init = dict(zero_init_last=False) if is_model_in_modules(arch, ["resnet"]) else {}
+    encoder = timm.create_model(arch, pretrained=pretrained is True, num_classes=0, in_chans=in_chans, **init)
     if pretrained and pretrained is not True: print(f"{arch}: {load_encoder(encoder, pretrained)}")
     return encoder
 

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecan_fastai.losses import ECANLoss
@@ -122,6 +123,14 @@ def test_crops_are_averaged_in_evaluation_and_refused_in_training():
     x = torch.randn(2, 5, 1, 32, 32)
     assert torch.allclose(model(x), torch.stack([model(x[:, i]) for i in range(5)]).mean(0), atol=1e-5)
     with pytest.raises(ValueError, match="CropsAsImages"): model.train()(x)
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_resnet_from_scratch_starts_as_torchvisions(arch):
+    own, theirs = FaceClassifier.create(arch).encoder.state_dict(), getattr(torchvision.models, arch)().state_dict()
+    assert set(theirs) - set(own) == {"fc.weight", "fc.bias"}
+    for name, t in own.items():
+        if t.ndim == 4: assert t.std().item() == pytest.approx(theirs[name].std().item(), rel=0.05)
+        else: assert torch.equal(t, theirs[name]), name
 
 @pytest.mark.parametrize("arch,size", [("mobilenetv3_small_050", 64), ("efficientnet_lite0", 64), ("vit_tiny_patch16_224", 224)])
 def test_other_timm_backbones(arch, size):
