@@ -96,5 +96,9 @@ class LossPartsRecorder(Callback):
 # %% ../nbs/06_callbacks.ipynb #cb24b77a
 class CPUMixedPrecision(MixedPrecision):
     "bfloat16 mixed precision on a CPU"
+    name = "mixed_precision"
     def __init__(self): super().__init__("bf16")
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast("cpu", torch.bfloat16),torch.amp.GradScaler("cpu", enabled=False),[]
+    def before_fit(self):
+        device = next(self.model.parameters()).device
+        if device.type != "cpu": raise ValueError(f"CPUMixedPrecision is for a model on the CPU, and this one is on {device}: use learn.to_bf16()")
+        self.autocast,self.learn.scaler,self.scales = torch.autocast("cpu", torch.bfloat16),torch.amp.GradScaler("cpu", enabled=False),[]

@@ -72,6 +72,7 @@ class RunConfig:
             if value is not None and value not in allowed: raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
         if self.kind == "sample" and self.data != "sample": raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
         if self.lr is not None and not self.lr > 0: raise ValueError(f"the learning rate must be above 0, got {self.lr}")
+        if self.wd is not None and not self.wd >= 0: raise ValueError(f"weight decay must not be negative, got {self.wd}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"): raise ValueError(f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan or ensc")
         if self.balance == "positives" and not self.l1: raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
@@ -86,6 +87,8 @@ class RunConfig:
         for name, value in preset.items():
             if getattr(self, name) is None: setattr(self, name, value)
         for name in UNUSED[self.method]: setattr(self, name, None)
+        if self.method == "ecan" and self.n_groups > self.bank_groups+1:
+            warnings.warn(f"n_groups {self.n_groups} asks for {self.n_groups-1} older groups, and the bank holds {self.bank_groups} (bank_groups): MVA sees {self.bank_groups+1} groups")
         return self
 
     def _detect(self):

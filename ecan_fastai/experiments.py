@@ -87,6 +87,12 @@ def _save_record(folder, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     _replace(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
 
+def _check_faces(record, file, faces):
+    "That a record is of these faces, by their number"
+    def counted(n): return {"train": n.get("train", 0)+n.get("valid", 0), **{k: v for k,v in n.items() if k not in ("train", "valid", "valid_seen") and v}}
+    here,there = counted(Counter(f.split for f in faces)),counted(record["images"])
+    if here != there and not record["config"].get("skip_broken"): raise ValueError(f"{file} is of other data than this: images {there} there, {here} here; choose another folder for the records")
+
 def _read_record(file, cfg):
     "A record, if it is one of the run that is asked for"
     record = json.loads(file.read_text())
@@ -114,7 +120,7 @@ def experiment_results(
     return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split", "commits"])
 
 # %% ../nbs/13_experiments.ipynb #cbf22014
-_NAMES = dict(accuracy="accuracy", average_accuracy="average accuracy", macro_f1="macro-F1", key_encoder_accuracy="accuracy with the key encoder",
+_NAMES = dict(accuracy="accuracy", average_accuracy="average accuracy", macro_f1="macro-F1", key_encoder_accuracy="accuracy with the key encoder", ten_crops_accuracy="accuracy over ten crops",
               accuracy_of_best_epoch_chosen_on_this_split="best epoch, chosen on this split")
 
 def _cell(values):
@@ -275,7 +281,12 @@ def reproduce(
             folder,record = out/kind/stem,records/kind/f"{stem}.json"
             folders.setdefault(label, folder)
             drawn = seed == 0 and exp.get("picture") in ("tsne", "confusion")
-            if record.exists() and not folder.exists() and not drawn: say(f"{stem}: done, by its record")
+            if record.exists() and not folder.exists() and not drawn:
+                found = _read_record(record, cfg)
+                if kind != "sample":
+                    faces = faces or read_faces(data, kind)
+                    _check_faces(found, record, faces)
+                say(f"{stem}: done, by its record")
             else:
                 _run(cfg, folder, say)
                 _save_record(folder, record)

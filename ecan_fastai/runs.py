@@ -27,10 +27,11 @@ from fastcore.foundation import L
 from safetensors.torch import save_file
 
 from ecan_fastai import __version__
-from ecan_fastai.augment import crop_size
+from ecan_fastai.augment import crop_size, uses_five_crops
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
 from ecan_fastai.losses import ECANLoss
@@ -240,6 +241,12 @@ def _write_results(learn, cfg, out, rows):
     model = learn.model.inference() if isinstance(learn.model, ECANModel) else learn.model
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     _replace(out/"model.safetensors", lambda f: save_file(weights, f))
+    if cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe):  # published FER2013 code of this line reports the mean over ten crops
+        predictor = Predictor(out, "ten", learn.dls.device)
+        for name in metrics:
+            faces = learn.dls[name].dataset.items
+            right = predictor.probabilities([f.image for f in faces]).argmax(1) == [predictor.vocab.index(f.label) for f in faces]
+            metrics[name]["ten_crops_accuracy"] = float(right.mean())
     learn.export("export.pkl")
     seconds = history["seconds"]
     record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), **_environments(out))

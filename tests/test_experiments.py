@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from ecan_fastai import experiments
 from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
+from ecan_fastai.published import read_faces
 
 QUICK = dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0)
 
@@ -107,6 +109,28 @@ def test_records_of_another_run_or_other_data_are_refused(tmp_path):
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "config": {**record["config"], "epochs": 40}}))      # as if a preset had changed since
     with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, and 200 is asked for"): experiment_results("affinity", tmp_path, "fer2013")
+
+def test_a_record_counts_as_a_run_only_of_the_same_data_and_settings(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
+    given = dict(seeds=1, out=tmp_path, records=tmp_path/"r", say=lambda s: None)
+    counted = Counter(f.split for f in read_faces(faces, "folder"))
+    images = {"train": counted["train"]-10, "valid": 10, "test": counted["test"]}
+    files = [fake_record(tmp_path/"r", cfg, images=images) for cfg in experiment_runs("affinity", faces, "folder").values()]
+    assert list(reproduce("affinity", faces, **given)["valid: accuracy"]) == ["50.00 (1)"]*2
+    record = json.loads(files[1].read_text())
+    files[1].write_text(json.dumps({**record, "images": {**images, "test": 7}}))
+    with pytest.raises(ValueError, match="affinity_reduction=sum-seed0.json is of other data than this: images .*'test': 7"): reproduce("affinity", faces, **given)
+    files[1].write_text(json.dumps({**record, "config": {**record["config"], "epochs": 3}}))
+    with pytest.raises(ValueError, match="is the record of a run with epochs 3, and 40 is asked for"): reproduce("affinity", faces, **given)
+
+def test_a_picture_of_runs_needs_their_folders(faces, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: started.append(cfg.method))
+    monkeypatch.setattr(experiments, "_save_record", lambda *a: None)
+    monkeypatch.setattr(experiments, "experiment_figure", lambda *a: None)
+    for cfg in experiment_runs("figure7", faces, "folder").values(): fake_record(tmp_path/"r", cfg)
+    reproduce("figure7", faces, out=tmp_path, records=tmp_path/"r", say=lambda s: None)
+    assert started == ["baseline", "ecan"]
 
 def test_records_of_a_gpu_make_tables_without_one(tmp_path):
     for cfg in experiment_runs("affinity", "x", "fer2013", precision="bf16").values(): fake_record(tmp_path, cfg, resumed=[dict(commit="b")])

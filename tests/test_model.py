@@ -126,6 +126,7 @@ def test_crops_are_averaged_in_evaluation_and_refused_in_training():
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_a_resnet_from_scratch_starts_as_torchvisions(arch):
+    torch.manual_seed(0)
     own, theirs = FaceClassifier.create(arch).encoder.state_dict(), getattr(torchvision.models, arch)().state_dict()
     assert set(theirs) - set(own) == {"fc.weight", "fc.bias"}
     for name, t in own.items():

@@ -13,6 +13,7 @@ from fastai.learner import load_learner
 from safetensors.torch import load_file
 
 from ecan_fastai import runs
+from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, UNUSED, RunConfig
 from ecan_fastai.interpret import split_metrics
@@ -120,10 +121,15 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     (dict(l1=0.3), lambda l: l.loss_func.l1), (dict(l2=0.4), lambda l: l.loss_func.l2), (dict(n_groups=3), lambda l: l.loss_func.n_groups), (dict(temperature=0.3), lambda l: l.loss_func.temperature),
     (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(key_eval=True), lambda l: l.model.key_eval),
     (dict(momentum=0.7), lambda l: l.momentum_update.momentum), (dict(bank_groups=3), lambda l: l.model.bank.size/l.dls.bs), (dict(lr=0.03), lambda l: l.lr), (dict(wd=0.02), lambda l: l.wd),
-    (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
+    (dict(precision="bf16"), lambda l: isinstance(l.mixed_precision, CPUMixedPrecision) == (l.dls.device.type == "cpu") and l.mixed_precision.amp_mode.value), (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
 def test_settings_arrive(faces, tmp_path, options, where):
     cfg = config(faces, **options).resolve()
     assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
+
+def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
+    one, ten = [start_run(config(faces, epochs=1, level="strong", size=48, eval_crops=c), tmp_path/c)["splits"]["test"] for c in ("center", "ten")]
+    assert one["ten_crops_accuracy"] == ten["accuracy"] and "ten_crops_accuracy" not in ten
+    assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path/"weak")["splits"]["test"]
 
 @pytest.mark.parametrize("method,terms", [("ecan", ["ensc", "mva", .2, .7]), ("ensc", ["ensc", "mva", .2, 0]), ("supcon", ["supcon", "mva", .2, 0]), ("center", ["ensc", "center", 0, .003])])
 def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
