@@ -349,7 +349,9 @@ class ECANLoss(nn.Module):
         def unit(z): return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
         x,centers = unit(out["z_q"]),out["centers"]
         one = x.new_ones((), dtype=torch.float32)
-        if self.compact == "center": return center_loss(x, y, centers),one
+        if self.compact == "center":
+            at_full_rate = centers.detach() + (centers - centers.detach())/self.l2  # same value; undoes l2 in the centres' gradient
+            return center_loss(x, y, at_full_rate),one
         if self.compact == "affinity": return affinity_loss(x, y, centers, self.affinity_reduction),one
         rows = out["bank_order"]
         whole = min(self.n_groups-1, len(rows)//len(y))
