@@ -200,7 +200,7 @@ def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
     values = []
     for cbs in ([], [ChannelsLast()]):
         learn = make(cbs=cbs)
-        learn.fit(1, 0.01)
+        learn.fit(1, 1e-4)  # a higher rate lets rounding grow
         values.append(learn.recorder.values[0][:2] + [v.item() for v in learn.loss_func.parts.values()])
     for encoder in (learn.model.encoder, learn.model.key_encoder): assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert np.allclose(*values, rtol=1e-3)
