@@ -133,8 +133,8 @@ def test_a_resnet_from_scratch_starts_as_torchvisions(arch):
         if t.ndim == 4: assert t.std().item() == pytest.approx(theirs[name].std().item(), rel=0.05)
         else: assert torch.equal(t, theirs[name]), name
 
-@pytest.mark.parametrize("arch,size", [("mobilenetv3_small_050", 64), ("efficientnet_lite0", 64), ("vit_tiny_patch16_224", 224)])
-def test_other_timm_backbones(arch, size):
+@pytest.mark.parametrize("arch,size", [("resnet18_cifar", 32), ("mobilenetv3_small_050", 64), ("efficientnet_lite0", 64), ("vit_tiny_patch16_224", 224)])
+def test_other_backbones(arch, size):
     model = ECANModel(arch, n_classes=4, in_chans=3, bank_size=4)
     out = model((torch.randn(2, 3, size, size), torch.randn(2, 3, size, size)))
     assert out["logits"].shape == (2, 4) and out["z_q"].shape == out["z_k"].shape == (2, model.centers.shape[1])

@@ -16,6 +16,7 @@ from ecan_fastai import runs
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, UNUSED, RunConfig
+from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import split_metrics
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
@@ -130,6 +131,15 @@ def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
     one, ten = [start_run(config(faces, epochs=1, level="strong", size=48, eval_crops=c), tmp_path/c)["splits"]["test"] for c in ("center", "ten")]
     assert one["ten_crops_accuracy"] == ten["accuracy"] and "ten_crops_accuracy" not in ten
     assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path/"weak")["splits"]["test"]
+
+def test_pictures_from_a_table_and_an_architecture_of_this_package_go_the_whole_way(tmp_path):
+    "fer2013.csv holds pixels instead of files"
+    g = np.random.default_rng(0)
+    rows = [(i % 7, " ".join(map(str, g.integers(0, 256, 48*48))), usage) for usage, n in (("Training", 70), ("PublicTest", 14), ("PrivateTest", 14)) for i in range(n)]
+    pd.DataFrame(rows, columns=["emotion", "pixels", "Usage"]).to_csv(tmp_path/"fer2013.csv", index=False)
+    splits = start_run(RunConfig(str(tmp_path/"fer2013.csv"), method="baseline", arch="resnet18_cifar", epochs=1, bs=8, workers=0), tmp_path/"run")["splits"]
+    assert {0 <= m["ten_crops_accuracy"] <= 1 for m in splits.values()} == {True} and set(splits) == {"valid", "PublicTest", "PrivateTest"}
+    assert Predictor(tmp_path/"run").model.classifier.encoder.conv1.kernel_size == (3, 3)
 
 @pytest.mark.parametrize("method,terms", [("ecan", ["ensc", "mva", .2, .7]), ("ensc", ["ensc", "mva", .2, 0]), ("supcon", ["supcon", "mva", .2, 0]), ("center", ["ensc", "center", 0, .003])])
 def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
