@@ -17,7 +17,7 @@ CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, re
 # settings that decide nothing in a run of the method
 _NO_GROUPS = ("n_groups", "bank_groups", "affinity_reduction")
 UNUSED = dict(ecan=(), ensc=("l2", "n_groups", "affinity_reduction", "normalize_compact"), supcon=("l2", *_NO_GROUPS, "normalize_compact"),
-              center=("l1", "temperature", *_NO_GROUPS), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "key_eval", *_NO_GROUPS))
+              center=("l1", "temperature", *_NO_GROUPS, "anchors_only"), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "anchors_only", "key_eval", *_NO_GROUPS))
 
 # what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
 PRESETS = {
@@ -56,6 +56,7 @@ class RunConfig:
     bank_groups: int = 16
     affinity_reduction: str = "mean"
     normalize_compact: bool = False
+    anchors_only: bool = False
     key_eval: bool = False
     balance: str = "none"
     valid_pct: float = 0.1

@@ -77,7 +77,7 @@ def _class_sums(chunks, classes, z):
 class _Contrast(torch.autograd.Function):
     "Mean contrastive loss over the anchors with a positive; the gradient is ready when the forward pass ends"
     @staticmethod
-    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y, bank_positives):
+    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y, bank_positives, anchors_only):
         a = z/temperature
         sim = a @ z.T
         positive = (y[:, None] == y).fill_diagonal_(False)
@@ -101,8 +101,8 @@ class _Contrast(torch.autograd.Function):
         total = torch.where(has, total, 1)
         share = weight/count.clamp(min=1)
         if ctx.needs_input_grad[0]:
-            pull = own.mul_((weight/total)[:, None]).sub_(positive*share[:, None])
-            grad.mul_((weight/total)[:, None]).addmm_(pull + pull.T, z)
+            pull = own.mul_((weight/total)[:, None]).sub_(positive*share[:, None])  # rows: on the anchors; columns: on what they are compared with
+            grad.mul_((weight/total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
             if joins is not None: grad -= share[:, None]*pulls
             ctx.save_for_backward(grad.div_(temperature))
         log_denominator = total.log() if shift is None else total.log() + shift[:, 0]
@@ -111,15 +111,15 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled(): raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
-        return g*ctx.saved_tensors[0], *[None]*6
+        return g*ctx.saved_tensors[0], *[None]*7
 
-def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None):
+def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False):
     "Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of another label alone"
     _check_temperature(temperature)
     if bank_z is None: bank_z = z[:0]
     if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]: raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
     if normalize: z = F.normalize(z, dim=1)
-    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives)
+    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives, anchors_only)
 
 # %% ../nbs/04_losses.ipynb #ec631beb
 @_full_precision
@@ -139,11 +139,12 @@ def supcon_loss(
     z:Tensor, # Features of all views (M, d)
     y:Tensor, # Labels of all views (M,)
     temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True # L2-normalise the rows first
+    normalize:bool=True, # L2-normalise the rows first
+    anchors_only:bool=False # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss (Eq. 4)"
     _check_rows(z, y)
-    return _contrast(z, y, temperature, normalize)
+    return _contrast(z, y, temperature, normalize, anchors_only=anchors_only)
 
 # %% ../nbs/04_losses.ipynb #b5714d48
 @_full_precision
@@ -152,11 +153,12 @@ def esc_loss(
     y:Tensor, # Labels of all views (M,)
     bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
     temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True # L2-normalise all rows first
+    normalize:bool=True, # L2-normalise all rows first
+    anchors_only:bool=False # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
-    return _contrast(z, y, temperature, normalize, bank_z)
+    return _contrast(z, y, temperature, normalize, bank_z, anchors_only=anchors_only)
 
 # %% ../nbs/04_losses.ipynb #5222a0c6
 def _check_classes(bank_positives, n_classes=None):
@@ -171,13 +173,14 @@ def ensc_loss(
     bank_y:Tensor, # Their labels (B,)
     temperature:float=0.1, # Temperature, above 0
     normalize:bool=True, # L2-normalise all rows first
-    bank_positives:Tensor=None # Classes (C,), True where an anchor's positives are also the bank entries of its own class; default none, as in the paper
+    bank_positives:Tensor=None, # Classes (C,), True where an anchor's positives are also the bank entries of its own class; default none, as in the paper
+    anchors_only:bool=False # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
 )->Tensor: # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
     if bank_positives is not None: _check_classes(bank_positives)
-    return _contrast(z, y, temperature, normalize, bank_z, bank_y, bank_positives)
+    return _contrast(z, y, temperature, normalize, bank_z, bank_y, bank_positives, anchors_only)
 
 # %% ../nbs/04_losses.ipynb #31272950
 def _check_centers(x, y, centers):
@@ -242,20 +245,20 @@ def mva_loss(
 # %% ../nbs/04_losses.ipynb #00287d09
 class SupConLoss(nn.Module):
     "Module form of `supcon_loss` (Eq. 4)"
-    def __init__(self, temperature:float=0.1, normalize:bool=True):
+    def __init__(self, temperature:float=0.1, normalize:bool=True, anchors_only:bool=False):
         super().__init__()
         _check_temperature(temperature)
-        self.temperature,self.normalize = temperature,normalize
-    def extra_repr(self): return f"temperature={self.temperature}, normalize={self.normalize}"
-    def forward(self, z, y): return supcon_loss(z, y, self.temperature, self.normalize)
+        self.temperature,self.normalize,self.anchors_only = temperature,normalize,anchors_only
+    def extra_repr(self): return f"temperature={self.temperature}, normalize={self.normalize}, anchors_only={self.anchors_only}"
+    def forward(self, z, y): return supcon_loss(z, y, self.temperature, self.normalize, self.anchors_only)
 
 class ESCLoss(SupConLoss):
     "Module form of `esc_loss` (Eq. 5)"
-    def forward(self, z, y, bank_z): return esc_loss(z, y, bank_z, self.temperature, self.normalize)
+    def forward(self, z, y, bank_z): return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only)
 
 class ENSCLoss(SupConLoss):
     "Module form of `ensc_loss` (Eq. 6)"
-    def forward(self, z, y, bank_z, bank_y, bank_positives=None): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives)
+    def forward(self, z, y, bank_z, bank_y, bank_positives=None): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives, self.anchors_only)
 
 class CenterLoss(nn.Module):
     "Module form of `center_loss` (Eq. 7)"
@@ -291,6 +294,7 @@ class ECANLoss(nn.Module):
         weight=None, # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
         normalize_compact:bool=False, # L2-normalise the features before the compactness loss; the paper does not
         bank_positives=None, # Classes (C,), True where `ensc_loss` takes the bank entries of an anchor's class as positives too; default none
+        anchors_only:bool=False, # Gradient of the contrastive loss through the anchors alone; its value is the same
         reduction:str="mean" # "mean", "sum" or "none" over the images of a batch
     ):
         super().__init__()
@@ -309,7 +313,7 @@ class ECANLoss(nn.Module):
         self.register_buffer("weight", weight, persistent=False)  # settings, not state: they follow the device, and are not saved
         self.register_buffer("bank_positives", bank_positives, persistent=False)
         self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
-        self.contrast,self.compact,self.affinity_reduction,self.normalize_compact,self.reduction = contrast,compact,affinity_reduction,normalize_compact,reduction
+        self.contrast,self.compact,self.affinity_reduction,self.normalize_compact,self.anchors_only,self.reduction = contrast,compact,affinity_reduction,normalize_compact,anchors_only,reduction
         self.parts = {}
 
     @property
@@ -340,10 +344,10 @@ class ECANLoss(nn.Module):
 
     def _contrast(self, out, y):
         z,yy = torch.cat([out["z_q"], out["z_k"]]),y.repeat(2)
-        if self.contrast == "supcon": return supcon_loss(z, yy, self.temperature)
-        if self.contrast == "esc": return esc_loss(z, yy, out["bank_z"], self.temperature)
+        if self.contrast == "supcon": return supcon_loss(z, yy, self.temperature, anchors_only=self.anchors_only)
+        if self.contrast == "esc": return esc_loss(z, yy, out["bank_z"], self.temperature, anchors_only=self.anchors_only)
         if self.bank_positives is not None: _check_classes(self.bank_positives, len(out["centers"]))
-        return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives)
+        return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives, anchors_only=self.anchors_only)
 
     def _compact(self, out, y):
         def unit(z): return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
@@ -360,4 +364,4 @@ class ECANLoss(nn.Module):
 
     def activation(self, out:Tensor): return out.float().softmax(-1)
     def decodes(self, out:Tensor): return out.argmax(-1)
-    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact", "weight", "bank_positives"))
+    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact", "weight", "bank_positives", "anchors_only"))

@@ -64,7 +64,7 @@ def run_learner(cfg, dls, out):
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
     if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
     else:
-        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact") if k not in UNUSED[cfg.method]}
+        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact", "anchors_only") if k not in UNUSED[cfg.method]}
         settings |= dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
         loss = ECANLoss(**settings, weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups

@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 
 
-def contrast(z, y, temperature, normalize=True, bank_z=None, bank_y=None, bank_positives=None):
-    "Mean over anchors with a positive, that is with the same `y`; with `bank_y` only bank rows of another label are negatives, and those of the own label positives for classes that are True in `bank_positives`"
+def contrast(z, y, temperature, normalize=True, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False):
+    "Mean over anchors with a positive, that is with the same `y`; with `bank_y` only bank rows of another label are negatives, and those of the own label positives for classes that are True in `bank_positives`; with `anchors_only` what an anchor is compared with is constant"
     if bank_z is None: bank_z = z[:0].detach()
     if normalize: z, bank_z = F.normalize(z, dim=1), F.normalize(bank_z, dim=1)
     own = torch.eye(len(z), dtype=torch.bool)
     positive = (y[:, None] == y) & ~own
-    sim = z @ z.T/temperature
+    sim = z @ (z.detach() if anchors_only else z).T/temperature
     extra = z @ bank_z.T/temperature
     if bank_y is not None:
         same = y[:, None] == bank_y

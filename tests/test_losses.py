@@ -120,7 +120,11 @@ RARE = torch.arange(CLASSES) > 1
 FORMS = {"supcon": (lambda z, y, bz, by, *a: supcon_loss(z, y, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a)),
          "esc": (lambda z, y, bz, by, *a: esc_loss(z, y, bz, *a), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz)),
          "ensc": (ensc_loss, lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by)),
-         "positives": (lambda *a: ensc_loss(*a, RARE), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by, RARE))}
+         "positives": (lambda *a: ensc_loss(*a, RARE), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by, RARE)),
+         "anchors": (lambda *a: ensc_loss(*a, anchors_only=True), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by, anchors_only=True)),
+         "supcon, anchors": (lambda z, y, bz, by, *a: supcon_loss(z, y, *a, True), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, anchors_only=True)),
+         "esc, anchors": (lambda z, y, bz, by, *a: esc_loss(z, y, bz, *a, True), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, anchors_only=True)),
+         "positives, anchors": (lambda *a: ensc_loss(*a, RARE, True), lambda z, y, bz, by, *a: plain.contrast(z, y, *a, bz, by, RARE, True))}
 
 def value_and_gradient(loss, z, *args):
     z = z.clone().requires_grad_()
@@ -164,6 +168,13 @@ def test_memory_does_not_grow_with_the_bank():
         held = [e.nbytes() for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())]
         return np.cumsum(held).max()/2**20
     assert peak(32768) < peak(2048) + 0.5 < 12.5
+
+def test_where_the_bank_takes_the_push_only_the_pull_is_left():
+    "All alike, half of each denominator in the bank: what is compared with has 1/4 anchor times (3/6 push - 1 pull), anchors have 0"
+    z, y, bz, by = torch.ones(4, 1), torch.tensor([0, 0, 1, 1]), torch.ones(6, 1), torch.tensor([0, 0, 0, 1, 1, 1])
+    assert torch.allclose(value_and_gradient(ensc_loss, z, y, bz, by, 1., False)[1], torch.full((4, 1), -1/8))
+    for loss in (lambda z: supcon_loss(z, y, 1., False), lambda z: ensc_loss(z, y, bz, by, 1., False, anchors_only=True)):
+        assert torch.allclose(value_and_gradient(loss, z)[1], torch.zeros(4, 1), atol=1e-7)
 
 def test_second_derivative_is_refused():
     z, y = draw(6, 4)
@@ -270,6 +281,18 @@ def test_ecan_loss_with_bank_positives():
     z, yy = torch.cat([out["z_q"], out["z_k"]]), torch.cat([y, y])
     close(ECANLoss(l2=0, bank_positives=RARE)(out, y), 0.8*torch.nn.functional.cross_entropy(out["logits"], y) + 0.2*ensc_loss(z, yy, out["bank_z"], out["bank_y"], bank_positives=RARE))
 
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_ecan_loss_with_its_gradient_through_anchors_alone(contrast):
+    out, y = output()
+    bank = {} if contrast == "supcon" else dict(bank_z=out["bank_z"])
+    if contrast == "ensc": bank["bank_y"] = out["bank_y"]
+    ce = torch.nn.functional.cross_entropy(out["logits"], y)
+    total = lambda z, alone: ECANLoss(0.3, 0, contrast=contrast, anchors_only=alone)({**out, "z_q": z}, y)
+    twin = lambda z: 0.7*ce + 0.3*plain.contrast(torch.cat([z, out["z_k"]]), torch.cat([y, y]), 0.1, **bank, anchors_only=True)
+    (v, g), (v0, g0), (v_all, g_all) = value_and_gradient(total, out["z_q"], True), value_and_gradient(twin, out["z_q"]), value_and_gradient(total, out["z_q"], False)
+    close(v, v0)
+    assert v == v_all and torch.allclose(g, g0, atol=1e-6) and (g - g_all).norm() > 0.1*g.norm()
+
 @pytest.mark.parametrize("compact", COMPACTS)
 def test_compactness_on_normalised_features(compact):
     out, y = output()
@@ -303,6 +326,9 @@ def test_modules_are_their_functions():
     assert ESCLoss(0.2)(z, y, bz) == esc_loss(z, y, bz, 0.2)
     assert ENSCLoss(0.2, normalize=False)(z, y, bz, by) == ensc_loss(z, y, bz, by, 0.2, False)
     assert ENSCLoss(0.2)(z, y, bz, by, RARE) == ensc_loss(z, y, bz, by, 0.2, bank_positives=RARE)
+    for module, loss, *bank in ((SupConLoss, supcon_loss), (ESCLoss, esc_loss, bz), (ENSCLoss, ensc_loss, bz, by)):
+        of_module, of_loss, of_all = [value_and_gradient(f, z, y, *bank)[1] for f in (module(anchors_only=True), lambda *a: loss(*a, anchors_only=True), loss)]
+        assert torch.equal(of_module, of_loss) and not torch.equal(of_loss, of_all)
     assert CenterLoss()(z, y, c) == center_loss(z, y, c)
     assert AffinityLoss("sum")(z, y, c) == affinity_loss(z, y, c, "sum")
     assert MVALoss("sum")(z, y, c, groups, labels) == mva_loss(z, y, c, groups, labels, "sum")

@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options,where", [
     (dict(l1=0.3), lambda l: l.loss_func.l1), (dict(l2=0.4), lambda l: l.loss_func.l2), (dict(n_groups=3), lambda l: l.loss_func.n_groups), (dict(temperature=0.3), lambda l: l.loss_func.temperature),
-    (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(key_eval=True), lambda l: l.model.key_eval),
+    (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(anchors_only=True), lambda l: l.loss_func.anchors_only), (dict(key_eval=True), lambda l: l.model.key_eval),
     (dict(momentum=0.7), lambda l: l.momentum_update.momentum), (dict(bank_groups=3), lambda l: l.model.bank.size/l.dls.bs), (dict(lr=0.03), lambda l: l.lr), (dict(wd=0.02), lambda l: l.wd),
     (dict(precision="bf16"), lambda l: isinstance(l.mixed_precision, CPUMixedPrecision) == (l.dls.device.type == "cpu") and l.mixed_precision.amp_mode.value), (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
 def test_settings_arrive(faces, tmp_path, options, where):
@@ -150,6 +150,8 @@ def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
 def test_a_setting_that_decides_nothing_is_told_and_not_recorded():
     with pytest.warns(UserWarning, match="l1 decides nothing with method center, and is not used"): cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
     assert cfg.l1 is None and cfg.temperature is None and cfg.l2 == 0.003
+    for method in ("center", "baseline"):
+        with pytest.warns(UserWarning, match=f"anchors_only decides nothing with method {method}"): assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
 
 def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
