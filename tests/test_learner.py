@@ -197,13 +197,16 @@ def test_ecan_learns_the_sample(tmp_path):
 # Layout and precision
 
 def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
-    values = []
+    values,steps = [],[]
     for cbs in ([], [ChannelsLast()]):
         learn = make(cbs=cbs)
+        start = torch.cat([p.detach().flatten() for p in learn.model.encoder.parameters()])  # a copy
         learn.fit(1, 1e-4)  # a higher rate lets rounding grow
+        steps.append(torch.cat([p.detach().flatten() for p in learn.model.encoder.parameters()]) - start)
         values.append(learn.recorder.values[0][:2] + [v.item() for v in learn.loss_func.parts.values()])
     for encoder in (learn.model.encoder, learn.model.key_encoder): assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert np.allclose(*values, rtol=1e-3)
+    assert steps[0].norm() > 0 and (steps[0]-steps[1]).norm() < 0.01*steps[0].norm()
     learn.export("e.pkl")
     img = learn.dls.valid_ds.items[0].image
     assert torch.allclose(load(tmp_path/"e.pkl").predict(img)[2], learn.predict(img)[2], atol=1e-6)
