@@ -10,6 +10,7 @@ from ecan_fastai.experiments import *
 from ecan_fastai.faces import *
 from ecan_fastai.inference import *
 from ecan_fastai.interpret import *
+from ecan_fastai.layers import *
 from ecan_fastai.learner import *
 from ecan_fastai.losses import *
 from ecan_fastai.model import *

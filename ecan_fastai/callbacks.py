@@ -79,19 +79,17 @@ class LossPartsRecorder(Callback):
     order,run_valid,remove_on_fetch = Recorder.order+1,False,True
 
     def before_fit(self):
-        self.sums,self.n = None,0
+        self.batches = []
         names = list(self.recorder.metric_names)
         at = len(names) - bool(self.recorder.add_time)
         self.recorder.metric_names = self.recorder.metric_names[:at] + self.loss_func.part_names + names[at:]
 
-    def before_train(self): self.sums,self.n = 0,0
-    def after_loss(self):
-        self.sums = self.sums + torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names])
-        self.n += 1
+    def before_train(self): self.batches = []
+    def after_loss(self): self.batches.append(torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names]))
 
     def after_validate(self):
-        if self.n: self.recorder.log += (self.sums/self.n).tolist()
-        self.sums,self.n = None,0
+        if self.batches: self.recorder.log += torch.stack(self.batches).nanmean(0).tolist()  # a batch may hold no pair of one class
+        self.batches = []
 
 # %% ../nbs/06_callbacks.ipynb #cb24b77a
 class CPUMixedPrecision(MixedPrecision):

@@ -19,10 +19,11 @@ HELP = dict(
     all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
     l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss",
     momentum="momentum of the key encoder (sample 0.99, else 0.999)", bank_groups="batches that the memory bank holds (K)", affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
-    normalize_compact="L2-normalise the features for the MVA or center loss", anchors_only="the contrastive loss moves each feature as an anchor, not as one that other anchors are compared with; same value, about half the gradient", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
+    normalize_compact="L2-normalise the features for the MVA or center loss", anchors_only="the contrastive loss moves each feature as an anchor, not as one that other anchors are compared with; same value, about half the gradient", center_features="subtract the bank's mean feature from all features before the contrastive loss normalises them",
+    label_smoothing="label smoothing of cross-entropy, 0 to 1", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
     balance="for unequal classes: draw them equally often, weigh cross-entropy, or take bank entries of rare classes as positives",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
-    seed="seed of everything", precision="fp16 needs a GPU; bf16 a GPU, or a processor with bfloat16 arithmetic, which it makes faster and others slower", workers="loader processes (default: one a core, 16 at most)",
+    seed="seed of everything", precision="auto takes bf16 where the GPU or processor computes it natively, else fp32; fp16 needs a GPU", workers="loader processes (default: one a core, 16 at most)",
     watch_tests="record the test splits' accuracy after every epoch too, for comparison with work that reports its best epoch; decides nothing")
 
 def _parser(config, choices):

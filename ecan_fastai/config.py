@@ -10,14 +10,14 @@ METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the pa
 OPTIMIZERS = ("paper", "adam")
 SCHEDULES = ("one-cycle", "cosine")
 BALANCES = ("none", "sampler", "weights", "positives")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
                schedule=SCHEDULES, precision=PRECISIONS, balance=BALANCES, affinity_reduction=("mean", "sum"), channels=(1, 3))
 
 # settings that decide nothing in a run of the method
 _NO_GROUPS = ("n_groups", "bank_groups", "affinity_reduction")
-UNUSED = dict(ecan=(), ensc=("l2", "n_groups", "affinity_reduction", "normalize_compact"), supcon=("l2", *_NO_GROUPS, "normalize_compact"),
-              center=("l1", "temperature", *_NO_GROUPS, "anchors_only"), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "anchors_only", "key_eval", *_NO_GROUPS))
+UNUSED = dict(ecan=(), ensc=("l2", "n_groups", "affinity_reduction", "normalize_compact"), supcon=("l2", *_NO_GROUPS, "normalize_compact", "center_features"),
+              center=("l1", "temperature", *_NO_GROUPS, "anchors_only", "center_features"), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "anchors_only", "center_features", "key_eval", *_NO_GROUPS))
 
 # what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
 PRESETS = {
@@ -57,13 +57,15 @@ class RunConfig:
     affinity_reduction: str = "mean"
     normalize_compact: bool = False
     anchors_only: bool = False
+    center_features: bool = False
+    label_smoothing: float = 0.
     key_eval: bool = False
     balance: str = "none"
     valid_pct: float = 0.1
     train_all: bool = False
     skip_broken: bool = False
     seed: int = 0
-    precision: str = "fp32"
+    precision: str = "auto"
     workers: int = None
     watch_tests: bool = False
 
@@ -76,6 +78,7 @@ class RunConfig:
         if self.wd is not None and not self.wd >= 0: raise ValueError(f"weight decay must not be negative, got {self.wd}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"): raise ValueError(f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan or ensc")
         if self.balance == "positives" and not self.l1: raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
+        if not 0 <= self.label_smoothing <= 1: raise ValueError(f"label smoothing must be between 0 and 1, got {self.label_smoothing}")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 

@@ -98,7 +98,7 @@ def _read_record(file, cfg):
     record = json.loads(file.read_text())
     for k,asked in asdict(cfg).items():
         found,asked = record["config"].get(k, getattr(RunConfig, k, None)),_name(asked)
-        if k not in _FREE and asked is not None and found != asked: raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
+        if k not in _FREE and asked not in (None, "auto") and found != asked: raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
     return record
 
 def experiment_results(
@@ -232,7 +232,7 @@ def _check_same(cfg, folder):
     for k,asked in asdict(cfg).items():
         found = getattr(written, k)
         same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
-        if not same and asked is not None and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
+        if not same and asked not in (None, "auto") and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
 
 def _locked(folder, say):
     "Hold a run's folder against other processes, after the one that is at it"

@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback import channelslast  # `to_channelslast`
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
@@ -33,6 +33,7 @@ from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
+from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
 from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel
@@ -62,16 +63,21 @@ def run_learner(cfg, dls, out):
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any(): warnings.warn("no class has less than three quarters of the faces that a class has on average: balance positives changes nothing")
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
-    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight), **kwargs)
+    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=cfg.label_smoothing), **kwargs)
     else:
-        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact", "anchors_only") if k not in UNUSED[cfg.method]}
+        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact", "anchors_only", "center_features") if k not in UNUSED[cfg.method]}
         settings |= dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**settings, weight=weight, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
+        loss = ECANLoss(**settings, weight=weight, label_smoothing=cfg.label_smoothing, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
-    if cfg.precision == "fp32": return learn
-    return learn.to_channelslast(amp_mode=cfg.precision) if dls.device.type == "cuda" else learn.add_cb(CPUMixedPrecision())  # channels last is slower on a CPU
+    return _set_precision(learn, cfg.precision, dls.device)
+
+def _set_precision(learn, precision, device):
+    "Mixed precision, and the memory layout that is faster with it"
+    if channels_last_is_faster(device, precision): learn.add_cb(ChannelsLast())
+    if precision != "fp32": learn.add_cb(CPUMixedPrecision() if device.type == "cpu" else MixedPrecision(precision))
+    return learn
 
 
 # State between epochs
@@ -267,7 +273,7 @@ def start_run(
     if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}")
     if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
     cfg.resolve()
-    _check_precision(cfg)
+    _settle_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -286,7 +292,7 @@ def resume_run(
     out = Path(out)
     if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = _read_config(out)
-    _check_precision(cfg)
+    _settle_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _note_environment(dls, out)
@@ -294,8 +300,9 @@ def resume_run(
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     return _train(learn, cfg, out, state)
 
-def _check_precision(cfg):
+def _settle_precision(cfg):
     device = default_device().type
+    if cfg.precision == "auto": cfg.precision = fast_precision(device)
     known = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "bf16")}.get(device, ("fp32",))
     if cfg.precision not in known: raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
 

@@ -1,3 +1,4 @@
+import math
 import copy
 
 import pytest
@@ -203,10 +204,13 @@ def test_parts_of_the_loss_are_recorded_as_means_of_the_epoch():
     learn.logger = rows.append
     learn.fit(2)
     names = learn.recorder.metric_names
-    assert names[-5:] == ["ce", "ensc", "mva", "alpha", "time"] and all(len(r) == len(names) for r in rows)
+    assert names[-7:] == ["ce", "ensc", "mva", "alpha", "cos_within", "cos_between", "time"] and all(len(r) == len(names) for r in rows)
     for epoch in range(2):
         row = dict(zip(names[1:], learn.recorder.values[epoch]))
-        for k in ("ce", "ensc", "mva", "alpha"): assert row[k] == pytest.approx(sum(p[k] for p in parts[3*epoch:3*epoch+3])/3, rel=1e-5)
+        batches = parts[3*epoch:3*epoch+3]
+        for k in ("ce", "ensc", "mva", "alpha"): assert row[k] == pytest.approx(sum(p[k] for p in batches)/3, rel=1e-5)
+        pairs = [p["cos_within"] for p in batches if not math.isnan(p["cos_within"])]    # a batch of four may hold no pair of one class
+        assert row["cos_within"] == pytest.approx(sum(pairs)/len(pairs), rel=1e-5)
     assert len(learn.validate()) == 1      # validation alone has no parts
 
 def test_all_crops_are_pictures_in_training_and_a_stack_in_evaluation():

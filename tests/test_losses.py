@@ -247,7 +247,7 @@ def test_ecan_loss_parts_reductions_and_contract():
     loss = ECANLoss()
     total = loss(out, y)
     p = loss.parts
-    assert list(p) == loss.part_names == ["ce", "ensc", "mva", "alpha"] and not any(v.requires_grad for v in p.values())
+    assert list(p) == loss.part_names == ["ce", "ensc", "mva", "alpha", "cos_within", "cos_between"] and not any(v.requires_grad for v in p.values())
     close(total, 0.8*p["ce"] + 0.2*p["ensc"] + 0.7*p["mva"])
     loss.reduction = "none"
     each = loss(out, y)
@@ -317,7 +317,67 @@ def test_rows_of_table_3():
     close(ECANLoss(l2=0, contrast="esc")(out, y), 0.8*ce + 0.2*esc_loss(z, yy, out["bank_z"]))
     close(ECANLoss(l2=0)(out, y), 0.8*ce + 0.2*ensc_loss(z, yy, out["bank_z"], out["bank_y"]))
     close(ECANLoss(l1=0, compact="affinity")(out, y), ce + 0.7*affinity_loss(out["z_q"], y, out["centers"]))
-    assert ECANLoss(l2=0).part_names == ["ce", "ensc"]
+    assert ECANLoss(l2=0).part_names == ["ce", "ensc", "cos_within", "cos_between"]
+    assert ECANLoss(l1=0, compact="center").part_names == ["ce", "center"]
+
+# Centred features
+
+@pytest.mark.parametrize("tau", [0.01, 0.1])
+@pytest.mark.parametrize("bank", [1, 9, 500])
+def test_centred_losses_are_the_equations_on_centred_features(bank, tau):
+    (z, y), (bz, by) = draw(24, 16, dtype=torch.float64), draw(bank, 16, seed=1, dtype=torch.float64)
+    z, bz, center = z + 3, bz + 3, torch.full((16,), 2.5, dtype=torch.float64)
+    moved, moved_bank = (z - center).numpy(), (bz - center).numpy()
+    close(esc_loss(z, y, bz, tau, center=center), naive.esc(moved, y.numpy(), moved_bank, tau), 1e-9)
+    close(ensc_loss(z, y, bz, by, tau, center=center), naive.ensc(moved, y.numpy(), moved_bank, by.numpy(), tau), 1e-9)
+    rare = naive.ensc_with_positives(moved, y.numpy(), moved_bank, by.numpy(), tau, RARE.numpy())
+    close(ensc_loss(z, y, bz, by, tau, bank_positives=RARE, center=center), rare, 1e-9)
+
+@pytest.mark.parametrize("form", ["ensc", "anchors", "positives"])
+def test_the_centre_is_a_constant_of_the_gradient(form):
+    (z, y), (bz, by) = draw(30, 6, dtype=torch.float64), draw(65, 6, seed=1, dtype=torch.float64)
+    center = bz.mean(0)
+    options = dict(ensc={}, anchors=dict(anchors_only=True), positives=dict(bank_positives=RARE))[form]
+    v, g = value_and_gradient(lambda z: ensc_loss(z, y, bz, by, 0.1, center=center, **options), z)
+    v0, g0 = value_and_gradient(lambda z: plain.contrast(z - center, y, 0.1, True, bz - center, by, **options), z)
+    assert torch.allclose(v, v0, rtol=1e-9) and torch.allclose(g, g0, rtol=1e-7, atol=1e-10)
+
+def test_a_shift_of_all_features_changes_nothing_once_they_are_centred():
+    out, y = output(bank=40)
+    far = {**out, **{k: out[k] + 5 for k in ("z_q", "z_k", "bank_z")}}
+    centred, paper = ECANLoss(l2=0, center_features=True), ECANLoss(l2=0)
+    close(centred(far, y), centred(out, y), 1e-4)
+    assert abs(paper(far, y) - paper(out, y)) > 0.1
+
+def test_ecan_loss_centres_on_the_bank():
+    out, y = output(bank=40)
+    mu = out["bank_z"].mean(0)
+    moved = {**out, **{k: out[k] - mu for k in ("z_q", "z_k", "bank_z")}}
+    for contrast in ("ensc", "esc"):
+        found, expected = ECANLoss(l2=0, contrast=contrast, center_features=True), ECANLoss(l2=0, contrast=contrast)
+        close(found(out, y), expected(moved, y))
+        for k in ("cos_within", "cos_between"): close(found.parts[k], expected.parts[k])
+    empty = output(bank=0)[0]
+    close(ECANLoss(l2=0, center_features=True)(empty, y), ECANLoss(l2=0)(empty, y))
+
+def test_mean_cosines():
+    z, y = torch.tensor([[1., 0.], [0., 2.], [3., 0.], [-1., 0.]]), torch.tensor([0, 0, 1, 1])
+    within, between = mean_cosines(z, y)
+    close(within, (0 - 1)/2)
+    close(between, (1 - 1 + 0 + 0)/4)
+    assert mean_cosines(z[:1], y[:1])[0].isnan()
+    (z, y), c = draw(20, 5), torch.ones(5)
+    u = naive.unit((z - c).numpy())
+    pairs = [(i, j) for i in range(20) for j in range(20) if i != j]
+    for found, same in zip(mean_cosines(z, y, c), (True, False)):
+        close(found, np.mean([u[i] @ u[j] for i, j in pairs if (y[i] == y[j]) == same]))
+
+def test_label_smoothing_is_torchs():
+    out, y = output()
+    expected = torch.nn.functional.cross_entropy(out["logits"], y, label_smoothing=0.2)
+    loss = ECANLoss(l1=0, l2=0, label_smoothing=0.2)
+    close(loss(out, y), expected)
+    close(loss(out["logits"], y), expected)
 
 def test_modules_are_their_functions():
     (z, y), (bz, by) = draw(10, 8), draw(12, 8, seed=1)
@@ -345,6 +405,8 @@ def test_modules_are_their_functions():
     (lambda: ensc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), bank_positives=torch.tensor([1, 2])), "True or False for each class"),
     (lambda: ECANLoss(bank_positives=[0, 2]), "True or False for each class"), (lambda: ECANLoss(bank_positives=[True]*3)(*output()), r"of shape \(7,\), True or False"),
     (lambda: ECANLoss(contrast="supcon", bank_positives=[True, False]), "option of contrast 'ensc'"),
+    (lambda: ECANLoss(contrast="supcon", center_features=True), "has no bank"), (lambda: ECANLoss(label_smoothing=2), "label_smoothing"),
+    (lambda: esc_loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(3, 2), center=torch.zeros(3)), r"center of shape \(2,\)"),
     (lambda: ECANLoss(l1=2), "between 0 and 1"), (lambda: ECANLoss(l2=-1), "negative"), (lambda: ECANLoss(n_groups=0), "at least 1"),
     (lambda: ECANLoss(contrast="simclr"), "ensc, esc, supcon"), (lambda: ECANLoss(compact="island"), "mva, affinity, center")])
 def test_wrong_input_is_named(call, said):
