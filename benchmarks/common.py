@@ -87,14 +87,14 @@ def versions(*packages):
         except PackageNotFoundError: found.append(f"{p} not installed")
     return ", ".join([f"Python {platform.python_version()}", *found])
 
-def report(name, title, parts, device, save, packages=()):
+def report(module, title, parts, device, save, packages=(), name=None):
     "Print the tables, and keep them under results/ with the command, the machine and the versions"
-    command = f"python -m benchmarks.{name} " + " ".join(a for a in sys.argv[1:] if a != "--save")
+    command = f"python -m benchmarks.{module} " + " ".join(a for a in sys.argv[1:] if a != "--save")
     text = "\n\n".join([f"# {title}", f"`{command.strip()}`, {time.strftime('%Y-%m-%d')}, {hardware(device)}; {versions(*packages)}", *parts]) + "\n"
     print(text)
     if save:
         kind = torch.cuda.get_device_name().replace(" ", "-").lower() if torch.device(device).type == "cuda" else f"cpu-{os.cpu_count()}-cores"
-        file = Path(__file__).parent/"results"/f"{name}-{kind}.md"
+        file = Path(__file__).parent/"results"/f"{name or module}-{kind}.md"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
         print(f"written to {file}")

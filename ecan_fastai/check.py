@@ -19,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from .data import read_face
+from .progress import progress
 from .published import read_faces
 
 # %% ../nbs/11_check.ipynb #8412c940
@@ -72,7 +73,7 @@ def check_data(
     "Look at every image of a data set: counts, broken images, and images that stand there twice"
     if not 0 <= distance <= 16: raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
     faces = read_faces(path, kind)
-    with ThreadPoolExecutor() as pool: looked = list(pool.map(_look, faces))
+    with ThreadPoolExecutor() as pool: looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
     counts = pd.crosstab([f.label for f in faces], [f.split for f in faces], margins=True, margins_name="all").rename_axis(index="class", columns="split")
     counts = counts[[*dict.fromkeys(f.split for f in faces), "all"]]
     whole = [i for i,l in enumerate(looked) if l[0] is None]

@@ -11,16 +11,17 @@ from pathlib import Path
 from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig
 
 HELP = dict(
-    kind="what DATA is", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model", pretrained="timm's pretrained weights (DATA stands before it); with PATH those of a run's folder or a checkpoint",
+    kind="what DATA is", preset="where settings that are not given come from: the paper, or what did best on FER2013's valid split", method="the paper's method, its baseline, or a row of its Table 3", arch="name of a timm model (resnet18; tuned resnet18_half)", pretrained="timm's pretrained weights (DATA stands before it); with PATH those of a run's folder or a checkpoint",
     epochs="epochs (sample 12, FER2013 200, other data 40)", bs="batch size (sample 32, else 256, less for small data)", lr="highest learning rate (paper: 0.1 at batch 256, in proportion; adam: 0.002)",
     wd="weight decay (paper 5e-4, adam 1e-2)", opt="optimizer: the paper's SGD, or Adam (sample adam, else paper)", schedule="learning rate schedule",
     size="side in pixels (sample and FER2013 48, other data 224)", channels="1 grey, 3 colour (sample and FER2013 1, other data 3)",
     level="augmentation level of the paper's Table 1 (sample weak, else strong)", recipe="column of Table 1 (sample and FER2013 fer2013, other data rafdb)",
+    small_size="side in pixels of the views in the first epochs; 0 for none", small_pct="share of the epochs that small_size is for",
     all_crops="train on all five crops of FiveCrop, not on a random one", eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
-    l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss",
+    l1="share of the contrastive loss (lambda 1)", l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)", n_groups="feature groups of MVA (V)", temperature="temperature of the contrastive loss (0.1)",
     momentum="momentum of the key encoder (sample 0.99, else 0.999)", bank_groups="batches that the memory bank holds (K)", affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
-    normalize_compact="L2-normalise the features for the MVA or center loss", anchors_only="the contrastive loss moves each feature as an anchor, not as one that other anchors are compared with; same value, about half the gradient", center_features="subtract the bank's mean feature from all features before the contrastive loss normalises them",
-    label_smoothing="label smoothing of cross-entropy, 0 to 1", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
+    normalize_compact="L2-normalise the features for the MVA or center loss", anchors_only="the contrastive loss moves each feature as an anchor, not as one that other anchors are compared with; same value, about half the gradient", center_features="subtract the bank's mean feature from all features before the contrastive loss normalises them (tuned yes, paper no)",
+    label_smoothing="label smoothing of cross-entropy, 0 to 1 (0)", key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
     balance="for unequal classes: draw them equally often, weigh cross-entropy, or take bank entries of rare classes as positives",
     valid_pct="share of train held out, where the data has no valid split", train_all="train on that share too; it is then reported as seen", skip_broken="go on without images that cannot be read",
     seed="seed of everything", precision="auto takes bf16 where the GPU or processor computes it natively, else fp32; fp16 needs a GPU", workers="loader processes (default: one a core, 16 at most)",
@@ -35,6 +36,7 @@ def _parser(config, choices):
     for f in fields(config)[1:]:
         flag, default = f"--{f.name.replace('_', '-')}", f"; default {f.default}" if f.default is not None and f.type is not bool else ""
         if f.name == "pretrained": kind, default = dict(nargs="?", const=True, default=False, metavar="PATH"), ""
+        elif f.type is bool and f.default is None: kind = dict(action=argparse.BooleanOptionalAction, default=None)
         elif f.type is bool: kind = dict(action="store_true")
         elif f.name in choices: kind = dict(type=f.type, default=f.default, choices=choices[f.name])
         else: kind = dict(type=f.type, default=f.default, metavar=f.type.__name__.upper())

@@ -9,9 +9,10 @@ KINDS = ("fer2013", "rafdb", "ferplus", "affectnet", "expw", "ckplus", "csv", "f
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
 OPTIMIZERS = ("paper", "adam")
 SCHEDULES = ("one-cycle", "cosine")
+RUN_PRESETS = ("paper", "tuned")
 BALANCES = ("none", "sampler", "weights", "positives")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-CHOICES = dict(kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
+CHOICES = dict(preset=RUN_PRESETS, kind=("auto", "sample", *KINDS), method=METHODS, level=LEVELS, recipe=RECIPES, eval_crops=tuple(CROPS), opt=OPTIMIZERS,
                schedule=SCHEDULES, precision=PRECISIONS, balance=BALANCES, affinity_reduction=("mean", "sum"), channels=(1, 3))
 
 # settings that decide nothing in a run of the method
@@ -20,12 +21,17 @@ UNUSED = dict(ecan=(), ensc=("l2", "n_groups", "affinity_reduction", "normalize_
               center=("l1", "temperature", *_NO_GROUPS, "anchors_only", "center_features"), baseline=("l1", "l2", "temperature", "momentum", "normalize_compact", "anchors_only", "center_features", "key_eval", *_NO_GROUPS))
 
 # what is not given depends on the data: the paper's settings for FER2013, RAF-DB's for other data, and a quick run for the drawn sample
+COMMON = dict(arch="resnet18", l2=0.7, temperature=0.1, center_features=False, label_smoothing=0.)
 PRESETS = {
     "sample": dict(size=48, channels=1, recipe="fer2013", level="weak", epochs=12, bs=32, opt="adam", momentum=0.99),
     "fer2013": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=200, opt="paper", momentum=0.999),
     "ckplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=40, opt="paper", momentum=0.999),
     "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999)}
 PRESETS["ferplus"] = PRESETS["fer2013"]  # the same pictures
+
+# `--preset tuned`: what differs from the paper's settings; chosen on FER2013's valid split (see nbs/09_fer2013.ipynb)
+TUNED = {"fer2013": dict(arch="resnet18_half", level="weak", epochs=40, momentum=0.99, center_features=True)}
+TUNED["ferplus"] = TUNED["fer2013"]
 
 
 @dataclass
@@ -34,7 +40,8 @@ class RunConfig:
     data: str
     kind: str = "auto"
     method: str = "ecan"
-    arch: str = "resnet18"
+    preset: str = "paper"
+    arch: str = None
     pretrained: str = False  # True: timm's weights; else a run's folder or a checkpoint
     epochs: int = None
     bs: int = None
@@ -46,19 +53,21 @@ class RunConfig:
     channels: int = None
     level: str = None
     recipe: str = None
+    small_size: int = 0
+    small_pct: float = 0.75
     all_crops: bool = False
     eval_crops: str = "center"
     l1: float = 0.2
     l2: float = None
     n_groups: int = 5
-    temperature: float = 0.1
+    temperature: float = None
     momentum: float = None
     bank_groups: int = 16
     affinity_reduction: str = "mean"
     normalize_compact: bool = False
     anchors_only: bool = False
-    center_features: bool = False
-    label_smoothing: float = 0.
+    center_features: bool = None
+    label_smoothing: float = None
     key_eval: bool = False
     balance: str = "none"
     valid_pct: float = 0.1
@@ -78,7 +87,10 @@ class RunConfig:
         if self.wd is not None and not self.wd >= 0: raise ValueError(f"weight decay must not be negative, got {self.wd}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"): raise ValueError(f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan or ensc")
         if self.balance == "positives" and not self.l1: raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
-        if not 0 <= self.label_smoothing <= 1: raise ValueError(f"label smoothing must be between 0 and 1, got {self.label_smoothing}")
+        if self.small_size and self.small_size < 8: raise ValueError(f"small_size must be at least 8 pixels, or 0 for none, got {self.small_size}")
+        if not self.small_size and self.small_pct != RunConfig.small_pct: raise ValueError("small_pct has no effect without small_size: give both")
+        if not 0 <= self.small_pct <= 1: raise ValueError(f"small_pct must be between 0 and 1, got {self.small_pct}")
+        if not 0 <= (self.label_smoothing or 0) <= 1: raise ValueError(f"label smoothing must be between 0 and 1, got {self.label_smoothing}")
         if self.workers is not None and self.workers < 0: raise ValueError(f"workers must not be negative, got {self.workers}")
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 
@@ -87,13 +99,21 @@ class RunConfig:
         if self.kind == "auto": self.kind = "sample" if self.data == "sample" else self._detect()
         for name in UNUSED[self.method]:
             if getattr(self, name) not in (None, getattr(RunConfig, name)): warnings.warn(f"{name} decides nothing with method {self.method}, and is not used")
-        preset = {**PRESETS.get(self.kind, PRESETS["other"]), "l2": 0.003 if self.method == "center" else 0.7}
-        for name, value in preset.items():
+        for name, value in self._preset().items():
             if getattr(self, name) is None: setattr(self, name, value)
         for name in UNUSED[self.method]: setattr(self, name, None)
         if self.method == "ecan" and self.n_groups > self.bank_groups+1:
             warnings.warn(f"n_groups {self.n_groups} asks for {self.n_groups-1} older groups, and the bank holds {self.bank_groups} (bank_groups): MVA sees {self.bank_groups+1} groups")
         return self
+
+    def _preset(self):
+        "Values of the settings that are not given"
+        if self.preset == "tuned" and self.kind not in TUNED:
+            raise ValueError(f"preset tuned is for data of kind {' or '.join(TUNED)}, and {self.data} is of kind {self.kind}")
+        values = {**COMMON, **PRESETS.get(self.kind, PRESETS["other"])}
+        if self.preset == "tuned": values |= TUNED[self.kind]
+        if self.method == "center": values["l2"] = 0.003
+        return values
 
     def _detect(self):
         from ecan_fastai.published import detect_kind

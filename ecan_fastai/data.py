@@ -233,6 +233,7 @@ def TwoViewBlock(
 )->TransformBlock:
     "Block of two augmented views in training and one view otherwise"
     tfm = FaceTransform(train_pipeline(level, recipe, size, channels, all_crops), eval_pipelines(level, recipe, size, eval_crops), channels, n_views)
+    tfm.views = dict(level=level, recipe=recipe, size=size, channels=channels, eval_crops=eval_crops)
     stats = stats or (imagenet_stats if channels == 3 else grey_stats)
     return TransformBlock(type_tfms=tfm, batch_tfms=[IntToFloatTensor(), Normalize.from_stats(*stats)], dl_type=TwoViewDL)
 

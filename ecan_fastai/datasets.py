@@ -31,6 +31,7 @@ from fastcore.meta import delegates
 from fasttransform import Transform
 
 from .data import TwoViewBlock, read_face
+from .progress import progress
 
 # %% ../nbs/03_datasets.ipynb #2227d49b
 EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
@@ -158,13 +159,13 @@ def sample_faces(
         raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
     path.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings))
-    for s,(split,counts) in enumerate(_sample_counts(n, round(n*test_pct)).items()):
-        for c,(label,count) in enumerate(counts.items()):
-            folder = path/split/label
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                img = draw_face(label, np.random.default_rng([seed, s, c, i]), size, channels)
-                cv2.imwrite(str(folder/f"{label}_{i:04}.png"), img if channels == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
+    counts = _sample_counts(n, round(n*test_pct))
+    numbers = [(s, split, c, label, i) for s,(split,labels) in enumerate(counts.items()) for c,(label,count) in enumerate(labels.items()) for i in range(count)]
+    for s,split,c,label,i in progress(numbers, "draw faces"):
+        img = draw_face(label, np.random.default_rng([seed, s, c, i]), size, channels)
+        file = path/split/label/f"{label}_{i:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), img if channels == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
     begun.replace(done)
     return path
 
@@ -218,8 +219,9 @@ def broken_faces(
     size:int=None # Side that every picture must have, or None
 )->dict: # Index of each broken one to what is wrong with it
     "Decode every picture and tell which cannot be read, or have the wrong size"
-    with ThreadPoolExecutor() as pool: problems = pool.map(lambda f: _problem(f, channels, size), faces)
-    return {i: p for i,p in enumerate(problems) if p}
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(lambda f: _problem(f, channels, size), faces)
+        return {i: p for i,p in enumerate(progress(problems, "check images", len(faces))) if p}
 
 def _without_broken(faces, channels, size, skip_broken):
     broken = broken_faces(faces, channels, size)
@@ -454,7 +456,7 @@ def _fer2013_csv(file):
     if missing: raise ValueError(f"{file} has no column {' and '.join(map(repr, missing))}, expected emotion, pixels and Usage")
     usage = {"Training": "train", "PublicTest": "PublicTest", "PrivateTest": "PrivateTest"}
     faces = []
-    for i,(emotion,text,split) in enumerate(zip(df["emotion"], df["pixels"], df["Usage"]), start=2):
+    for i,(emotion,text,split) in enumerate(progress(zip(df["emotion"], df["pixels"], df["Usage"]), "read images", len(df)), start=2):
         where = f"{file}, line {i}"
         if emotion not in range(7): raise ValueError(f"{where}: expected an emotion from 0 to 6, got {emotion}")
         split = str(split).strip()

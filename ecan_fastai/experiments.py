@@ -20,7 +20,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 import ecan_fastai
-from .config import UNUSED, RunConfig
+from .config import COMMON, UNUSED, RunConfig
 from .datasets import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
@@ -45,6 +45,7 @@ def run_name(
 )->str: # Without the seed
     "Method and settings that differ from the data's preset"
     preset = asdict(RunConfig(cfg.data, cfg.kind, cfg.method).resolve())
+    if cfg.preset != "paper": preset |= {**asdict(RunConfig(cfg.data, cfg.kind, cfg.method, cfg.preset).resolve()), "preset": "paper"}
     return _safe([cfg.method, *_settings({k: v for k,v in asdict(cfg).items() if k not in (*_FREE, "method") and v != preset[k]})])
 
 def _config(data, kind, settings):
@@ -97,7 +98,7 @@ def _read_record(file, cfg):
     "A record, if it is one of the run that is asked for"
     record = json.loads(file.read_text())
     for k,asked in asdict(cfg).items():
-        found,asked = record["config"].get(k, getattr(RunConfig, k, None)),_name(asked)
+        found,asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k))),_name(asked)
         if k not in _FREE and asked not in (None, "auto") and found != asked: raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
     return record
 

@@ -16,17 +16,21 @@ import numpy as np
 import pandas as pd
 import torch
 from albumentations import Resize
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import Normalize, get_image_files
 from fastai.imports import is_listy
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from .augment import eval_boxes, picture_size
-from .data import read_face
+
+from .augment import crop_size, eval_boxes, picture_size
+from .data import FaceTransform, read_face
 from .interpret import per_class_table, split_metrics
+from .layers import channels_last_is_faster
 from .model import FaceClassifier
+from .progress import progress
 from .published import expression_name, read_faces
 
 # %% ../nbs/10_inference.ipynb #031c1d43
@@ -50,11 +54,12 @@ class PictureModel(nn.Module):
         x = (x.float()/255 - self.mean)/self.std
         return [(x.flip(-1) if mirrored else x)[..., top:top+self.view_size, left:left+self.view_size] for mirrored,left,top in self.boxes]
 
-    def forward(self, x:Tensor)->Tensor: return torch.stack([self.classifier(v) for v in self.views(x)]).mean(0).softmax(-1)
+    def each_view(self, f, x:Tensor)->Tensor:
+        "`f`, a part of the classifier, of every view: (n, views, ...)"
+        views = torch.stack(self.views(x), 1)
+        return f(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
-    def features(self, x:Tensor)->Tensor:
-        "Features (n, d) of the encoder, averaged over views"
-        return torch.stack([self.classifier.encoder(v) for v in self.views(x)]).mean(0)
+    def forward(self, x:Tensor)->Tensor: return self.each_view(self.classifier, x).mean(1).softmax(-1)
 
 # %% ../nbs/10_inference.ipynb #98a9c774
 _NEEDED = dict(config=("arch", "level", "recipe", "size", "channels", "eval_crops"), about=("vocab", "mean", "std", "view_size"))
@@ -70,8 +75,16 @@ def _read_run(run):
     except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{run/'config.json'} is not the configuration of a run: {e}") from e
     except SafetensorError as e: raise ValueError(f"{run/'model.safetensors'} is broken: {e}") from e
 
+_PIXELS_AT_ONCE = {False: 2**21, True: 2**24} # a CPU, a GPU: a batch of views that keeps it busy and fits
+
+class _Pixels:
+    "Pictures as tensors, for a loader"
+    def __init__(self, predictor, items): self.predictor,self.items = predictor,items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.predictor.pixels(self.items[i])
+
 class Predictor:
-    "The model of a run's folder, ready to use"
+    "The model of a run's folder or of a learner, ready to use"
     def __init__(self,
         run, # Folder of a finished run
         crops:str=None, # "center", "flip", "five" or "ten" views of a picture, averaged; default as the run was evaluated
@@ -79,15 +92,38 @@ class Predictor:
     ):
         self.run = Path(run)
         cfg,about,weights = _read_run(self.run)
-        crops = crops or cfg["eval_crops"]
-        side = picture_size(cfg["level"], cfg["recipe"], cfg["size"], crops)
         model = FaceClassifier.create(cfg["arch"], len(about["vocab"]), cfg["channels"])
         try: model.load_state_dict(weights)
         except RuntimeError as e: raise ValueError(f"{self.run/'model.safetensors'} does not fit its config.json: {e}") from e
-        self.vocab,self.channels,self.crops = list(about["vocab"]),cfg["channels"],crops
-        self.model = PictureModel(model.eval(), about["mean"], about["std"], side, about["view_size"], crops).eval()
-        try: self.model.to(device := torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        views = {k: cfg[k] for k in ("level", "recipe", "size", "channels")}
+        self._build(model, about["vocab"], (about["mean"], about["std"]), views, crops or cfg["eval_crops"], device)
+
+    @classmethod
+    def from_learner(cls,
+        learn, # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
+        crops:str=None, # "center", "flip", "five" or "ten"; default as the loaders evaluate
+        key:bool=False # The key encoder instead of the query encoder
+    ):
+        "The model of a learner as it is now, as a run's folder would give it"
+        tfm = next((t for tl in learn.dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
+        norm = next((t for t in learn.dls.after_batch.fs if isinstance(t, Normalize)), None)
+        if tfm is None or norm is None: raise ValueError("Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders")
+        model = learn.model.inference(key=True) if key else learn.model.inference()
+        stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
+        predictor = cls.__new__(cls)
+        predictor.run = None
+        predictor._build(model, learn.dls.vocab, stats, tfm.views, crops or tfm.views["eval_crops"], learn.dls.device)
+        return predictor
+
+    def _build(self, classifier, vocab, stats, views, crops, device):
+        level,recipe,size = views["level"],views["recipe"],views["size"]
+        side = picture_size(level, recipe, size, crops)
+        self.vocab,self.channels,self.crops = list(vocab),views["channels"],crops
+        self.model = PictureModel(classifier, *stats, side, crop_size(level, recipe, size), crops).eval()
+        try: self.model.to(device := torch.device(device))
         except (RuntimeError, AssertionError) as e: raise ValueError(f"no such device here: {device}") from e
+        if channels_last_is_faster(device): self.model.to(memory_format=torch.channels_last)
         self.device = device
         self.resize = Resize(side, side)
 
@@ -99,29 +135,49 @@ class Predictor:
         return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
 
     @torch.inference_mode()
-    def _run(self, f, items, bs): return torch.cat([f(torch.stack([*map(self.pixels, items[i:i+bs])]).to(self.device)).cpu() for i in range(0, len(items), bs)]).numpy()
+    def _run(self, part, x, bs, num_workers=0):
+        "Output of a part of the classifier for every view of every picture (n, views, ...)"
+        items,model = _items(x),self.model
+        bs = bs or max(1, _PIXELS_AT_ONCE[self.device.type == "cuda"]//(len(model.boxes)*model.view_size**2))
+        loader = DataLoader(_Pixels(self, items), bs, num_workers=num_workers if len(items) > 8*bs else 0)
+        return torch.cat([model.each_view(part, pixels.to(self.device)).cpu() for pixels in progress(loader, "evaluate images")])
+
+    @property
+    def center_view(self):
+        "Index of the centre crop, not mirrored, among the views"
+        mid = (self.model.side - self.model.view_size)//2
+        return self.model.boxes.index((False, mid, mid))
+
+    def logits(self,
+        x, # Picture, folder of pictures, or list of pictures
+        bs:int=None, # Pictures at a time; default by their size
+        num_workers:int=0 # Processes that read pictures, where there are many
+    )->Tensor: # (n, views, n_classes)
+        "Logits of every view of every picture"
+        return self._run(self.model.classifier, x, bs, num_workers)
 
     def probabilities(self,
         x, # Picture, folder of pictures, or list of pictures
-        bs:int=64 # Pictures at a time
+        bs:int=None, # Pictures at a time; default by their size
+        num_workers:int=0 # Processes that read pictures, where there are many
     )->np.ndarray: # (n, n_classes)
         "Probabilities of the classes, in the order of `vocab`"
-        return self._run(self.model, _items(x), bs)
+        return self.logits(x, bs, num_workers).mean(1).softmax(-1).numpy()
 
     def features(self,
         x, # Picture, folder of pictures, or list of pictures
-        bs:int=64 # Pictures at a time
+        bs:int=None # Pictures at a time; default by their size
     )->np.ndarray: # (n, d)
-        "The encoder's features, not normalised"
-        return self._run(self.model.features, _items(x), bs)
+        "The encoder's features, averaged over views and not normalised"
+        return self._run(self.model.classifier.encoder, x, bs).mean(1).numpy()
 
     def predict(self,
         x, # Picture, folder of pictures, or list of pictures
-        bs:int=64 # Pictures at a time
+        bs:int=None # Pictures at a time; default by their size
     )->pd.DataFrame: # image, label, probability, and the probability of every class
         "Labels and probabilities, a row a picture"
         items = _items(x)
-        probs = self._run(self.model, items, bs)
+        probs = self.probabilities(items, bs)
         table = pd.DataFrame(dict(image=[str(o) if isinstance(o, (str, Path)) else f"picture {i}" for i,o in enumerate(items)], label=[self.vocab[k] for k in probs.argmax(1)], probability=probs.max(1)))
         table[self.vocab] = probs
         return table

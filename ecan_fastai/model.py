@@ -180,6 +180,10 @@ class FaceClassifier(nn.Module):
 
     def _logits(self, x): return self.classifier(self.encoder(x))
 
+    def inference(self)->"FaceClassifier":
+        "Copy in evaluation mode"
+        return copy.deepcopy(self).eval()
+
 # %% ../nbs/05_model.ipynb #67c2c78c
 class ECANModel(FaceClassifier):
     "Extra-Contrast Affinity Network: query and key encoder, memory bank, linear classifier, class centres"

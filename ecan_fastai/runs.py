@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import crop_size, uses_five_crops
-from ecan_fastai.callbacks import CPUMixedPrecision
+from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.inference import Predictor
@@ -45,7 +45,8 @@ OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd
 # Data and learner
 
 def run_loaders(cfg, out):
-    "DataLoaders of a resolved configuration; settles batch size and number of workers where none is given"
+    "DataLoaders of a resolved configuration; settles precision, batch size and number of workers where none is given"
+    _settle_precision(cfg)
     if cfg.workers is None: cfg.workers = min(16, defaults.cpus)
     kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
                   all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
@@ -63,14 +64,16 @@ def run_learner(cfg, dls, out):
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any(): warnings.warn("no class has less than three quarters of the faces that a class has on average: balance positives changes nothing")
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
-    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=cfg.label_smoothing), **kwargs)
+    smoothing = cfg.label_smoothing or 0.
+    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=smoothing), **kwargs)
     else:
         settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact", "anchors_only", "center_features") if k not in UNUSED[cfg.method]}
         settings |= dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**settings, weight=weight, label_smoothing=cfg.label_smoothing, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
+        loss = ECANLoss(**settings, weight=weight, label_smoothing=smoothing, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
     if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
+    if cfg.small_size: learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
     return _set_precision(learn, cfg.precision, dls.device)
 
 def _set_precision(learn, precision, device):
@@ -181,22 +184,33 @@ def _load_weights(learn, state):
 # Results
 
 def _evaluate(learn, cfg, out):
-    "Metrics, predictions and a confusion matrix of every split but train, in the precision in which the model is exported; returns the metrics"
-    learn.remove_cb(MixedPrecision)
-    metrics, vocab = {}, list(learn.dls.vocab)
+    "Metrics, predictions and a confusion matrix of every split but train, in float32, in which the model is exported"
+    both = cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe)  # published FER2013 code reports ten crops
+    predictor, vocab, metrics = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab), {}
+    keys = Predictor.from_learner(learn, key=True) if isinstance(learn.model, ECANModel) else None
     for name in learn.dls.split_names[1:]:
-        dl = learn.dls[name]
-        if not len(dl.dataset): continue
-        with learn.no_bar(): probs, targets = (t.numpy() for t in learn.get_preds(dl=dl))
-        predicted = probs.argmax(1)
+        faces = learn.dls[name].dataset.items
+        if not len(faces): continue
+        images, targets = [f.image for f in faces], np.array([vocab.index(f.label) for f in faces])
+        def share_right(predicted): return float((np.asarray(predicted) == targets).mean())
+        logits = predictor.logits(images, num_workers=cfg.workers)
+        shown = logits[:, predictor.center_view] if both else logits.mean(1)
+        predicted = shown.argmax(-1).numpy()
         metrics[name] = {**split_metrics(targets, predicted, vocab), "eval_crops": cfg.eval_crops}
         metrics[name]["per_class"] = per_class_table(targets, predicted, vocab).to_dict("index")
-        table = pd.DataFrame(dict(image=list(map(str, dl.dataset.items)), label=[vocab[t] for t in targets], predicted=[vocab[p] for p in predicted]))
-        table[[f"p_{v}" for v in vocab]] = probs.round(5)
-        _replace(out/f"predictions_{name}.csv", lambda f: table.to_csv(f, index=False))
-        ax = plot_confusion(targets, predicted, vocab, f"{cfg.method} on {name}: accuracy {100*metrics[name]['accuracy']:.2f} %")
-        _save_figure(ax.figure, out/f"confusion_{name}.png")
+        if both: metrics[name]["ten_crops_accuracy"] = share_right(logits.mean(1).argmax(-1))
+        if keys: metrics[name]["key_encoder_accuracy"] = share_right(keys.probabilities(images, num_workers=cfg.workers).argmax(1))
+        _write_predictions(faces, targets, shown.softmax(-1).numpy(), vocab, out/f"predictions_{name}.csv")
+        title = f"{cfg.method} on {name}: accuracy {100*metrics[name]['accuracy']:.2f} %"
+        _save_figure(plot_confusion(targets, predicted, vocab, title).figure, out/f"confusion_{name}.png")
     return metrics
+
+def _write_predictions(faces, targets, probs, vocab, file):
+    table = pd.DataFrame(dict(image=list(map(str, faces)), label=[vocab[t] for t in targets], predicted=[vocab[p] for p in probs.argmax(1)]))
+    table[[f"p_{v}" for v in vocab]] = probs.round(5)
+    _replace(file, lambda f: table.to_csv(f, index=False))
+
+def _first_and_last(column): return dict(first=float(column.iloc[0]), last=float(column.iloc[-1]))
 
 def _save_figure(fig, file):
     fig.savefig(file, dpi=110)
@@ -243,20 +257,15 @@ def _write_results(learn, cfg, out, rows):
     metrics = _evaluate(learn, cfg, out)
     for name, m in metrics.items():
         if f"{name}_accuracy" in history: m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
-        if isinstance(learn.model, ECANModel): m["key_encoder_accuracy"] = _accuracy(learn.model.inference(key=True), learn.dls[name])
-    model = learn.model.inference() if isinstance(learn.model, ECANModel) else learn.model
+    model = learn.model.inference()
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     _replace(out/"model.safetensors", lambda f: save_file(weights, f))
-    if cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe):  # published FER2013 code of this line reports the mean over ten crops
-        predictor = Predictor(out, "ten", learn.dls.device)
-        for name in metrics:
-            faces = learn.dls[name].dataset.items
-            right = predictor.probabilities([f.image for f in faces]).argmax(1) == [predictor.vocab.index(f.label) for f in faces]
-            metrics[name]["ten_crops_accuracy"] = float(right.mean())
+    learn.remove_cbs([MixedPrecision, ChannelsLast])
     learn.export("export.pkl")
     seconds = history["seconds"]
     record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), **_environments(out))
-    if "alpha" in history: record["alpha"] = dict(first=float(history["alpha"].iloc[0]), last=float(history["alpha"].iloc[-1]), highest=float(history["alpha"].max()))
+    if "alpha" in history: record["alpha"] = {**_first_and_last(history["alpha"]), "highest": float(history["alpha"].max())}
+    if "cos_within" in history: record["mean_cosines"] = {pairs: _first_and_last(history[f"cos_{pairs}"]) for pairs in ("within", "between")}
     _write_json(out/"metrics.json", record)
     return record
 
@@ -273,7 +282,6 @@ def start_run(
     if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}")
     if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
     cfg.resolve()
-    _settle_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -292,7 +300,6 @@ def resume_run(
     out = Path(out)
     if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = _read_config(out)
-    _settle_precision(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _note_environment(dls, out)

@@ -1,8 +1,9 @@
-import math
 import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import SuggestionMethod
@@ -220,6 +221,38 @@ def test_all_crops_are_pictures_in_training_and_a_stack_in_evaluation():
     bank = learn.model.bank
     assert bank.y[bank.order()][:20].flip(0).tolist() == [2]*5 + [0]*5 + [1]*5 + [2]*5
     assert learn.get_preds()[0].shape == (12, 3)
+
+def test_small_images_come_first_and_only_in_a_fit():
+    sides = []
+    class Look(Callback):
+        order = ProgressiveResize.order+1
+        def before_batch(self):
+            x = self.x[0] if isinstance(self.x, tuple) else self.x
+            sides.append((self.training, self.epoch, x.shape[-1]))
+    learn = noise_learner(ProgressiveResize(16, 0.5), Look())
+    full = learn.dls.train_ds[0][0][0].shape[-1]
+    learn.validate()
+    assert {side for *_, side in sides} == {full}
+    sides.clear()
+    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    assert {(epoch, side) for _, epoch, side in sides} == {(0, 16), (1, 16), (2, full), (3, full)} and {training for training, *_ in sides} == {True, False}
+    sides.clear()
+    learn.get_preds()
+    assert {side for *_, side in sides} == {full}
+
+def test_views_are_resized_each_by_itself():
+    resize = ProgressiveResize(8).resize
+    q, k = torch.rand(3, 1, 16, 16), torch.rand(3, 5, 1, 16, 16)      # a view; a stack of crops
+    small = resize((q, k))
+    assert [tuple(v.shape) for v in small] == [(3, 1, 8, 8), (3, 5, 1, 8, 8)]
+    for i in range(5): assert torch.allclose(small[1][:, i], resize(k[:, i]), atol=1e-6)
+    assert torch.allclose(resize(torch.full((2, 1, 16, 16), 0.3)), torch.tensor(0.3)) and resize(small[0]) is small[0]
+    ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
+    assert torch.allclose(resize(ramp)[0, 0, 0, 1:-1], F.avg_pool2d(ramp, 2)[0, 0, 0, 1:-1], atol=1e-5)
+
+@pytest.mark.parametrize("call,said", [(lambda: ProgressiveResize(4), "at least 8 pixels, got 4"), (lambda: ProgressiveResize(32, 2), "between 0 and 1, got 2")])
+def test_wrong_sizes_are_named(call, said):
+    with pytest.raises(ValueError, match=said): call()
 
 @pytest.mark.parametrize("momentum", [-0.1, 1, 1.5])
 def test_momentum_out_of_range_is_named(momentum):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from ecan_fastai import runs
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
-from ecan_fastai.config import METHODS, UNUSED, RunConfig
+from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import split_metrics
+from ecan_fastai.layers import fast_precision
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
@@ -40,10 +41,14 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
                                                "curves.png", "model.safetensors", "export.pkl", "checkpoint.pth"}
     assert record == json.loads((out/"metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
     about = json.loads((out/"config.json").read_text())
-    parts = dict(ecan=["ce", "ensc", "mva", "alpha"], baseline=[], center=["ce", "center"], supcon=["ce", "supcon"], ensc=["ce", "ensc"])[method]
+    cosines = ["cos_within", "cos_between"]
+    parts = dict(ecan=["ce", "ensc", "mva", "alpha", *cosines], baseline=[], center=["ce", "center"], supcon=["ce", "supcon", *cosines], ensc=["ce", "ensc", *cosines])[method]
     history = pd.read_csv(out/"history.csv")
     assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", *parts, "seconds"] and list(history.epoch) == [0, 1]
     assert ("alpha" in record) == (method == "ecan")
+    assert ("mean_cosines" in record) == (method in ("ecan", "supcon", "ensc"))
+    if "mean_cosines" in record: assert record["mean_cosines"]["within"]["last"] == history["cos_within"].iloc[-1]
+    assert about["config"]["precision"] == fast_precision("cpu") and about["config"]["precision"] != "auto"
     # predictions, metrics, weights and exported learner agree
     table = pd.read_csv(out/"predictions_test.csv")
     vocab = about["about"]["vocab"]
@@ -122,6 +127,8 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     (dict(l1=0.3), lambda l: l.loss_func.l1), (dict(l2=0.4), lambda l: l.loss_func.l2), (dict(n_groups=3), lambda l: l.loss_func.n_groups), (dict(temperature=0.3), lambda l: l.loss_func.temperature),
     (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(anchors_only=True), lambda l: l.loss_func.anchors_only), (dict(key_eval=True), lambda l: l.model.key_eval),
     (dict(momentum=0.7), lambda l: l.momentum_update.momentum), (dict(bank_groups=3), lambda l: l.model.bank.size/l.dls.bs), (dict(lr=0.03), lambda l: l.lr), (dict(wd=0.02), lambda l: l.wd),
+    (dict(center_features=True), lambda l: l.loss_func.center_features), (dict(label_smoothing=0.2), lambda l: l.loss_func.label_smoothing),
+    (dict(method="baseline", label_smoothing=0.2), lambda l: l.loss_func.func.label_smoothing), (dict(small_size=24, small_pct=0.5), lambda l: l.progressive_resize.pct),
     (dict(precision="bf16"), lambda l: isinstance(l.mixed_precision, CPUMixedPrecision) == (l.dls.device.type == "cpu") and l.mixed_precision.amp_mode.value), (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
 def test_settings_arrive(faces, tmp_path, options, where):
     cfg = config(faces, **options).resolve()
@@ -182,6 +189,15 @@ def test_presets():
     fer = RunConfig("x", kind="fer2013").resolve()
     assert (fer.epochs, fer.level, fer.recipe, fer.opt, fer.momentum, fer.l1, fer.l2, fer.n_groups) == (200, "strong", "fer2013", "paper", 0.999, 0.2, 0.7, 5)
     assert RunConfig("x", kind="folder").resolve().epochs == 40 and RunConfig("x", kind="folder", method="center").resolve().l2 == 0.003
+
+def test_the_tuned_preset_gives_way_to_what_is_typed():
+    tuned = RunConfig("x", "fer2013", preset="tuned").resolve()
+    assert {k: getattr(tuned, k) for k in TUNED["fer2013"]} == TUNED["fer2013"]
+    typed = RunConfig("x", "fer2013", preset="tuned", arch="resnet18", center_features=False, epochs=3).resolve()
+    assert (typed.arch, typed.center_features, typed.epochs, typed.level) == ("resnet18", False, 3, tuned.level)
+    paper = RunConfig("x", "fer2013").resolve()
+    assert (paper.arch, paper.center_features, paper.label_smoothing, paper.epochs) == ("resnet18", False, 0, 200)
+    with pytest.raises(ValueError, match="preset tuned is for data of kind fer2013 or ferplus, and x is of kind folder"): RunConfig("x", "folder", preset="tuned").resolve()
 
 def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
     cfg = config(faces, bs=None, opt="paper").resolve()
