@@ -89,15 +89,12 @@ class ProgressiveResize(Callback):
         if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
         if not 0 <= pct <= 1: raise ValueError(f"pct must be between 0 and 1, got {pct}")
         store_attr()
+        self.is_small = False  # whether the fit is in an epoch on small images
 
+    def before_train(self): self.is_small = self.epoch < round(self.pct*self.n_epoch)
+    def after_fit(self): self.is_small = False
     def before_batch(self):
         if self.is_small: self.learn.xb = tuple(map(self.resize, self.xb))
-
-    @property
-    def is_small(self):
-        "Whether the fit is in an epoch on small images"
-        n_epoch = getattr(self.learn, "n_epoch", 0)  # before the first fit there is none
-        return getattr(self.learn, "epoch", 0) < round(self.pct*n_epoch)
 
     def resize(self, x):
         "A batch of views, or a pair of batches, at the small size; views that are no larger stay as they are"

@@ -16,6 +16,7 @@ from ecan_fastai.cli import ecan_evaluate, ecan_predict
 from ecan_fastai.config import RunConfig
 from ecan_fastai.datasets import draw_face
 from ecan_fastai.inference import Predictor, shared_classes
+from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.runs import start_run
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,39 @@ def test_probabilities_are_those_of_the_runs_own_evaluation(kind, request):
     table = predictor.predict(list(written["image"]), bs=7)
     assert np.allclose(table[predictor.vocab], written[[f"p_{v}" for v in predictor.vocab]], atol=2e-5) and list(table["label"]) == list(written["predicted"]) and list(table["image"]) == list(written["image"])
     assert np.allclose(table["probability"], table[predictor.vocab].max(1))
+
+@pytest.mark.parametrize("crops", ["center", "ten"])
+@pytest.mark.parametrize("maker", [ecan_learner, baseline_learner])
+def test_a_learner_and_its_predictor_say_the_same(make_dls, maker, crops):
+    dls = make_dls(size=48, level="strong", n_views=2 if maker is ecan_learner else 1, eval_crops=crops)
+    learn = maker(dls)
+    predictor = Predictor.from_learner(learn)
+    probs, _ = learn.get_preds(dl=dls["test"])
+    assert predictor.crops == crops and predictor.vocab == list(dls.vocab)
+    assert np.allclose(predictor.probabilities([f.image for f in dls["test"].dataset.items]), probs, atol=1e-5)
+    with torch.no_grad(): learn.model.classifier.bias.fill_(7)      # a copy: what the learner does later changes nothing
+    assert not (predictor.model.classifier.classifier.bias == 7).any()
+
+def test_the_key_encoder_of_a_learner(make_dls):
+    learn = ecan_learner(make_dls())
+    with torch.no_grad(): learn.model.key_encoder.conv1.weight.mul_(2)
+    keys, queries = (Predictor.from_learner(learn, key=key) for key in (True, False))
+    assert torch.equal(keys.model.classifier.encoder.conv1.weight, 2*queries.model.classifier.encoder.conv1.weight)
+
+def test_the_centre_among_ten_crops_is_the_centre(run, faces):
+    ten, center = Predictor(run, "ten"), Predictor(run, "center")
+    logits = ten.logits(faces/"test")
+    assert logits.shape == (len(test_files(faces)), 10, 7)
+    assert torch.allclose(logits[:, ten.center_view], center.logits(faces/"test")[:, 0], atol=1e-5)
+
+def test_processes_that_read_change_nothing(run, faces):
+    files, predictor = test_files(faces)[:20], Predictor(run)
+    assert np.allclose(predictor.probabilities(files, bs=2, num_workers=2), predictor.probabilities(files), atol=1e-5)
+
+def test_other_loaders_are_refused(faces):
+    from fastai.vision.all import ImageDataLoaders, Learner, Resize, nn
+    dls = ImageDataLoaders.from_folder(faces, item_tfms=Resize(32), num_workers=0, bs=4, valid_pct=0.2)
+    with pytest.raises(ValueError, match="needs DataLoaders built on TwoViewBlock"): Predictor.from_learner(Learner(dls, nn.Identity(), loss_func=nn.MSELoss()))
 
 def test_every_form_of_a_picture_gives_the_same(faces, run):
     predictor, file = Predictor(run), test_files(faces)[0]
