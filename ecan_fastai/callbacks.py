@@ -9,10 +9,13 @@ __all__ = ['MomentumUpdate', 'MemoryBankUpdate', 'unfold_crops', 'CropsAsImages'
            'CPUMixedPrecision']
 
 # %% ../nbs/06_callbacks.ipynb #5492425b
+import math
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Recorder
 from fastcore.basics import store_attr
 
@@ -39,9 +42,14 @@ class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
     order,run_valid = MixedPrecision.order+2,False
 
-    def before_fit(self): self.pending = None
+    def before_fit(self):
+        self.pending,self.may_fill = None,True
+        mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
+        if mixing: raise ValueError(f"{mixing[0]} mixes single images, and ECAN trains on pairs of views: leave it out, or use baseline_learner")
+
     def before_train(self):
-        if self.epoch == 0 and not self.model.bank.full: self.fill()
+        if self.may_fill and not self.model.bank.full: self.fill()
+        self.may_fill = False
 
     @torch.no_grad()
     def fill(self):
@@ -111,14 +119,19 @@ class LossPartsRecorder(Callback):
     def before_fit(self):
         self.batches = []
         names = list(self.recorder.metric_names)
-        at = len(names) - bool(self.recorder.add_time)
+        self.at = at = len(names) - bool(self.recorder.add_time)
         self.recorder.metric_names = self.recorder.metric_names[:at] + self.loss_func.part_names + names[at:]
 
     def before_train(self): self.batches = []
-    def after_loss(self): self.batches.append(torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names]))
+    def after_loss(self):
+        self.batches.append(torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names]))
+        self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
-        if self.batches: self.recorder.log += torch.stack(self.batches).nanmean(0).tolist()  # a batch may hold no pair of one class
+        if self.batches:
+            skipped = [math.nan]*(self.at - len(self.recorder.log))  # columns of a validation that did not happen
+            means = torch.stack(self.batches).nanmean(0).tolist()  # a batch may hold no pair of one class
+            self.recorder.log += skipped + means
         self.batches = []
 
 # %% ../nbs/06_callbacks.ipynb #cb24b77a

@@ -9,12 +9,14 @@ __all__ = ['EXPRESSIONS', 'FER2013_IDS', 'FER2013_COUNTS', 'Face', 'draw_face', 
            'ExpressionDataLoaders', 'folder_faces', 'table_faces', 'csv_faces', 'fer2013_faces']
 
 # %% ../nbs/03_datasets.ipynb #7b9f8ba2
+import inspect
 import json
 import math
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Categorize, Category, get_image_files
 from fastai.torch_core import TensorCategory
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Transform
 
-from .data import TwoViewBlock, read_face
+from .data import EachView, TwoViewBlock, read_face
 from .progress import progress
 
 # %% ../nbs/03_datasets.ipynb #2227d49b
@@ -193,10 +196,14 @@ def _stratified(idxs, labels, pct, seed):
         else: held += list(rng.permutation(own)[:max(1, round(pct*len(own)))])
     return sorted(int(i) for i in held)
 
-def _splits(faces, valid_pct, seed, train_all):
+def _splits(faces, valid_pct, seed, train_all, valid="valid"):
     "Index lists by name, train and valid first"
     splits = {"train": [], "valid": []}
     for i,f in enumerate(faces): splits.setdefault(f.split, []).append(i)
+    if valid != "valid":
+        if valid not in splits or valid == "train": raise ValueError(f"no split {valid!r} to validate on, the splits are {', '.join(k for k,v in splits.items() if v)}")
+        if splits["valid"]: raise ValueError(f"valid={valid!r} names the split to validate on, and the data has a split 'valid' already")
+        splits["valid"] = splits.pop(valid)
     if not splits["valid"]:
         if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
         splits["valid"] = _stratified(splits["train"], [faces[i].label for i in splits["train"]], valid_pct, seed)
@@ -249,6 +256,15 @@ class _Label(Categorize):
     def decodes(self, o): return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 # %% ../nbs/03_datasets.ipynb #2ccee6d4
+_LOADER_OPTIONS = ("num_workers", "device", "val_bs", "shuffle", "val_shuffle", "drop_last", "pin_memory", "timeout", "persistent_workers", "verbose")
+
+def _check_options(kwargs):
+    "fastai's loaders ignore arguments that they do not know"
+    unknown = [k for k in kwargs if k not in _LOADER_OPTIONS]
+    if not unknown: return
+    near = get_close_matches(unknown[0], [*inspect.signature(_loaders).parameters, *_LOADER_OPTIONS], 1, 0.5)
+    raise TypeError(f"no argument {unknown[0]!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+
 def _loaders(cls,
     faces:list, # `Face` records
     path=".", # Where a Learner saves its models
@@ -260,6 +276,7 @@ def _loaders(cls,
     n_views:int=2, # Views in training: 2 for ECAN, 1 for the baseline
     all_crops:bool=False, # Train on all five crops of FiveCrop instead of a random one
     eval_crops:str="center", # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
+    valid:str="valid", # Name of the split to validate on
     valid_pct:float=0.1, # Share of train held out where the data has no valid split
     seed:int=42, # Seed of that share
     train_all:bool=False, # Train on the valid split too, which is then called valid_seen
@@ -268,18 +285,22 @@ def _loaders(cls,
     image_size:int=None, # Side that every picture on disk must have
     soft_labels:bool=False, # Train on the shares of people's votes (FER+); evaluation keeps the label
     balanced:bool=False, # Draw every class equally often in training: faces with replacement, by the inverse of their class's count
-    **kwargs # To `DataBlock.dataloaders`: num_workers, device, val_bs, ...
+    item_tfms=None, # fastai transforms of the decoded image, before resizing and augmentation
+    batch_tfms=None, # fastai transforms of a batch, after augmentation; each view draws by itself
+    **kwargs # num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout or persistent_workers, as fastai's loaders take them
 ):
+    _check_options(kwargs)
     if bs is not None and not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
     if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
     vocab = _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
-    splits = _splits(faces, valid_pct, seed, train_all)
+    splits = _splits(faces, valid_pct, seed, train_all, valid)
     if soft_labels: _check_shares(faces, splits["train"], vocab)
     if bs is None: bs = min(256, 2**max(2, int(math.log2(len(splits["train"])/8))))
     if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
-    block = DataBlock(blocks=(TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops), TransformBlock(type_tfms=_Label(vocab, soft_labels))),
-                      getters=[_Get("image"), _Get()], splitter=lambda _: list(splits.values()))
+    faces_block = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, item_tfms=item_tfms)
+    block = DataBlock(blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))), getters=[_Get("image"), _Get()],
+                      splitter=lambda _: list(splits.values()), batch_tfms=[EachView(t) for t in L(batch_tfms)])
     loaders = block.dataloaders(faces, bs=bs, **{"persistent_workers": True, **kwargs}).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)

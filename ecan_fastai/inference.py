@@ -109,6 +109,7 @@ class Predictor:
         tfm = next((t for tl in learn.dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
         norm = next((t for t in learn.dls.after_batch.fs if isinstance(t, Normalize)), None)
         if tfm is None or norm is None: raise ValueError("Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders")
+        if tfm.item_tfms: raise ValueError("Predictor.from_learner cannot apply the loaders' item_tfms: use size, level and recipe instead, or learn.predict")
         model = learn.model.inference(key=True) if key else learn.model.inference()
         stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
         predictor = cls.__new__(cls)

@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import TfmdDL
+from fastai.data.transforms import Normalize
+from fastai.torch_core import TensorMultiCategory
 from fastai.callback import hook, progress  # `summary`, and the progress bars of every Learner
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -27,8 +30,9 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
+from .data import TwoViewDL
 from .losses import ECANLoss
-from .model import ECANModel, FaceClassifier
+from .model import ECANModel, FaceClassifier, arch_name
 
 # %% ../nbs/07_learner.ipynb #3318b10a
 paper_opt = dict(opt_func=partial(SGD, mom=0.9, decouple_wd=False), lr=0.1, wd=5e-4, wd_bn_bias=True, moms=(0.9, 0.9, 0.9))
@@ -73,9 +77,17 @@ def face_metrics():
     "Accuracy, average accuracy (mean of the confusion matrix's diagonal) and macro-F1"
     return [accuracy, BalancedAccuracy(), F1Score(average="macro")]
 
+def _first_item(dls):
+    "The first training item as a batch holds it"
+    made_by_fastai = isinstance(dls.train, TfmdDL) and not isinstance(dls.train, TwoViewDL)
+    return dls.train.do_item(0) if made_by_fastai else dls.train_ds[0]
+
 def _views(dls):
-    "Views of the first training item, as a list, and the number of classes"
-    x = dls.train_ds[0][0]
+    "Views of the first training item, as a list, and the number of classes; raises `ValueError` for other targets than one class an image"
+    item = _first_item(dls)
+    if len(item) != 2: raise ValueError(f"expected an image and a label, got items of {len(item)} parts: ecan_learner and baseline_learner take one target")
+    x,y = item
+    if not hasattr(dls, "vocab") or isinstance(y, TensorMultiCategory): raise ValueError(f"expected one class an image (CategoryBlock), got a target of type {type(y).__name__}")
     return (list(x) if isinstance(x, tuple) else [x]),len(dls.vocab)
 
 # %% ../nbs/07_learner.ipynb #f7d5f094
@@ -84,44 +96,52 @@ class ECANLearner(Learner):
     @delegates(Learner.export)
     def export(self, fname="export.pkl", **kwargs):
         "Export a plain `Learner` over encoder and classifier, without key encoder, bank, centres and callbacks"
-        plain = Learner(self.dls, self.model.inference(), loss_func=CrossEntropyLossFlat(), path=self.path, model_dir=self.model_dir, metrics=face_metrics())
+        plain = Learner(self.dls, self.model.inference(), loss_func=CrossEntropyLossFlat(), path=self.path, model_dir=self.model_dir, metrics=self.metrics)
         plain.export(fname, **kwargs)
 
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter")
 def ecan_learner(
     dls, # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch:str="resnet18", # Name of a timm model
-    pretrained:bool|str|Path=False, # timm's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first, as in fastai's own learners
-    l1:float=0.2, # Share of ENSC in the loss
-    l2:float=0.7, # Weight of MVA in the loss
-    n_groups:int=5, # V: feature groups of MVA, the current one included
-    temperature:float=0.1, # Temperature of ENSC
+    arch="resnet18", # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
+    pretrained:bool|str|Path=False, # The model's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first, as in fastai's own learners
+    l1:float=None, # Share of ENSC in the loss; default 0.2
+    l2:float=None, # Weight of MVA in the loss; default 0.7
+    n_groups:int=None, # V: feature groups of MVA, the current one included; default 5
+    temperature:float=None, # Temperature of ENSC; default 0.1
     momentum:float=0.999, # m of the key encoder; about 1/(1-m) steps of memory
     bank_groups:int=16, # K: batches that the memory bank holds
     key_eval:bool=False, # Key encoder in evaluation mode
-    loss_func=None, # Another `ECANLoss`; then l1, l2, n_groups and temperature are not used
+    loss_func:ECANLoss=None, # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
     metrics=None, # Default: accuracy, average accuracy, macro-F1
     cbs=None, # Further callbacks
     **kwargs
 )->ECANLearner:
-    "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`)"
+    "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its rate of 0.1 in proportion to the batch size"
+    loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature))
     views,n_classes = _views(dls)
     if len(views) != 2: raise ValueError("ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 (TwoViewBlock), or use baseline_learner")
     if bank_groups < 1: raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
     model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained, key_eval)
     _check_fits(dls, model, views[0], arch)
-    loss_func = loss_func or ECANLoss(l1, l2, n_groups, temperature)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, kwargs)
+
+def _ecan_loss(loss_func, settings):
+    settings = {k: v for k,v in settings.items() if v is not None}
+    if loss_func is None: return ECANLoss(**settings)
+    if not isinstance(loss_func, ECANLoss):
+        raise ValueError(f"ecan_learner trains with an ECANLoss, got {type(loss_func).__name__}: use baseline_learner for other losses, or ECANLoss(label_smoothing=..., weight=...)")
+    if settings: raise ValueError(f"{', '.join(settings)} has no effect beside loss_func: give it to the ECANLoss")
+    return loss_func
 
 # %% ../nbs/07_learner.ipynb #f770b17f
 @delegates(Learner.__init__, but="model,splitter")
 def baseline_learner(
     dls, # DataLoaders; of two views the first is used
-    arch:str="resnet18", # Name of a timm model
-    pretrained:bool|str|Path=False, # timm's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first
+    arch="resnet18", # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
+    pretrained:bool|str|Path=False, # The model's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first
     loss_func=None, # Default: cross-entropy
     metrics=None, # Default: accuracy, average accuracy, macro-F1
     cbs=None, # Further callbacks
@@ -139,11 +159,22 @@ def _check_fits(dls, model, view, arch):
     if view.ndim == 4: view = view[0]
     try:
         with torch.no_grad(): model.eval()(view[None].as_subclass(torch.Tensor).float())
-    except (AssertionError, RuntimeError) as e: raise ValueError(f"{arch} does not take pictures of shape {tuple(view.shape)}: {e}") from e
+    except (AssertionError, RuntimeError) as e: raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
     model.train()
 
+def _use_own_stats(dls, encoder):
+    "Normalise by the statistics that a timm model's weights were trained with, unless the user chose other ones"
+    cfg = getattr(encoder, "pretrained_cfg", None)
+    if cfg is None: return
+    for dl in dls.loaders:
+        for norm in (t for t in dl.after_batch.fs if isinstance(t, Normalize) and getattr(t, "by_default", False)):
+            mean,std = (torch.tensor(cfg[k]) for k in ("mean", "std"))
+            if norm.mean.shape[1] == 1: mean,std = mean.mean()[None],std.mean()[None]
+            norm.mean,norm.std = (t.view(1, -1, 1, 1).to(norm.mean) for t in (mean, std))
+
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, kwargs):
-    opt = {} if "opt_func" in kwargs else paper_opt
+    if pretrained is True: _use_own_stats(dls, model.encoder)
+    opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"]*dls.train.bs/256}
     learn = cls(dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs})
     if pretrained: learn.freeze()
     return learn

@@ -4,13 +4,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+                                  CancelValidException)
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.learner import Learner
+from fastai.learner import AvgMetric, Learner
+from fastai.metrics import accuracy
+from fastcore.foundation import L
 
 from ecan_fastai.callbacks import *
 from ecan_fastai.losses import ECANLoss
@@ -205,7 +209,7 @@ def test_parts_of_the_loss_are_recorded_as_means_of_the_epoch():
     learn.logger = rows.append
     learn.fit(2)
     names = learn.recorder.metric_names
-    assert names[-7:] == ["ce", "ensc", "mva", "alpha", "cos_within", "cos_between", "time"] and all(len(r) == len(names) for r in rows)
+    assert names == ["epoch", "train_loss", "valid_loss", "ce", "ensc", "mva", "alpha", "cos_within", "cos_between", "time"] and all(len(r) == len(names) for r in rows)
     for epoch in range(2):
         row = dict(zip(names[1:], learn.recorder.values[epoch]))
         batches = parts[3*epoch:3*epoch+3]
@@ -221,6 +225,35 @@ def test_all_crops_are_pictures_in_training_and_a_stack_in_evaluation():
     bank = learn.model.bank
     assert bank.y[bank.order()][:20].flip(0).tolist() == [2]*5 + [0]*5 + [1]*5 + [2]*5
     assert learn.get_preds()[0].shape == (12, 3)
+
+def test_an_epoch_without_validation_keeps_the_columns_in_place():
+    class Skip(Callback):
+        def before_validate(self):
+            if self.epoch == 1: raise CancelValidException()
+    learn = noise_learner(Skip())
+    learn.metrics = L(AvgMetric(accuracy))
+    learn.fit(3)
+    names, rows = learn.recorder.metric_names[1:-1], learn.recorder.values
+    assert names[:4] == ["train_loss", "valid_loss", "accuracy", "ce"] and {len(r) for r in rows} == {len(names)}
+    for epoch, row in enumerate(rows):
+        row = dict(zip(names, row))
+        assert math.isnan(row["accuracy"]) == math.isnan(row["valid_loss"]) == (epoch == 1) and row["ensc"] > 1
+
+def test_metrics_of_training_batches():
+    learn = noise_learner()
+    learn.metrics, learn.recorder.train_metrics = L(AvgMetric(accuracy)), True
+    learn.fit(1)
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
+    assert 0 <= row["train_accuracy"] <= 1 and row["ce"] > 0 and 0 <= row["valid_accuracy"] <= 1
+
+def test_the_bank_is_filled_in_the_first_epoch_that_trains():
+    learn = noise_learner(bank=12)
+    learn.fit(3, start_epoch=1)
+    assert EVENTS[:3] == ["push4"]*3 and EVENTS[3] == "update"
+
+@pytest.mark.parametrize("mixing", [MixUp, CutMix])
+def test_mixing_of_images_is_refused_in_one_sentence(mixing):
+    with pytest.raises(ValueError, match=f"{mixing.__name__} mixes single images, and ECAN trains on pairs"): noise_learner(mixing()).fit(1)
 
 def test_small_images_come_first_and_only_in_a_fit():
     sides = []

@@ -248,3 +248,66 @@ def test_kinds_are_detected(tmp_path, faces):
     (tmp_path/"t.txt").write_text("x")
     with pytest.raises(ValueError, match="expected a folder or a .csv file"): detect_kind(tmp_path/"t.txt")
     with pytest.raises(ValueError, match="unknown kind of data 'jaffe'"): ExpressionDataLoaders.from_path(faces, "jaffe")
+
+
+# fastai's arguments work, and anything else is told
+
+def loaders(faces, **kwargs):
+    settings = dict(size=32, channels=1, recipe="fer2013", level="none", **FAST)
+    return ExpressionDataLoaders.from_folder(faces, **{**settings, **kwargs})
+
+@pytest.mark.parametrize("wrong,near", [("lvl", "level"), ("num_worker", "num_workers"), ("validpct", "valid_pct"), ("zzzz", None)])
+def test_an_argument_that_is_none_is_named_with_the_nearest(faces, wrong, near):
+    with pytest.raises(TypeError, match=f"no argument '{wrong}'" + (f", did you mean '{near}'" if near else "$")): loaders(faces, **{wrong: 1})
+
+def test_a_test_split_may_be_validated_on(faces):
+    plain, own = loaders(faces), loaders(faces, valid="test")
+    assert own.split_names == ("train", "valid") and len(own.valid_ds) == len(plain["test"].dataset)
+    assert len(own.train_ds) == len(plain.train_ds)+len(plain.valid_ds)
+    with pytest.raises(ValueError, match="no split 'tset' to validate on, the splits are train, test"): loaders(faces, valid="tset")
+
+def test_item_transforms_see_the_decoded_image(faces):
+    from fastai.vision.all import PILImage, Resize, Transform
+    sizes = []
+    class Look(Transform):
+        split_idx, order = 0, 2
+        def encodes(self, x:PILImage):
+            sizes.append((x.size, x.mode))
+            return x
+    dls = loaders(faces, item_tfms=[Resize(16), Look()])
+    sizes.clear()
+    assert dls.train_ds[0][0][0].shape == (1, 32, 32) and sizes == [((16, 16), "L")]
+    small = dls.train_ds[0][0][0].float()
+    dls.valid_ds[0]
+    assert sizes == [((16, 16), "L")]*2      # none for validation: of the training split alone
+    assert not torch.equal(small, loaders(faces).train_ds[0][0][0].float())
+
+def test_random_batch_transforms_draw_for_each_view(faces):
+    from fastai.vision.all import RandTransform, TensorImage, set_seed
+    class Shift(RandTransform):
+        def __init__(self): super().__init__(p=1.)
+        def before_call(self, b, split_idx):
+            super().before_call(b, split_idx)
+            self.by = torch.rand(1).item()
+        def encodes(self, x:TensorImage): return x + self.by
+    set_seed(0)
+    (q, k), y = loaders(faces, batch_tfms=Shift(), shuffle=False).train.one_batch()
+    (q0, k0), y0 = loaders(faces, shuffle=False).train.one_batch()
+    by = [(a-b).flatten() for a, b in ((q, q0), (k, k0))]
+    assert all(torch.allclose(d, d[0], atol=1e-4) and d[0] > 0 for d in by) and abs(by[0][0]-by[1][0]) > 1e-3 and torch.equal(y, y0)
+    assert type(q) is type(q0)
+
+def test_aug_transforms_of_fastai_work_on_pairs(faces):
+    from fastai.vision.all import aug_transforms
+    dls = loaders(faces, batch_tfms=aug_transforms())
+    (q, k), y = dls.one_batch()
+    assert q.shape == k.shape == (8, 1, 32, 32) and not torch.allclose(q, k) and len(y) == 8
+    assert dls.valid.one_batch()[0].shape[1:] == (1, 32, 32)
+
+def test_a_grid_has_the_asked_rows_and_columns(faces):
+    import matplotlib.pyplot as plt
+    dls = loaders(faces)
+    for kwargs, n in ((dict(nrows=1, ncols=3, max_n=3), 3), (dict(nrows=2, max_n=4), 4), (dict(max_n=5), 6)):
+        plt.close("all")
+        dls.show_batch(**kwargs)
+        assert len(plt.gcf().axes) == n

@@ -8,6 +8,7 @@ from fastai.callback.schedule import SuggestionMethod
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import error_rate
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
@@ -218,3 +219,99 @@ def test_mixed_precision_on_a_gpu(make, precision):
     learn = make(dls=dict(device="cuda"), bank_groups=3).to_channelslast(amp_mode=precision)
     learn.fit(1, 0.01)
     assert learn.model.bank.z.dtype == torch.float32 and learn.model.bank.full and np.isfinite(learn.recorder.values[0]).all()
+
+
+# What a user of fastai types
+
+def timm_fn(): from timm.models.resnet import resnet10t; return resnet10t
+def torchvision_fn(): from torchvision.models import resnet18; return resnet18
+def pooled(): return torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+def maps(): return torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3, stride=2), torch.nn.ReLU())
+
+@pytest.mark.parametrize("arch,d", [(timm_fn, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6)])
+def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
+    learn = make(arch=arch(), lr=1e-3)
+    assert learn.model.classifier.in_features == learn.model.bank.z.shape[1] == d
+    learn.fit(1)
+    assert len(learn.get_preds()[0]) == len(learn.dls.valid_ds)
+
+@pytest.mark.parametrize("kwargs,said", [
+    (dict(arch=3), "name of a timm model, a function that makes a model, or a module, got 3"),
+    (dict(arch=torch.nn.Linear(3, 3)), r"Linear does not take an image of shape \(1, 1, 64, 64\)"),
+    (dict(arch=torch.nn.Flatten(0)), r"got \(4096,\) from Flatten"),
+    (dict(arch=torch.nn.Conv2d(1, 4, 3), pretrained=True), "pretrained=True has no effect with a module"),
+    (dict(loss_func=CrossEntropyLossFlat()), "trains with an ECANLoss, got CrossEntropyLossFlat: use baseline_learner"),
+    (dict(loss_func=ECANLoss(), l1=0.2, temperature=0.2), "l1, temperature has no effect beside loss_func")])
+def test_what_cannot_be_used_is_told_at_once(make, kwargs, said):
+    with pytest.raises(ValueError, match=said): make(**kwargs)
+
+def test_an_unknown_argument_is_no_argument(make):
+    with pytest.raises(TypeError, match="lerning_rate"): make(lerning_rate=1)
+
+def test_the_rate_follows_the_batch_size(make):
+    for maker in MAKERS: assert make(maker).lr == pytest.approx(0.1*16/256)
+    assert make(lr=0.3).lr == 0.3 and make(opt_func=Adam).lr == 1e-3
+
+def test_fastais_own_loaders_train_a_baseline(faces, tmp_path):
+    from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms
+    dls = ImageDataLoaders.from_folder(faces, valid="test", item_tfms=Resize(32), batch_tfms=aug_transforms(), bs=16, num_workers=0)
+    learn = baseline_learner(dls, path=tmp_path, lr=1e-3)
+    assert learn.model.encoder.conv1.in_channels == 3
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert len(learn.get_preds()[0]) == len(dls.valid_ds)
+    with pytest.raises(ValueError, match="two views of every training face"): ecan_learner(dls)
+
+def other_targets(faces, kind):
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, MultiCategoryBlock, RegressionBlock, Resize, get_image_files
+    block, target = dict(several=((MultiCategoryBlock,), lambda f: [f.parent.name]), number=((RegressionBlock,), lambda f: 1.),
+                         two=((CategoryBlock, CategoryBlock), None))[kind]
+    getters = dict(get_y=target) if target else dict(getters=[lambda f: f, *[lambda f: f.parent.name]*2])
+    made = DataBlock((ImageBlock, *block), get_items=get_image_files, item_tfms=Resize(32), n_inp=1, **getters)
+    return made.dataloaders(faces, bs=4, num_workers=0)
+
+@pytest.mark.parametrize("kind,said", [("several", "target of type TensorMultiCategory"), ("number", "expected one class an image"), ("two", "take one target")])
+def test_other_targets_are_refused(faces, kind, said):
+    with pytest.raises(ValueError, match=said): baseline_learner(other_targets(faces, kind))
+
+def test_weights_go_to_another_batch_size_and_the_bank_fills_again(make, tmp_path):
+    first = make(lr=1e-3)
+    first.fit(1)
+    first.save("first")
+    second = make(dls=dict(bs=8), lr=1e-3)
+    second.load("first", with_opt=False)
+    assert not len(second.model.bank) and second.model.bank.size == first.model.bank.size//2
+    for part in ("encoder", "key_encoder", "classifier"):
+        for a, b in zip(getattr(first.model, part).state_dict().values(), getattr(second.model, part).state_dict().values()): assert torch.equal(a, b)
+    second.fit(1)
+    assert second.model.bank.full or len(second.model.bank) >= len(second.dls.train)*8
+    # a file of `save` with its optimizer is a start for an encoder, too
+    third = make(pretrained=tmp_path/"models"/"first.pth")
+    assert torch.equal(third.model.encoder.conv1.weight, first.model.encoder.conv1.weight)
+
+def pretend_hub(monkeypatch, error=None):
+    "timm's weights without a network: random ones, or an error"
+    import timm
+    create = timm.create_model
+    def fake(arch, pretrained=False, **kwargs):
+        if pretrained and error: raise error
+        return create(arch, pretrained=False, **kwargs)
+    monkeypatch.setattr(timm, "create_model", fake)
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timms_weights_bring_timms_statistics(make, monkeypatch, channels):
+    pretend_hub(monkeypatch)
+    learn = make(arch="tf_efficientnet_lite0", pretrained=True, dls=dict(channels=channels))
+    norm = [t for t in learn.dls.valid.after_batch.fs if hasattr(t, "mean")][0]
+    expected = learn.model.encoder.pretrained_cfg["mean"]
+    assert norm.mean.flatten().tolist() == pytest.approx(list(expected)[:channels]) and tuple(norm.mean.shape) == (1, channels, 1, 1)
+    own = make(arch="tf_efficientnet_lite0", dls=dict(channels=channels))
+    assert [t for t in own.dls.valid.after_batch.fs if hasattr(t, "mean")][0].mean.flatten().tolist() != norm.mean.flatten().tolist() or channels == 1
+
+def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):
+    pretend_hub(monkeypatch, OSError("no route to host"))
+    with pytest.raises(ValueError, match=r"cannot load timm's weights of resnet18 \(no route to host\): use pretrained=PATH"): make(pretrained=True)
+
+def test_an_export_keeps_the_users_metrics(make, tmp_path):
+    learn = make(metrics=[error_rate], lr=1e-3)
+    learn.export("mine.pkl")
+    assert [m.name for m in load(tmp_path/"mine.pkl").metrics] == ["error_rate"]
