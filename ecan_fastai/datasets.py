@@ -256,7 +256,7 @@ class _Label(Categorize):
     def decodes(self, o): return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 # %% ../nbs/03_datasets.ipynb #2ccee6d4
-_LOADER_OPTIONS = ("num_workers", "device", "val_bs", "shuffle", "val_shuffle", "drop_last", "pin_memory", "timeout", "persistent_workers", "verbose")
+_LOADER_OPTIONS = ("num_workers", "device", "val_bs", "shuffle", "val_shuffle", "drop_last", "pin_memory", "timeout", "verbose")
 
 def _check_options(kwargs):
     "fastai's loaders ignore arguments that they do not know"
@@ -287,7 +287,7 @@ def _loaders(cls,
     balanced:bool=False, # Draw every class equally often in training: faces with replacement, by the inverse of their class's count
     item_tfms=None, # fastai transforms of the decoded image, before resizing and augmentation
     batch_tfms=None, # fastai transforms of a batch, after augmentation; each view draws by itself
-    **kwargs # num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout or persistent_workers, as fastai's loaders take them
+    **kwargs # num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory or timeout, as fastai's loaders take them
 ):
     _check_options(kwargs)
     if bs is not None and not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
@@ -301,7 +301,7 @@ def _loaders(cls,
     faces_block = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, item_tfms=item_tfms)
     block = DataBlock(blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))), getters=[_Get("image"), _Get()],
                       splitter=lambda _: list(splits.values()), batch_tfms=[EachView(t) for t in L(batch_tfms)])
-    loaders = block.dataloaders(faces, bs=bs, **{"persistent_workers": True, **kwargs}).loaders
+    loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
     if balanced:

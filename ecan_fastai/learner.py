@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import TfmdDL
-from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorMultiCategory
 from fastai.callback import hook, progress  # `summary`, and the progress bars of every Learner
 from fastai.learner import Learner
@@ -30,7 +29,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
-from .data import TwoViewDL
+from .data import TwoViewDL, set_stats
 from .losses import ECANLoss
 from .model import ECANModel, FaceClassifier, arch_name
 
@@ -126,7 +125,7 @@ def ecan_learner(
     model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained, key_eval)
     _check_fits(dls, model, views[0], arch)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
-    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, kwargs)
+    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, views[0].shape[-3], kwargs)
 
 def _ecan_loss(loss_func, settings):
     settings = {k: v for k,v in settings.items() if v is not None}
@@ -151,7 +150,7 @@ def baseline_learner(
     views,n_classes = _views(dls)
     model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
     _check_fits(dls, model, views[0], arch)
-    return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(flatten=False), metrics, [CropsAsImages(), *L(cbs)], pretrained, kwargs)
+    return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(flatten=False), metrics, [CropsAsImages(), *L(cbs)], pretrained, views[0].shape[-3], kwargs)
 
 def _check_fits(dls, model, view, arch):
     "One view through the encoder: a size or number of channels that it does not take is told now"
@@ -162,18 +161,16 @@ def _check_fits(dls, model, view, arch):
     except (AssertionError, RuntimeError) as e: raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
     model.train()
 
-def _use_own_stats(dls, encoder):
+def _use_own_stats(dls, encoder, in_chans):
     "Normalise by the statistics that a timm model's weights were trained with, unless the user chose other ones"
     cfg = getattr(encoder, "pretrained_cfg", None)
     if cfg is None: return
-    for dl in dls.loaders:
-        for norm in (t for t in dl.after_batch.fs if isinstance(t, Normalize) and getattr(t, "by_default", False)):
-            mean,std = (torch.tensor(cfg[k]) for k in ("mean", "std"))
-            if norm.mean.shape[1] == 1: mean,std = mean.mean()[None],std.mean()[None]
-            norm.mean,norm.std = (t.view(1, -1, 1, 1).to(norm.mean) for t in (mean, std))
+    mean,std = cfg["mean"],cfg["std"]
+    if in_chans == 1: mean,std = [sum(mean)/3],[sum(std)/3]
+    set_stats(dls, mean, std, defaults_only=True)
 
-def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, kwargs):
-    if pretrained is True: _use_own_stats(dls, model.encoder)
+def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs):
+    if pretrained is True: _use_own_stats(dls, model.encoder, in_chans)
     opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"]*dls.train.bs/256}
     learn = cls(dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs})
     if pretrained: learn.freeze()

@@ -30,6 +30,7 @@ from ecan_fastai import __version__
 from ecan_fastai.augment import crop_size, uses_five_crops
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
+from ecan_fastai.data import set_stats
 from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
@@ -303,6 +304,8 @@ def resume_run(
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _note_environment(dls, out)
+    about = json.loads((out/"config.json").read_text())["about"]
+    set_stats(dls, about["mean"], about["std"])
     state = _read_checkpoint(out, dls.device)
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     return _train(learn, cfg, out, state)

@@ -103,6 +103,23 @@ def test_a_run_is_resumed_on_a_gpu(faces, tmp_path, monkeypatch, precision):
     start_and_stop(config(faces, epochs=3, precision=precision), tmp_path, monkeypatch)
     assert resume_run(tmp_path)["epochs"] == 3
 
+def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monkeypatch):
+    import timm
+    create, seen = timm.create_model, []
+    monkeypatch.setattr(timm, "create_model", lambda arch, pretrained=False, **kw: create(arch, pretrained=False, **kw))
+    cfg = config(faces, method="baseline", arch="tf_efficientnet_lite0", pretrained=True)
+    monkeypatch.setattr(runs.RunState, "after_epoch", lambda self, f=runs.RunState.after_epoch: (f(self), self.epoch == 0 and not seen and (_ for _ in ()).throw(KeyboardInterrupt)))
+    with pytest.raises(KeyboardInterrupt): start_run(cfg, tmp_path/"run")
+    mean = json.loads((tmp_path/"run"/"config.json").read_text())["about"]["mean"]
+    learner = runs.run_learner
+    def look(cfg, dls, out):
+        seen.append([t.mean.item() for dl in dls.loaders for t in dl.after_batch.fs if hasattr(t, "mean")])
+        return learner(cfg, dls, out)
+    monkeypatch.setattr(runs, "run_learner", look)
+    resume_run(tmp_path/"run")
+    expected = create("tf_efficientnet_lite0").pretrained_cfg["mean"]
+    assert mean == pytest.approx([sum(expected)/3]) and seen == [pytest.approx(mean*len(seen[0]))]
+
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
