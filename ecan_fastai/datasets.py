@@ -318,6 +318,17 @@ class ExpressionDataLoaders(DataLoaders):
         if i not in self.split_names: raise ValueError(f"no split {i!r}, the splits are {', '.join(self.split_names)}")
         return super().__getitem__(self.split_names.index(i))
 
+    @delegates(DataLoaders.test_dl)
+    def test_dl(self, test_items, with_labels=False, **kwargs):
+        "Loader of other images, or with labels of `Face` records and of files in class folders"
+        if with_labels: test_items = [o if isinstance(o, Face) else self._labelled(o) for o in test_items]
+        return super().test_dl(test_items, with_labels=with_labels, **kwargs)
+
+    def _labelled(self, file):
+        label = Path(file).parent.name
+        if label in self.vocab: return Face(file, label, "test", str(file))
+        raise ValueError(f"{file}: expected a file in a folder named after its class ({', '.join(self.vocab)}), or `Face` records")
+
     def class_counts(self):
         "Training faces of each class (C,), in the order of the vocabulary"
         counts = Counter(f.label for f in self.train_ds.items)

@@ -304,6 +304,14 @@ def test_aug_transforms_of_fastai_work_on_pairs(faces):
     assert q.shape == k.shape == (8, 1, 32, 32) and not torch.allclose(q, k) and len(y) == 8
     assert dls.valid.one_batch()[0].shape[1:] == (1, 32, 32)
 
+def test_a_test_loader_takes_labels_from_class_folders_and_records(faces):
+    dls, files = loaders(faces), sorted((faces/"test").rglob("*.png"))[::9]
+    for items in (files, list(map(str, files)), [Face(f, f.parent.name, "x", "x") for f in files]):
+        x, y = [torch.cat(part) for part in zip(*dls.test_dl(items, with_labels=True))]
+        assert [dls.vocab[i] for i in y] == [f.parent.name for f in files] and x.shape == (len(files), 1, 32, 32)
+    assert len(next(iter(dls.test_dl(files)))) == 1
+    with pytest.raises(ValueError, match="in a folder named after its class"): dls.test_dl([faces/"loose.png"], with_labels=True)
+
 def test_a_grid_has_the_asked_rows_and_columns(faces):
     import matplotlib.pyplot as plt
     dls = loaders(faces)
