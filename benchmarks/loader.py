@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.common import arguments, parser, report, table
 from ecan_fastai.augment import crop_size, train_pipeline
 from ecan_fastai.data import read_face
-from ecan_fastai.datasets import EXPRESSIONS, ExpressionDataLoaders, draw_face
+from ecan_fastai.loaders import ExpressionDataLoaders
+from ecan_fastai.readers.records import EXPRESSIONS
+from ecan_fastai.sample import draw_face
 
 SETTINGS = {"48x48 grey, FER2013's strong column": dict(size=48, channels=1, recipe="fer2013", bs=256, n=4096),
             "224x224 colour, RAF-DB's strong column": dict(size=224, channels=3, recipe="rafdb", bs=64, n=1024)}

@@ -20,7 +20,7 @@ from PIL import Image
 
 from .data import read_face
 from .progress import progress
-from .published import read_faces
+from .readers.factory import read_faces
 
 # %% ../nbs/11_check.ipynb #8412c940
 def _look(face):

@@ -122,7 +122,7 @@ def ecan_predict(args=None):
         else: given.out.write_text(table.round(5).to_json(orient="records", indent=1))
 
 def _found_faces(predictor, given):
-    from ecan_fastai.faces import media_files
+    from ecan_fastai.detector import media_files
     files = [f for path in given.images for f in media_files(path)]
     table = predictor.predict_faces(files, every=1. if given.every is None else given.every)
     for f in files:

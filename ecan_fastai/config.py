@@ -95,10 +95,11 @@ class RunConfig:
         if self.epochs is not None and self.epochs < 1: raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 
     def resolve(self):
-        "Fill in the preset of the data's kind; what decides nothing with the method becomes `None`"
-        if self.kind == "auto": self.kind = "sample" if self.data == "sample" else self._detect()
+        "Fill in the preset of the data's kind, which must be known; what has no effect with the method becomes `None`"
+        if self.kind == "auto" and self.data == "sample": self.kind = "sample"
+        if self.kind == "auto": raise ValueError(f"the kind of {self.data} is not known: detect_kind tells it")
         for name in UNUSED[self.method]:
-            if getattr(self, name) not in (None, getattr(RunConfig, name)): warnings.warn(f"{name} decides nothing with method {self.method}, and is not used")
+            if getattr(self, name) not in (None, getattr(RunConfig, name)): warnings.warn(f"{name} has no effect with method {self.method}; ignored")
         for name, value in self._preset().items():
             if getattr(self, name) is None: setattr(self, name, value)
         for name in UNUSED[self.method]: setattr(self, name, None)
@@ -114,7 +115,3 @@ class RunConfig:
         if self.preset == "tuned": values |= TUNED[self.kind]
         if self.method == "center": values["l2"] = 0.003
         return values
-
-    def _detect(self):
-        from ecan_fastai.published import detect_kind
-        return detect_kind(self.data)

@@ -21,11 +21,11 @@ from filelock import FileLock, Timeout
 
 import ecan_fastai
 from .config import COMMON, UNUSED, RunConfig
-from .datasets import sample_faces
+from .sample import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
-from .published import detect_kind, read_faces
-from .runs import _read_config, _replace, _write_json, resume_run, start_run
+from .readers.factory import detect_kind, read_faces
+from .runs import read_config, resolve_config, resume_run, start_run, write_json, write_whole
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent/"experiments.json").read_text())
@@ -50,7 +50,7 @@ def run_name(
 
 def _config(data, kind, settings):
     unused = UNUSED.get(settings.get("method", "ecan"), ())
-    return RunConfig(str(data), kind, **{k: v for k,v in settings.items() if k not in unused}).resolve()
+    return resolve_config(RunConfig(str(data), kind, **{k: v for k,v in settings.items() if k not in unused}))
 
 def experiment_runs(
     name:str, # Of an experiment
@@ -86,7 +86,7 @@ def _save_record(folder, file):
     record = run_record(folder)
     if file.exists(): _same_data(json.loads(file.read_text()), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
-    _replace(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
+    write_whole(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
 
 def _check_faces(record, file, faces):
     "That a record is of these faces, by their number"
@@ -229,7 +229,7 @@ def experiment_figure(
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
     "That a run in `folder` is the one asked for"
-    written = _read_config(folder)
+    written = read_config(folder)
     for k,asked in asdict(cfg).items():
         found = getattr(written, k)
         same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
@@ -297,7 +297,7 @@ def reproduce(
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
     if not table.empty:
-        _write_json(records/f"{stem}.json", dict(name=name, kind=kind, settings=given))
+        write_json(records/f"{stem}.json", dict(name=name, kind=kind, settings=given))
         table.to_csv(out/f"{stem}.csv")
         (out/f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
         say(f"written: {out/stem}.md and .csv")

@@ -31,19 +31,26 @@ from ecan_fastai.augment import crop_size, uses_five_crops
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.data import set_stats
-from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
 from ecan_fastai.inference import Predictor
-from ecan_fastai.interpret import per_class_table, plot_confusion, plot_history, split_metrics
+from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
+from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss
+from ecan_fastai.metrics import per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
-from ecan_fastai import published  # `from_path`
+from ecan_fastai.readers.factory import detect_kind
+from ecan_fastai.sample import sample_faces
 
 OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
 
 
 # Data and learner
+
+def resolve_config(cfg):
+    "Recognise the data of a configuration and fill in the preset of its kind"
+    if cfg.kind == "auto" and cfg.data != "sample": cfg.kind = detect_kind(cfg.data)
+    return cfg.resolve()
 
 def run_loaders(cfg, out):
     "DataLoaders of a resolved configuration; settles precision, batch size and number of workers where none is given"
@@ -101,7 +108,7 @@ def _set_rng_state(state, dls):
 
 def _plain(x): return x.item() if hasattr(x, "item") else x
 
-def _replace(file, write):
+def write_whole(file, write):
     "Write a file whole or not at all"
     tmp = file.with_name(file.name + ".part")
     write(tmp)
@@ -152,8 +159,8 @@ class RunState(Callback):
                      scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
                      recorder=dict(values=[list(map(_plain, v)) for v in rec.values], losses=list(map(_plain, rec.losses)), lrs=list(map(_plain, rec.lrs)),
                                    iters=list(rec.iters), smooth=(rec.smooth_loss.count, _plain(rec.smooth_loss.val))))
-        _replace(self.out/"checkpoint.pth", lambda f: torch.save(state, f))
-        _replace(self.out/"history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
+        write_whole(self.out/"checkpoint.pth", lambda f: torch.save(state, f))
+        write_whole(self.out/"history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
 
     def _restore(self, state):
         rec, old = self.recorder, state["recorder"]
@@ -163,7 +170,7 @@ class RunState(Callback):
         if state["scaler"] and hasattr(self.learn, "scaler"): self.learn.scaler.load_state_dict(state["scaler"])
         _set_rng_state(state["rng"], self.dls)
 
-def _read_config(out):
+def read_config(out):
     file = out/"config.json"
     if not file.exists(): raise ValueError(f"{out} holds no run to resume: expected config.json in it")
     try: return RunConfig(**json.loads(file.read_text())["config"])
@@ -209,7 +216,7 @@ def _evaluate(learn, cfg, out):
 def _write_predictions(faces, targets, probs, vocab, file):
     table = pd.DataFrame(dict(image=list(map(str, faces)), label=[vocab[t] for t in targets], predicted=[vocab[p] for p in probs.argmax(1)]))
     table[[f"p_{v}" for v in vocab]] = probs.round(5)
-    _replace(file, lambda f: table.to_csv(f, index=False))
+    write_whole(file, lambda f: table.to_csv(f, index=False))
 
 def _first_and_last(column): return dict(first=float(column.iloc[0]), last=float(column.iloc[-1]))
 
@@ -243,31 +250,31 @@ def _note_environment(dls, out):
     file, now = out/"config.json", _environment(dls)
     written = json.loads(file.read_text())
     known = [written["environment"], *written.get("resumed", [])]
-    if known[-1] != now: _write_json(file, {**written, "resumed": [*known[1:], now]})
+    if known[-1] != now: write_json(file, {**written, "resumed": [*known[1:], now]})
 
 def _environments(out):
     written = json.loads((out/"config.json").read_text())
     return {k: written[k] for k in ("environment", "resumed") if k in written}
 
-def _write_json(file, value): _replace(file, lambda f: f.write_text(json.dumps(value, indent=1)))
+def write_json(file, value): write_whole(file, lambda f: f.write_text(json.dumps(value, indent=1)))
 
 def _write_results(learn, cfg, out, rows):
     history = pd.DataFrame(rows)
-    _replace(out/"history.csv", lambda f: history.to_csv(f, index=False))  # a run may have been stopped between its last checkpoint and this file
+    write_whole(out/"history.csv", lambda f: history.to_csv(f, index=False))  # a run may have been stopped between its last checkpoint and this file
     _save_figure(plot_history(history), out/"curves.png")
     metrics = _evaluate(learn, cfg, out)
     for name, m in metrics.items():
         if f"{name}_accuracy" in history: m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
     model = learn.model.inference()
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    _replace(out/"model.safetensors", lambda f: save_file(weights, f))
+    write_whole(out/"model.safetensors", lambda f: save_file(weights, f))
     learn.remove_cbs([MixedPrecision, ChannelsLast])
     learn.export("export.pkl")
     seconds = history["seconds"]
     record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), **_environments(out))
     if "alpha" in history: record["alpha"] = {**_first_and_last(history["alpha"]), "highest": float(history["alpha"].max())}
     if "cos_within" in history: record["mean_cosines"] = {pairs: _first_and_last(history[f"cos_{pairs}"]) for pairs in ("within", "between")}
-    _write_json(out/"metrics.json", record)
+    write_json(out/"metrics.json", record)
     return record
 
 
@@ -282,7 +289,7 @@ def start_run(
     if (out/"metrics.json").exists(): raise ValueError(f"{out} already holds a finished run: give another folder with --out")
     if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}")
     if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
-    cfg.resolve()
+    resolve_config(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -291,7 +298,7 @@ def start_run(
     stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
     about = dict(vocab=list(dls.vocab), view_size=side, mean=stats.mean.flatten().tolist(), std=stats.std.flatten().tolist(),
                  images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)})
-    _write_json(out/"config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
+    write_json(out/"config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
     return _train(learn, cfg, out, None)
 
 def resume_run(
@@ -300,7 +307,7 @@ def resume_run(
     "Go on with a run from its last finished epoch, as if it had not stopped"
     out = Path(out)
     if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
-    cfg = _read_config(out)
+    cfg = read_config(out)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _note_environment(dls, out)

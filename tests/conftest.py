@@ -2,7 +2,8 @@ import matplotlib
 import pytest
 import torch
 
-from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+from ecan_fastai.loaders import ExpressionDataLoaders
+from ecan_fastai.sample import sample_faces
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)

@@ -50,7 +50,7 @@ def test_without_balance_every_face_comes_once(make_dls):
     assert sorted(drawn(dls.train)) == sorted(dls.vocab.o2i[l] for l in labels(dls))
 
 def learner(faces, tmp_path, **kw):
-    cfg = RunConfig(str(faces), size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0, **kw).resolve()
+    cfg = RunConfig(str(faces), "folder", size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0, **kw).resolve()
     dls = runs.run_loaders(cfg, tmp_path)
     return runs.run_learner(cfg, dls, tmp_path), dls
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ecan_fastai.check import _pairs_exact, _pairs_near, check_data, show_pairs
 from ecan_fastai.cli import ecan_check
-from ecan_fastai.datasets import sample_faces
+from ecan_fastai.sample import sample_faces
 
 @pytest.fixture
 def spoiled(tmp_path):

@@ -15,7 +15,7 @@ from ecan_fastai import experiments
 from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
-from ecan_fastai.published import read_faces
+from ecan_fastai.readers.factory import read_faces
 
 QUICK = dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0)
 

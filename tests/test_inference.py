@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ecan_fastai.cli import ecan_evaluate, ecan_predict
 from ecan_fastai.config import RunConfig
-from ecan_fastai.datasets import draw_face
+from ecan_fastai.sample import draw_face
 from ecan_fastai.inference import Predictor, shared_classes
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.runs import start_run

@@ -187,7 +187,8 @@ def test_all_crops_train_and_several_crops_evaluate(make):
 
 @pytest.mark.slow
 def test_ecan_learns_the_sample(tmp_path):
-    from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+    from ecan_fastai.loaders import ExpressionDataLoaders
+    from ecan_fastai.sample import sample_faces
     set_seed(0)
     dls = ExpressionDataLoaders.from_folder(sample_faces(tmp_path/"f", n=700, test_pct=0.4), size=48, channels=1, level="weak", recipe="fer2013", bs=16, num_workers=0)
     learn = ecan_learner(dls, momentum=0.9, opt_func=Adam, lr=2e-3, moms=(0.95, 0.85, 0.95), wd=1e-2, wd_bn_bias=False)

@@ -28,7 +28,8 @@ def test_setup_knows_the_repositorys_address():
 def test_public_names():
     from ecan_fastai.callbacks import MemoryBankUpdate, MomentumUpdate
     from ecan_fastai.data import TwoView, TwoViewBlock
-    from ecan_fastai.datasets import ExpressionDataLoaders, sample_faces
+    from ecan_fastai.loaders import ExpressionDataLoaders
+    from ecan_fastai.sample import sample_faces
     from ecan_fastai.learner import baseline_learner, ecan_learner
     from ecan_fastai.losses import (AffinityLoss, CenterLoss, ECANLoss, ENSCLoss, ESCLoss, MVALoss, SupConLoss, affinity_loss, center_loss, ensc_loss, esc_loss, mva_loss, mva_weight,
                                     selfcon_loss, supcon_loss)

@@ -17,13 +17,13 @@ from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
 from ecan_fastai.inference import Predictor
-from ecan_fastai.interpret import split_metrics
+from ecan_fastai.metrics import split_metrics
 from ecan_fastai.layers import fast_precision
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
 def config(faces, **kw):
-    settings = {**dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw}
+    settings = {**dict(kind="folder", size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw}
     return RunConfig(str(faces), **{k: v for k, v in settings.items() if k not in UNUSED[kw.get("method", "ecan")]})
 
 def fails(capsys, *args):
@@ -172,10 +172,10 @@ def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
     assert [loss.contrast, loss.compact, loss.l1, loss.l2] == terms
 
 def test_a_setting_that_decides_nothing_is_told_and_not_recorded():
-    with pytest.warns(UserWarning, match="l1 decides nothing with method center, and is not used"): cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
+    with pytest.warns(UserWarning, match="l1 has no effect with method center; ignored"): cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
     assert cfg.l1 is None and cfg.temperature is None and cfg.l2 == 0.003
     for method in ("center", "baseline"):
-        with pytest.warns(UserWarning, match=f"anchors_only decides nothing with method {method}"): assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
+        with pytest.warns(UserWarning, match=f"anchors_only has no effect with method {method}"): assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
 
 def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:

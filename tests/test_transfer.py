@@ -84,7 +84,7 @@ def test_files_that_are_no_weights_are_named_and_run_no_code(tmp_path, capsys):
 
 @pytest.mark.parametrize("method,maker", [("ecan", ecan_learner), ("baseline", baseline_learner), ("ecan", baseline_learner)])
 def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys, method, maker):
-    from ecan_fastai.datasets import ExpressionDataLoaders, folder_faces
+    from ecan_fastai.loaders import ExpressionDataLoaders; from ecan_fastai.readers.folder import folder_faces
     from dataclasses import replace
     start_run(RunConfig(str(faces), method=method, size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0), tmp_path/"run")
     moods = [replace(f, label="good" if f.label == "happy" else "bad") for f in folder_faces(faces)]

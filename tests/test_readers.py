@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from ecan_fastai.datasets import EXPRESSIONS, ExpressionDataLoaders, Face
+from ecan_fastai.loaders import ExpressionDataLoaders
+from ecan_fastai.readers.records import EXPRESSIONS, Face
 from ecan_fastai.learner import baseline_learner, ecan_learner
-from ecan_fastai.published import *
-from ecan_fastai.published import split_by_group
+from ecan_fastai.readers.affectnet import *
+from ecan_fastai.readers.ckplus import *
+from ecan_fastai.readers.expw import *
+from ecan_fastai.readers.factory import *
+from ecan_fastai.readers.ferplus import *
+from ecan_fastai.readers.rafdb import *
+from ecan_fastai.readers.records import *
+from ecan_fastai.readers.records import split_by_group
 
 pytestmark = pytest.mark.filterwarnings("ignore:this .* differs from the published one")
 FAST = dict(bs=4, num_workers=0, device="cpu")
@@ -110,7 +117,7 @@ def test_rafdb_ids_are_its_own(tmp_path):
 
 def test_rafdb_counts_are_checked(tmp_path):
     with pytest.warns(UserWarning, match="this RAF-DB differs.*train happy 3 instead of 4772"): rafdb_faces(rafdb_folders(tmp_path))
-    from ecan_fastai.published import RAFDB_COUNTS
+    from ecan_fastai.readers.rafdb import RAFDB_COUNTS
     assert {k: sum(v.values()) for k, v in RAFDB_COUNTS.items()} == {"train": 12271, "test": 3068}
 
 def test_rafdb_mistakes_are_named(tmp_path):

@@ -7,9 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
-from ecan_fastai.datasets import *
-from ecan_fastai.datasets import Face
-from ecan_fastai.published import detect_kind
+from ecan_fastai.loaders import *
+from ecan_fastai.readers.fer2013 import *
+from ecan_fastai.readers.folder import *
+from ecan_fastai.readers.records import *
+from ecan_fastai.sample import *
+from ecan_fastai.readers.records import Face
+from ecan_fastai.readers.factory import detect_kind
 
 FAST = dict(bs=8, num_workers=0, device="cpu")
 
@@ -53,10 +57,10 @@ def test_sample_again_is_found_and_other_content_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"mine")
 
 def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch):
-    from ecan_fastai import datasets
+    from ecan_fastai import sample
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(datasets.cv2, "imwrite", stop)
+        m.setattr(sample.cv2, "imwrite", stop)
         with pytest.raises(KeyboardInterrupt): sample_faces(tmp_path/"s", n=40)
     with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"s", n=41)
     a, b = sample_faces(tmp_path/"s", n=40), sample_faces(tmp_path/"whole", n=40)

@@ -9,7 +9,7 @@ from matplotlib.cbook import get_sample_data
 from ecan_fastai.cli import ecan_predict
 from ecan_fastai.config import RunConfig
 from ecan_fastai.data import read_face
-from ecan_fastai.faces import FaceFinder, _upright, media_files, video_frames
+from ecan_fastai.detector import FaceFinder, _upright, media_files, video_frames
 from ecan_fastai.inference import Predictor
 from ecan_fastai.runs import start_run
 
