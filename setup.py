@@ -1,15 +1,17 @@
 "Everything that pyproject.toml declares `dynamic` comes from settings.ini."
+
 import re
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 ini = ConfigParser(delimiters=["="])
-ini.read(Path(__file__).parent/"settings.ini", encoding="utf-8")
+ini.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
-readme = (Path(__file__).parent/"README.md").read_text(encoding="utf-8")
-pages = "https://github.com/ecan-fastai/ecan_fastai"  # where README's pictures and links lie for those who read it elsewhere
+readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+pages = "https://github.com/ecan-fastai/ecan_fastai"  # where README's images and links lie
 readme = re.sub(r"(!\[[^]]*\]\()(?!http)", rf"\1{pages}/raw/main/", readme)
 readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!http)", rf"\1{pages}/blob/main/", readme)
 
@@ -24,6 +26,8 @@ setup(
     package_data={"ecan_fastai": ["*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "faces", "onnx")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
 )

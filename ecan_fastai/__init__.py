@@ -1,4 +1,5 @@
 "Facial expression recognition with fastai: the Extra-Contrast Affinity Network (ECAN)"
+
 import os
 
 # albumentations asks the network for its newest version when it is imported, unless this is set

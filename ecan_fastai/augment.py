@@ -11,60 +11,85 @@ __all__ = ['uses_five_crops', 'crop_size', 'RandomFiveCrop', 'RandomShift', 'see
 # %% ../nbs/01_augment.ipynb #d1178ff8
 import random
 
-import numpy as np
 import albumentations as A
+import numpy as np
 
 from .config import CROPS, LEVELS, RECIPES
 
 # %% ../nbs/01_augment.ipynb #25d5bd58
 _all_ = ["LEVELS", "RECIPES", "CROPS"]
 
+
 def _check(level, recipe):
-    if level not in LEVELS: raise ValueError(f"unknown augmentation level {level!r}, expected one of {', '.join(LEVELS)}")
-    if recipe not in RECIPES: raise ValueError(f"unknown augmentation recipe {recipe!r}, expected one of {', '.join(RECIPES)}")
+    if level not in LEVELS:
+        raise ValueError(f"unknown augmentation level {level!r}, expected one of {', '.join(LEVELS)}")
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown augmentation recipe {recipe!r}, expected one of {', '.join(RECIPES)}")
 
 # %% ../nbs/01_augment.ipynb #60faa7bd
-def uses_five_crops(level:str, recipe:str)->bool:
+def uses_five_crops(level: str, recipe: str) -> bool:
     "Whether FiveCrop is part of this column of Table 1"
     return level == "strong" and recipe == "fer2013"
 
-def crop_size(level:str, recipe:str, size:int)->int:
+
+def crop_size(level: str, recipe: str, size: int) -> int:
     "Side of the pictures that the network sees: `size`, or 5/6 of it under FiveCrop (40 of 48)"
     _check(level, recipe)
-    return round(size*5/6) if uses_five_crops(level, recipe) else size
+    return round(size * 5 / 6) if uses_five_crops(level, recipe) else size
+
 
 def _five_corners(size, side):
     "Left and top of the four corner crops and the centre crop of `side` pixels from a picture of `size` pixels"
-    far,mid = size-side,(size-side)//2
-    return [(0,0), (far,0), (0,far), (far,far), (mid,mid)]
+    far, mid = size - side, (size - side) // 2
+    return [(0, 0), (far, 0), (0, far), (far, far), (mid, mid)]
 
-def _five_crops(size, side): return [A.Crop(x, y, x+side, y+side) for x,y in _five_corners(size, side)]
+
+def _five_crops(size, side):
+    return [A.Crop(x, y, x + side, y + side) for x, y in _five_corners(size, side)]
+
 
 class RandomFiveCrop(A.ImageOnlyTransform):
     "One of the five crops of FiveCrop, each with the same chance: `A.OneOf` over five `A.Crop` in a third of the time"
-    def __init__(self,
-        size:int, # Side of the picture in pixels
-        side:int # Side of the crops
+
+    def __init__(
+        self,
+        size: int,  # Side of the picture in pixels
+        side: int,  # Side of the crops
     ):
         super().__init__(p=1)
-        self.size,self.side = size,side
-    def get_params(self): return {"corner": self.py_random.choice(_five_corners(self.size, self.side))}
+        self.size, self.side = size, side
+
+    def get_params(self):
+        return {"corner": self.py_random.choice(_five_corners(self.size, self.side))}
+
     def apply(self, img, corner, **params):
-        x,y = corner
-        return img[y:y+self.side, x:x+self.side]
+        x, y = corner
+        return img[y : y + self.side, x : x + self.side]
+
 
 class RandomShift(A.ImageOnlyTransform):
-    "Move the picture by whole pixels, black where it was: a crop from the padded picture, `A.PadIfNeeded` and `A.RandomCrop` in one copy"
-    def __init__(self,
-        pixels:int, # Largest shift in each direction
-        p:float=1.0 # Probability
+    """Move the picture by whole pixels, black where it was: a crop from the padded picture, `A.PadIfNeeded` and
+    `A.RandomCrop` in one copy"""
+
+    def __init__(
+        self,
+        pixels: int,  # Largest shift in each direction
+        p: float = 1.0,  # Probability
     ):
         super().__init__(p=p)
         self.pixels = pixels
-    def get_params(self): return {"right": self.py_random.randint(-self.pixels, self.pixels), "down": self.py_random.randint(-self.pixels, self.pixels)}
+
+    def get_params(self):
+        return {
+            "right": self.py_random.randint(-self.pixels, self.pixels),
+            "down": self.py_random.randint(-self.pixels, self.pixels),
+        }
+
     def apply(self, img, right, down, **params):
-        (h,w),out = img.shape[:2],np.zeros_like(img)
-        out[max(0, down):h+down, max(0, right):w+right] = img[max(0, -down):h-down, max(0, -right):w-right]
+        (h, w), out = img.shape[:2], np.zeros_like(img)
+        out[max(0, down) : h + down, max(0, right) : w + right] = img[
+            max(0, -down) : h - down, max(0, -right) : w - right
+        ]
         return out
 
 # %% ../nbs/01_augment.ipynb #3c0e6653
@@ -72,81 +97,112 @@ def _rafdb(level, size, color):
     erase = A.Erasing(p=0.5)
     grey = [A.ToGray(p=0.2)] if color else []
     resize = A.Resize(size, size)
-    if level == "weak": return [resize, A.HorizontalFlip(p=0.5), *grey], [erase]
-    geometry = [resize, RandomShift(size//7), A.HorizontalFlip(p=0.5), A.Rotate(20, p=0.5)]
+    if level == "weak":
+        return [resize, A.HorizontalFlip(p=0.5), *grey], [erase]
+    geometry = [resize, RandomShift(size // 7), A.HorizontalFlip(p=0.5), A.Rotate(20, p=0.5)]
     hue = (-0.1, 0.1) if color else (0, 0)
-    colour = [A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=hue, p=0.8), *grey,
-              A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5)]
+    colour = [
+        A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=hue, p=0.8),
+        *grey,
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
+    ]
     return geometry + colour, [erase]
+
 
 def _fer2013(level, size, color):
     erase = A.Erasing(p=0.5)
     grey = [A.ToGray(p=0.2)] if color else []
     crop = A.RandomResizedCrop(size=(size, size), scale=(0.8, 1.0))
-    flip,turn = A.HorizontalFlip(p=0.5),A.Rotate(10, p=0.5)
-    if level == "weak": return [crop, flip, turn, *grey], [erase]
+    flip, turn = A.HorizontalFlip(p=0.5), A.Rotate(10, p=0.5)
+    if level == "weak":
+        return [crop, flip, turn, *grey], [erase]
     jitter = A.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0, p=0.5)
-    return [crop, jitter, *grey, RandomShift(round(size*0.2), p=0.5), flip, turn], [erase]
+    return [crop, jitter, *grey, RandomShift(round(size * 0.2), p=0.5), flip, turn], [erase]
 
 # %% ../nbs/01_augment.ipynb #787f4ae0
 def seed_pipeline(
-    pipeline, # From `train_pipeline`
-    seed:int # Same seed, same draws
+    pipeline,  # From `train_pipeline`
+    seed: int,  # Same seed, same draws
 ):
     "Seed a pipeline so that its transforms draw independently, one after the other from one stream"
     pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
+
 class AllCrops:
-    "The pipeline `before` once, then each of `crops` (pipelines): a dict with `image` (n_crops, height, width[, channels])"
-    def __init__(self, before, crops): self.before,self.crops = before,crops
+    """The pipeline `before` once, then each of `crops` (pipelines): a dict with `image` (n_crops, height, width[,
+    channels])"""
+
+    def __init__(self, before, crops):
+        self.before, self.crops = before, crops
+
     def __call__(self, image):
         image = self.before(image=image)["image"]
         return {"image": np.stack([crop(image=image)["image"] for crop in self.crops])}
+
     def set_random_state(self, *generators):
-        for pipeline in (self.before, *self.crops): pipeline.set_random_state(*generators)
+        for pipeline in (self.before, *self.crops):
+            pipeline.set_random_state(*generators)
 
 # %% ../nbs/01_augment.ipynb #89d20aa8
 def train_pipeline(
-    level:str="strong", # One of "none", "weak", "strong" (Table 1)
-    recipe:str="rafdb", # "rafdb" or "fer2013": the column of Table 1
-    size:int=224, # Side in pixels to which a picture is brought
-    channels:int=3, # Channels of the pictures, 1 (grey) or 3 (RGB)
-    all_crops:bool=False # Give all five crops of FiveCrop instead of a random one
-): # A callable `pipeline(image=...)["image"]` on uint8 arrays (height, width, channels)
-    "Training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for `all_crops` without FiveCrop"
+    level: str = "strong",  # One of "none", "weak", "strong" (Table 1)
+    recipe: str = "rafdb",  # "rafdb" or "fer2013": the column of Table 1
+    size: int = 224,  # Side in pixels to which a picture is brought
+    channels: int = 3,  # Channels of the pictures, 1 (grey) or 3 (RGB)
+    all_crops: bool = False,  # Give all five crops of FiveCrop instead of a random one
+):  # A callable `pipeline(image=...)["image"]` on uint8 arrays (height, width, channels)
+    """Training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for `all_crops`
+    without FiveCrop"""
     _check(level, recipe)
     if all_crops and not uses_five_crops(level, recipe):
-        raise ValueError(f"all_crops needs FiveCrop, which is part of level 'strong' of recipe 'fer2013', not of {level!r} of {recipe!r}")
-    if level == "none": return A.Compose([A.Resize(size, size)])
-    before,after = (_rafdb if recipe == "rafdb" else _fer2013)(level, size, channels == 3)
-    if not uses_five_crops(level, recipe): return A.Compose(before + after)
+        raise ValueError(
+            f"all_crops needs FiveCrop, which is part of level 'strong' of recipe 'fer2013', not of {level!r} of "
+            f"{recipe!r}"
+        )
+    if level == "none":
+        return A.Compose([A.Resize(size, size)])
+    before, after = (_rafdb if recipe == "rafdb" else _fer2013)(level, size, channels == 3)
+    if not uses_five_crops(level, recipe):
+        return A.Compose(before + after)
     side = crop_size(level, recipe, size)
-    if all_crops: return AllCrops(A.Compose(before), [A.Compose([crop] + after) for crop in _five_crops(size, side)])
+    if all_crops:
+        return AllCrops(A.Compose(before), [A.Compose([crop] + after) for crop in _five_crops(size, side)])
     return A.Compose(before + [RandomFiveCrop(size, side)] + after)
 
 # %% ../nbs/01_augment.ipynb #a3caf0f8
-def picture_size(level:str, recipe:str, size:int, crops:str="center")->int:
-    "Side of the pictures from which evaluation views are cut: `size` under FiveCrop, else 6/5 of it for five or ten crops"
-    if crops not in CROPS: raise ValueError(f"unknown evaluation crops {crops!r}, expected one of {', '.join(CROPS)}")
+def picture_size(level: str, recipe: str, size: int, crops: str = "center") -> int:
+    """Side of the pictures from which evaluation views are cut: `size` under FiveCrop, else 6/5 of it for five or
+    ten crops"""
+    if crops not in CROPS:
+        raise ValueError(f"unknown evaluation crops {crops!r}, expected one of {', '.join(CROPS)}")
     side = crop_size(level, recipe, size)
-    return size if uses_five_crops(level, recipe) or crops in ("center", "flip") else round(side*6/5)
+    return size if uses_five_crops(level, recipe) or crops in ("center", "flip") else round(side * 6 / 5)
+
 
 def eval_boxes(
-    picture:int, # Side of the picture
-    side:int, # Side of a view
-    crops:str="center" # One of `CROPS`
-)->list: # (mirrored, left, top) of each view; a mirrored view is cut from the mirrored picture
+    picture: int,  # Side of the picture
+    side: int,  # Side of a view
+    crops: str = "center",  # One of `CROPS`
+) -> list:  # (mirrored, left, top) of each view; a mirrored view is cut from the mirrored picture
     "Where the evaluation views of a picture lie"
     five = _five_corners(picture, side)
     chosen = five if crops in ("five", "ten") else five[-1:]
-    return [(mirrored, *corner) for mirrored in ((False, True) if crops in ("flip", "ten") else (False,)) for corner in chosen]
+    return [
+        (mirrored, *corner)
+        for mirrored in ((False, True) if crops in ("flip", "ten") else (False,))
+        for corner in chosen
+    ]
+
 
 def eval_pipelines(
-    level:str="strong", # The level used in training
-    recipe:str="rafdb", # The recipe used in training
-    size:int=224, # Side in pixels to which a picture is brought
-    crops:str="center" # "center" (one), "flip" (it and its mirror image), "five" (corners and centre) or "ten" (five and their mirror images)
-)->list: # One deterministic pipeline a view
+    level: str = "strong",  # The level used in training
+    recipe: str = "rafdb",  # The recipe used in training
+    size: int = 224,  # Side in pixels to which a picture is brought
+    crops: str = "center",  # "center", "flip" (it and its mirror image), "five" (and corners) or "ten"
+) -> list:  # One deterministic pipeline a view
     "Evaluation views of a picture; raises `ValueError` for an unknown `crops`"
-    side,picture = crop_size(level, recipe, size),picture_size(level, recipe, size, crops)
-    return [A.Compose([A.Resize(picture, picture), *[A.HorizontalFlip(p=1)]*mirrored, A.Crop(x, y, x+side, y+side)]) for mirrored,x,y in eval_boxes(picture, side, crops)]
+    side, picture = crop_size(level, recipe, size), picture_size(level, recipe, size, crops)
+    return [
+        A.Compose([A.Resize(picture, picture), *[A.HorizontalFlip(p=1)] * mirrored, A.Crop(x, y, x + side, y + side)])
+        for mirrored, x, y in eval_boxes(picture, side, crops)
+    ]

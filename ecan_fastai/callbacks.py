@@ -24,46 +24,63 @@ from .progress import progress
 # %% ../nbs/06_callbacks.ipynb #b43935b6
 class MomentumUpdate(Callback):
     "Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)"
-    order,run_valid = MixedPrecision.order+2,False
-    def __init__(self, 
-        momentum:float=0.999 # m of Eq. 1, in [0, 1): the key encoder averages over about 1/(1-m) steps
+
+    order, run_valid = MixedPrecision.order + 2, False
+
+    def __init__(
+        self,
+        momentum: float = 0.999,  # m of Eq. 1, in [0, 1): the key encoder averages over about 1/(1-m) steps
     ):
-        if not 0 <= momentum < 1: raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         store_attr()
         self.skipped = False
 
-    def after_cancel_step(self): self.skipped = True
+    def after_cancel_step(self):
+        self.skipped = True
+
     def after_step(self):
-        if not self.skipped: self.model.update_keys(self.momentum)
+        if not self.skipped:
+            self.model.update_keys(self.momentum)
         self.skipped = False
 
 # %% ../nbs/06_callbacks.ipynb #d9a7908f
 class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
-    order,run_valid = MixedPrecision.order+2,False
+
+    order, run_valid = MixedPrecision.order + 2, False
 
     def before_fit(self):
-        self.pending,self.may_fill = None,True
+        self.pending, self.may_fill = None, True
         mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
-        if mixing: raise ValueError(f"{mixing[0]} mixes single images, and ECAN trains on pairs of views: leave it out, or use baseline_learner")
+        if mixing:
+            raise ValueError(
+                f"{mixing[0]} mixes single images, and ECAN trains on pairs of views: leave it out, or use "
+                "baseline_learner"
+            )
 
     def before_train(self):
-        if self.may_fill and not self.model.bank.full: self.fill()
+        if self.may_fill and not self.model.bank.full:
+            self.fill()
         self.may_fill = False
 
     @torch.no_grad()
     def fill(self):
         "Key features of training batches into the bank until it is full, at most one pass over the data"
         train = self.dls.train
-        for b in progress(train, "fill the memory bank", min(len(train), -(-self.model.bank.size//train.bs))):
-            (_,x_k),y = self.learn._set_device(b)
-            x_k,y = unfold_crops(x_k, y)
+        for b in progress(train, "fill the memory bank", min(len(train), -(-self.model.bank.size // train.bs))):
+            (_, x_k), y = self.learn._set_device(b)
+            x_k, y = unfold_crops(x_k, y)
             self.push(self.model.keys(x_k), y)
-            if self.model.bank.full: break
+            if self.model.bank.full:
+                break
 
-    def after_pred(self): self.pending = self.pred["z_k"],self.y
+    def after_pred(self):
+        self.pending = self.pred["z_k"], self.y
+
     def after_batch(self):
-        if self.pending is not None: self.push(*self.pending)
+        if self.pending is not None:
+            self.push(*self.pending)
         self.pending = None
 
     def push(self, z, y):
@@ -72,49 +89,68 @@ class MemoryBankUpdate(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):
-    "Stack of crops (n, crops, ...) and labels (n,) to pictures (n*crops, ...) and as many labels; pictures pass through"
-    if x.ndim < 5: return x,y
-    return x.flatten(0, 1),y.repeat_interleave(x.shape[1], 0)
+    """Stack of crops (n, crops, ...) and labels (n,) to pictures (n*crops, ...) and as many labels; pictures pass
+    through"""
+    if x.ndim < 5:
+        return x, y
+    return x.flatten(0, 1), y.repeat_interleave(x.shape[1], 0)
+
 
 class CropsAsImages(Callback):
     "Train on every crop as a picture of its own"
-    order,run_valid = TrainEvalCallback.order+1,False
+
+    order, run_valid = TrainEvalCallback.order + 1, False
+
     def before_batch(self):
-        x,y = self.x,self.y
+        x, y = self.x, self.y
         pair = isinstance(x, (tuple, list))
         views = [unfold_crops(v, y) for v in (x if pair else (x,))]
         self.learn.yb = (views[0][1],)
-        self.learn.xb = (tuple(v for v,_ in views) if pair else views[0][0],)
+        self.learn.xb = (tuple(v for v, _ in views) if pair else views[0][0],)
 
 # %% ../nbs/06_callbacks.ipynb #9dd95d76
 class ProgressiveResize(Callback):
-    "Train and validate on smaller images in the first epochs: cheaper, and the rest of the fit starts from what they taught"
-    order = CropsAsImages.order+1
-    def __init__(self,
-        size:int, # Side of the views in pixels while they are small
-        pct:float=0.75 # Share of the epochs on small images, 0 to 1
+    """Train and validate on smaller images in the first epochs: cheaper, and the rest of the fit starts from what
+    they taught"""
+
+    order = CropsAsImages.order + 1
+
+    def __init__(
+        self,
+        size: int,  # Side of the views in pixels while they are small
+        pct: float = 0.75,  # Share of the epochs on small images, 0 to 1
     ):
-        if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
-        if not 0 <= pct <= 1: raise ValueError(f"pct must be between 0 and 1, got {pct}")
+        if size < 8:
+            raise ValueError(f"size must be at least 8 pixels, got {size}")
+        if not 0 <= pct <= 1:
+            raise ValueError(f"pct must be between 0 and 1, got {pct}")
         store_attr()
         self.is_small = False  # whether the fit is in an epoch on small images
 
-    def before_train(self): self.is_small = self.epoch < round(self.pct*self.n_epoch)
-    def after_fit(self): self.is_small = False
+    def before_train(self):
+        self.is_small = self.epoch < round(self.pct * self.n_epoch)
+
+    def after_fit(self):
+        self.is_small = False
+
     def before_batch(self):
-        if self.is_small: self.learn.xb = tuple(map(self.resize, self.xb))
+        if self.is_small:
+            self.learn.xb = tuple(map(self.resize, self.xb))
 
     def resize(self, x):
         "A batch of views, or a pair of batches, at the small size; views that are no larger stay as they are"
-        if isinstance(x, (tuple, list)): return tuple(map(self.resize, x))
-        if x.shape[-1] <= self.size: return x
+        if isinstance(x, (tuple, list)):
+            return tuple(map(self.resize, x))
+        if x.shape[-1] <= self.size:
+            return x
         small = F.interpolate(x.flatten(0, -4), size=(self.size, self.size), mode="bilinear", antialias=True)
         return small.view(*x.shape[:-2], self.size, self.size)
 
 # %% ../nbs/06_callbacks.ipynb #5abea93d
 class LossPartsRecorder(Callback):
     "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha"
-    order,run_valid,remove_on_fetch = Recorder.order+1,False,True
+
+    order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
 
     def before_fit(self):
         self.batches = []
@@ -122,14 +158,16 @@ class LossPartsRecorder(Callback):
         self.at = at = len(names) - bool(self.recorder.add_time)
         self.recorder.metric_names = self.recorder.metric_names[:at] + self.loss_func.part_names + names[at:]
 
-    def before_train(self): self.batches = []
+    def before_train(self):
+        self.batches = []
+
     def after_loss(self):
         self.batches.append(torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names]))
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
         if self.batches:
-            skipped = [math.nan]*(self.at - len(self.recorder.log))  # columns of a validation that did not happen
+            skipped = [math.nan] * (self.at - len(self.recorder.log))  # columns of a validation that did not happen
             means = torch.stack(self.batches).nanmean(0).tolist()  # a batch may hold no pair of one class
             self.recorder.log += skipped + means
         self.batches = []
@@ -137,9 +175,20 @@ class LossPartsRecorder(Callback):
 # %% ../nbs/06_callbacks.ipynb #cb24b77a
 class CPUMixedPrecision(MixedPrecision):
     "bfloat16 mixed precision on a CPU"
+
     name = "mixed_precision"
-    def __init__(self): super().__init__("bf16")
+
+    def __init__(self):
+        super().__init__("bf16")
+
     def before_fit(self):
         device = next(self.model.parameters()).device
-        if device.type != "cpu": raise ValueError(f"CPUMixedPrecision is for a model on the CPU, and this one is on {device}: use learn.to_bf16()")
-        self.autocast,self.learn.scaler,self.scales = torch.autocast("cpu", torch.bfloat16),torch.amp.GradScaler("cpu", enabled=False),[]
+        if device.type != "cpu":
+            raise ValueError(
+                f"CPUMixedPrecision is for a model on the CPU, and this one is on {device}: use learn.to_bf16()"
+            )
+        self.autocast, self.learn.scaler, self.scales = (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.amp.GradScaler("cpu", enabled=False),
+            [],
+        )

@@ -25,77 +25,121 @@ from .readers.factory import read_faces
 # %% ../nbs/11_check.ipynb #8412c940
 def _look(face):
     "What is wrong, a digest of the pixels, and the perceptual hash as 64 signs"
-    try: img = read_face(face.image, 1)
-    except (ValueError, FileNotFoundError) as e: return str(e),None,None
+    try:
+        img = read_face(face.image, 1)
+    except (ValueError, FileNotFoundError) as e:
+        return str(e), None, None
     digest = hashlib.sha256(repr(img.shape).encode() + img.tobytes()).hexdigest()
-    return None,digest,imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel()*2.0 - 1
+    return None, digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1
+
 
 def _pairs_exact(digests):
     "Pairs of positions with the same digest"
     groups = {}
-    for i,d in enumerate(digests): groups.setdefault(d, []).append(i)
-    return [(a, b, 0) for own in groups.values() for k,a in enumerate(own) for b in own[k+1:]]
+    for i, d in enumerate(digests):
+        groups.setdefault(d, []).append(i)
+    return [(a, b, 0) for own in groups.values() for k, a in enumerate(own) for b in own[k + 1 :]]
+
 
 def _pairs_near(signs, distance, rows=None):
     "Pairs of positions whose hashes differ in at most `distance` bits; a product of signs counts the bits that agree"
-    found,rows = [],rows or max(1, 2**25//len(signs))  # 128 MiB at a time
+    found, rows = [], rows or max(1, 2**25 // len(signs))  # 128 MiB at a time
     for i in range(0, len(signs), rows):
-        bits = (signs.shape[1] - signs[i:i+rows] @ signs[i:].T)/2
-        a,b = np.nonzero(np.triu(bits <= distance, 1))
-        found += [(i+x, i+y, int(bits[x, y])) for x,y in zip(a.tolist(), b.tolist())]
+        bits = (signs.shape[1] - signs[i : i + rows] @ signs[i:].T) / 2
+        a, b = np.nonzero(np.triu(bits <= distance, 1))
+        found += [(i + x, i + y, int(bits[x, y])) for x, y in zip(a.tolist(), b.tolist())]
     return found
+
 
 @dataclass
 class DataReport:
     "What `check_data` found"
-    counts:pd.DataFrame # Faces of each class and split
-    broken:dict # Each image that cannot be read, to what is wrong with it
-    pairs:pd.DataFrame # Pairs of images that are the same or nearly: distance in bits, image, split and label of both, and whether their pixels are equal
-    faces:list # The `Face` records that were looked at, in the numbering of the columns a and b of `pairs`
+
+    counts: pd.DataFrame  # Faces of each class and split
+    broken: dict  # Each image that cannot be read, to what is wrong with it
+    pairs: pd.DataFrame  # Equal or nearly equal images: distance in bits, image, split and label of both
+    faces: list  # The `Face` records that were looked at, in the numbering of the columns a and b of `pairs`
 
     @property
-    def leaks(self)->pd.DataFrame:
+    def leaks(self) -> pd.DataFrame:
         "Pairs across two splits"
         return self.pairs[self.pairs.split_a != self.pairs.split_b]
 
-    def summary(self)->pd.DataFrame:
+    def summary(self) -> pd.DataFrame:
         "Number of pairs by the splits they stand in, and how many of them carry two different labels"
-        if not len(self.pairs): return pd.DataFrame(columns=["splits", "same pixels", "near", "of both, labelled differently"])
+        if not len(self.pairs):
+            return pd.DataFrame(columns=["splits", "same pixels", "near", "of both, labelled differently"])
         splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
-        rows = [(name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum())) for name,own in self.pairs.groupby(splits, sort=False)]
+        rows = [
+            (name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum()))
+            for name, own in self.pairs.groupby(splits, sort=False)
+        ]
         return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "of both, labelled differently"])
 
+
 def check_data(
-    path, # Data of any kind that `read_faces` knows
-    kind:str="auto", # Kind of the data
-    distance:int=2 # Bits of 64 in which the hashes of a near pair may differ
-)->DataReport:
+    path,  # Data of any kind that `read_faces` knows
+    kind: str = "auto",  # Kind of the data
+    distance: int = 2,  # Bits of 64 in which the hashes of a near pair may differ
+) -> DataReport:
     "Look at every image of a data set: counts, broken images, and images that stand there twice"
-    if not 0 <= distance <= 16: raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
+    if not 0 <= distance <= 16:
+        raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
     faces = read_faces(path, kind)
-    with ThreadPoolExecutor() as pool: looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
-    counts = pd.crosstab([f.label for f in faces], [f.split for f in faces], margins=True, margins_name="all").rename_axis(index="class", columns="split")
+    with ThreadPoolExecutor() as pool:
+        looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
+    counts = pd.crosstab(
+        [f.label for f in faces], [f.split for f in faces], margins=True, margins_name="all"
+    ).rename_axis(index="class", columns="split")
     counts = counts[[*dict.fromkeys(f.split for f in faces), "all"]]
-    whole = [i for i,l in enumerate(looked) if l[0] is None]
+    whole = [i for i, (problem, *_) in enumerate(looked) if problem is None]
     digests = [looked[i][1] for i in whole]
     pairs = _pairs_exact(digests)
-    if whole: pairs += [p for p in _pairs_near(np.stack([looked[i][2] for i in whole]).astype(np.float32), distance) if digests[p[0]] != digests[p[1]]]
-    rows = [(d, str(faces[a]), faces[a].split, faces[a].label, str(faces[b]), faces[b].split, faces[b].label, digests[x] == digests[y], a, b)
-            for x,y,d in pairs for a,b in [(whole[x], whole[y])]]
-    table = pd.DataFrame(rows, columns=["distance", "image_a", "split_a", "label_a", "image_b", "split_b", "label_b", "same", "a", "b"]).astype({"same": bool})
-    return DataReport(counts, {str(f): l[0] for f,l in zip(faces, looked) if l[0]}, table.sort_values(["same", "distance"], ascending=[False, True], ignore_index=True), faces)
+    if whole:
+        pairs += [
+            p
+            for p in _pairs_near(np.stack([looked[i][2] for i in whole]).astype(np.float32), distance)
+            if digests[p[0]] != digests[p[1]]
+        ]
+    rows = [
+        (
+            d,
+            str(faces[a]),
+            faces[a].split,
+            faces[a].label,
+            str(faces[b]),
+            faces[b].split,
+            faces[b].label,
+            digests[x] == digests[y],
+            a,
+            b,
+        )
+        for x, y, d in pairs
+        for a, b in [(whole[x], whole[y])]
+    ]
+    table = pd.DataFrame(
+        rows, columns=["distance", "image_a", "split_a", "label_a", "image_b", "split_b", "label_b", "same", "a", "b"]
+    ).astype({"same": bool})
+    return DataReport(
+        counts,
+        {str(f): problem for f, (problem, *_) in zip(faces, looked) if problem},
+        table.sort_values(["same", "distance"], ascending=[False, True], ignore_index=True),
+        faces,
+    )
+
 
 def show_pairs(
-    report:DataReport, # From `check_data`
-    pairs:pd.DataFrame=None, # Rows of `report.pairs`; default those across splits
-    max_n:int=8 # Pairs to draw
+    report: DataReport,  # From `check_data`
+    pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default those across splits
+    max_n: int = 8,  # Pairs to draw
 ):
     "Draw pairs of images one above the other, with split and label"
     pairs = (report.leaks if pairs is None else pairs).head(max_n)
-    if not len(pairs): raise ValueError("no pairs to show")
-    fig,axs = plt.subplots(2, len(pairs), figsize=(1.5*len(pairs), 3.6), squeeze=False, layout="constrained")
-    for row,(a,b) in zip(pairs.itertuples(), axs.T):
-        for ax,i,split,label in ((a, row.a, row.split_a, row.label_a), (b, row.b, row.split_b, row.label_b)):
+    if not len(pairs):
+        raise ValueError("no pairs to show")
+    fig, axs = plt.subplots(2, len(pairs), figsize=(1.5 * len(pairs), 3.6), squeeze=False, layout="constrained")
+    for row, (a, b) in zip(pairs.itertuples(), axs.T):
+        for ax, i, split, label in ((a, row.a, row.split_a, row.label_a), (b, row.b, row.split_b, row.label_b)):
             ax.imshow(read_face(report.faces[i].image, 1)[..., 0], cmap="gray", vmin=0, vmax=255)
             ax.set_title(f"{split}\n{label}", fontsize=8)
             ax.axis("off")

@@ -34,6 +34,7 @@ from .augment import eval_pipelines, seed_pipeline, train_pipeline
 # %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):
     "A face: (channels, height, width), or (crops, channels, height, width)"
+
     def show(self, ctx=None, **kwargs):
         img = torch.cat(list(self), -1) if self.ndim == 4 else self
         vmax = 1 if img.is_floating_point() else 255
@@ -42,53 +43,78 @@ class FaceImage(TensorImage):
 # %% ../nbs/02_data.ipynb #453202ab
 class TwoView(fastuple):
     "Two views of one face, the query's and the key's, each a `FaceImage`"
+
     def show(self, ctx=None, **kwargs):
-        q,k = [torch.cat(list(v), -1) if v.ndim == 4 else v for v in self]
-        gap = torch.full_like(q[..., :max(1, q.shape[-1]//24)], 1 if q.is_floating_point() else 255)
+        q, k = [torch.cat(list(v), -1) if v.ndim == 4 else v for v in self]
+        gap = torch.full_like(q[..., : max(1, q.shape[-1] // 24)], 1 if q.is_floating_point() else 255)
         return FaceImage(torch.cat([q, gap, k], -1)).show(ctx=ctx, **kwargs)
 
 # %% ../nbs/02_data.ipynb #b4bb6e62
 @dataclass(frozen=True)
 class PhotoCrop:
     "A face in a photograph: a file and a box in pixels, right and bottom excluded"
-    file:Path
-    left:int
-    top:int
-    right:int
-    bottom:int
-    def __str__(self): return f"{self.file} (left {self.left}, top {self.top}, right {self.right}, bottom {self.bottom})"
+
+    file: Path
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def __str__(self):
+        return f"{self.file} (left {self.left}, top {self.top}, right {self.right}, bottom {self.bottom})"
+
     def read(self, channels):
         img = read_face(self.file, channels)
-        face = img[max(0, self.top):max(0, self.bottom), max(0, self.left):max(0, self.right)]
-        if not face.size: raise ValueError(f"{self}: the box lies outside the picture of {img.shape[1]}x{img.shape[0]} pixels")
+        face = img[max(0, self.top) : max(0, self.bottom), max(0, self.left) : max(0, self.right)]
+        if not face.size:
+            raise ValueError(f"{self}: the box lies outside the picture of {img.shape[1]}x{img.shape[0]} pixels")
         return face
 
+
 def read_face(
-    x, # Path, `PhotoCrop`, encoded bytes, PIL image, uint8 array (height, width[, 1 or 3]) in RGB order, or uint8 tensor (1 or 3, height, width)
-    channels:int=3 # 1: grey, 3: RGB
-)->np.ndarray: # uint8 (height, width, channels)
-    "Decode a picture with OpenCV; raises `ValueError` naming the file for one that cannot be decoded, and for arrays of another kind"
-    if isinstance(x, (str, Path, bytes)): return _decode(x, channels)
-    if isinstance(x, PhotoCrop): return x.read(channels)
-    if isinstance(x, Image.Image): x = np.asarray(x.convert("L" if channels == 1 else "RGB"))
+    x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 array (h, w[, 1|3]) or tensor (1|3, h, w)
+    channels: int = 3,  # 1: grey, 3: RGB
+) -> np.ndarray:  # uint8 (height, width, channels)
+    """Decode a picture with OpenCV; raises `ValueError` naming the file for one that cannot be decoded, and for
+    arrays of another kind"""
+    if isinstance(x, (str, Path, bytes)):
+        return _decode(x, channels)
+    if isinstance(x, PhotoCrop):
+        return x.read(channels)
+    if isinstance(x, Image.Image):
+        x = np.asarray(x.convert("L" if channels == 1 else "RGB"))
     elif isinstance(x, torch.Tensor):
         x = x.detach().cpu().numpy()
-        if x.ndim == 3: x = x.transpose(1, 2, 0)
-    if x.ndim == 2: x = x[..., None]
+        if x.ndim == 3:
+            x = x.transpose(1, 2, 0)
+    if x.ndim == 2:
+        x = x[..., None]
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] not in (1, 3):
         raise ValueError(f"expected a uint8 picture with 1 or 3 channels, got {x.dtype} of shape {tuple(x.shape)}")
-    if x.shape[-1] == channels: return np.ascontiguousarray(x)
+    if x.shape[-1] == channels:
+        return np.ascontiguousarray(x)
     return cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None] if channels == 1 else cv2.cvtColor(x, cv2.COLOR_GRAY2RGB)
+
 
 def _bytes(file):
     try:
-        with open(file, "rb") as f: return f.read()
-    except (FileNotFoundError, IsADirectoryError): raise FileNotFoundError(f"no such image file: {file}") from None
+        with open(file, "rb") as f:
+            return f.read()
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"no such image file: {file}") from None
+
 
 def _decode(x, channels):
     data = x if isinstance(x, bytes) else _bytes(x)
-    img = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB) if data else None
-    if img is None: raise ValueError(f"cannot decode {'a picture of bytes' if x is data else x}: not an image, or broken ({len(data)} bytes)")
+    img = (
+        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB)
+        if data
+        else None
+    )
+    if img is None:
+        raise ValueError(
+            f"cannot decode {'a picture of bytes' if x is data else x}: not an image, or broken ({len(data)} bytes)"
+        )
     return img[..., None] if channels == 1 else img
 
 # %% ../nbs/02_data.ipynb #090c9495
@@ -97,28 +123,36 @@ def _process():
     info = get_worker_info()
     return "main" if info is None else info.seed
 
+
 class FaceTransform(Transform):
     "Picture to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
+
     input_types = (str, Path, PhotoCrop, bytes, np.ndarray, Image.Image, torch.Tensor)
-    def __init__(self,
-        train, # Training pipeline, from `train_pipeline`
-        valid, # Evaluation pipelines, from `eval_pipelines`; several give a stack of crops
-        channels:int=3, # 1: grey, 3: RGB
-        n_views:int=2, # Views an item in training: 2 for ECAN, 1 for plain classification
-        item_tfms=None # fastai transforms of the decoded image, a `PILImage`, before the pipelines
+
+    def __init__(
+        self,
+        train,  # Training pipeline, from `train_pipeline`
+        valid,  # Evaluation pipelines, from `eval_pipelines`; several give a stack of crops
+        channels: int = 3,  # 1: grey, 3: RGB
+        n_views: int = 2,  # Views an item in training: 2 for ECAN, 1 for plain classification
+        item_tfms=None,  # fastai transforms of the decoded image, a `PILImage`, before the pipelines
     ):
         super().__init__()
         self.seeded_in = None  # process and pass in which the augmentation was seeded
         item_tfms = Pipeline(item_tfms) if item_tfms else None
-        if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
-        if n_views not in (1, 2): raise ValueError(f"n_views must be 1 or 2, got {n_views}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        if n_views not in (1, 2):
+            raise ValueError(f"n_views must be 1 or 2, got {n_views}")
         store_attr()
 
     def __call__(self, x, split_idx=None, **kwargs):
         img = read_face(x, self.channels)
-        if self.item_tfms: img = self._fastai_image(img, split_idx)
+        if self.item_tfms:
+            img = self._fastai_image(img, split_idx)
         if split_idx == 0:
-            if self.seeded_in != _process(): self._seed_for_process()
+            if self.seeded_in != _process():
+                self._seed_for_process()
             views = [_to_face(self.train(image=img)["image"]) for _ in range(self.n_views)]
             return TwoView(views) if self.n_views == 2 else views[0]
         crops = [pipe(image=img)["image"] for pipe in self.valid]
@@ -128,7 +162,9 @@ class FaceTransform(Transform):
         pil = PILImage.create(img[..., 0] if self.channels == 1 else img)
         return read_face(compose_tfms(pil, self.item_tfms.fs, split_idx=split_idx), self.channels)
 
-    def decode(self, x, **kwargs): return x
+    def decode(self, x, **kwargs):
+        return x
+
     def seed(self, seed):
         "Draw from `seed` on"
         seed_pipeline(self.train, seed)
@@ -138,27 +174,39 @@ class FaceTransform(Transform):
         info = get_worker_info()
         self.seed(torch.randint(2**31, ()).item() if info is None else info.seed % 2**32)
 
+
 def _channels_first(a):
     "(height, width, channels) to (channels, height, width); a grey picture keeps its memory"
-    if a.shape[-1] == 1: return a[None, ..., 0]
+    if a.shape[-1] == 1:
+        return a[None, ..., 0]
     out = np.empty((a.shape[-1], *a.shape[:2]), a.dtype)
     cv2.split(a, list(out))  # into `out`: four times faster than a transposed copy
     return out
 
+
 def _to_face(a):
     "uint8 array (height, width, channels), or a stack of crops, to a `FaceImage` with channels first"
-    return torch.from_numpy(np.stack([*map(_channels_first, a)]) if a.ndim == 4 else _channels_first(a)).as_subclass(FaceImage)
+    return torch.from_numpy(np.stack([*map(_channels_first, a)]) if a.ndim == 4 else _channels_first(a)).as_subclass(
+        FaceImage
+    )
 
 # %% ../nbs/02_data.ipynb #eb7ee644
 class TwoViewDL(TfmdDL):
     "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own"
+
     item_weights = None  # (n,) to draw items with replacement, each by its weight; None: each item once an epoch
 
-    def shuffle_fn(self, idxs): return super().shuffle_fn(idxs) if self.item_weights is None else self.rng.choices(idxs, self.item_weights, k=len(idxs))
+    def shuffle_fn(self, idxs):
+        return (
+            super().shuffle_fn(idxs)
+            if self.item_weights is None
+            else self.rng.choices(idxs, self.item_weights, k=len(idxs))
+        )
 
     def new(self, dataset=None, cls=None, **kwargs):
         dl = super().new(dataset, cls, **kwargs)
-        if dataset is None: dl.item_weights = self.item_weights
+        if dataset is None:
+            dl.item_weights = self.item_weights
         return dl
 
     @property
@@ -168,88 +216,114 @@ class TwoViewDL(TfmdDL):
 
     def before_iter(self):
         super().before_iter()
-        if self.draws: self.pass_seed = torch.randint(2**31, ()).item()  # workers start after this, and take it over
+        if self.draws:
+            self.pass_seed = torch.randint(2**31, ()).item()  # workers start after this, and take it over
 
-    def wif(self): cv2.setNumThreads(0)  # one worker, one thread
+    def wif(self):
+        cv2.setNumThreads(0)  # one worker, one thread
 
     def create_batches(self, samps):
         "Batches of this process: every `num_workers`-th of the pass, from number `offs` on"
-        if not self.draws: return (yield from super().create_batches(samps))
-        self.it,seed = iter(self.dataset),self.pass_seed
-        for i,idxs in enumerate(self.chunkify(samps)):
-            self.seed(seed + self.offs + i*self.num_workers)
+        if not self.draws:
+            return (yield from super().create_batches(samps))
+        self.it, seed = iter(self.dataset), self.pass_seed
+        for i, idxs in enumerate(self.chunkify(samps)):
+            self.seed(seed + self.offs + i * self.num_workers)
             yield self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
 
-    def seed(self,
-        seed:int # Seed of a batch
+    def seed(
+        self,
+        seed: int,  # Seed of a batch
     ):
         "Seed the augmentation, and in a worker process the global generators as well, for other transforms"
         for tl in getattr(self.dataset, "tls", []):
             for tfm in tl.tfms.fs:
-                if isinstance(tfm, FaceTransform): tfm.seed(seed)
-        if get_worker_info() is None: return
+                if isinstance(tfm, FaceTransform):
+                    tfm.seed(seed)
+        if get_worker_info() is None:
+            return
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
 
     def do_item(self, s):
-        try: item = self.create_item(s)
-        except SkipItemException: return None
+        try:
+            item = self.create_item(s)
+        except SkipItemException:
+            return None
         return item if self._is_tensors(item) else self.after_item(item)
 
     def _is_tensors(self, item):
         "Whether `ToTensor` is all that would be done to an item of tensors"
-        return all(type(t) is ToTensor for t in self.after_item.fs) and all(isinstance(part, (torch.Tensor, TwoView)) for part in item)
+        return all(type(t) is ToTensor for t in self.after_item.fs) and all(
+            isinstance(part, (torch.Tensor, TwoView)) for part in item
+        )
 
     def _retain_dl(self, b):
-        if not getattr(self, "_types", None): self._one_pass()
-        (batch, (_, *targets)), = self._types.items()
+        if not getattr(self, "_types", None):
+            self._one_pass()
+        ((batch, (_, *targets)),) = self._types.items()
         views = {TwoView: [FaceImage, FaceImage]} if isinstance(b[0], (tuple, list)) else FaceImage
         return retain_types(b, typs={batch: [views, *targets]})
 
 # %% ../nbs/02_data.ipynb #2fc02414
 class EachView(Transform):
     "Apply a batch transform to each view by itself, so that a random one draws anew for each"
-    def __init__(self,
-        tfm # fastai batch transform
+
+    def __init__(
+        self,
+        tfm,  # fastai batch transform
     ):
         super().__init__()
-        self.tfm,self.order = tfm,tfm.order
+        self.tfm, self.order = tfm, tfm.order
 
     def __call__(self, b, split_idx=None, **kwargs):
-        x,*targets = b
-        if not isinstance(x, (tuple, list)): return self.tfm(b, split_idx=split_idx, **kwargs)
+        x, *targets = b
+        if not isinstance(x, (tuple, list)):
+            return self.tfm(b, split_idx=split_idx, **kwargs)
         views = [self.tfm((view, *targets), split_idx=split_idx, **kwargs) for view in x]
         return (type(x)([view[0] for view in views]), *views[0][1:])
 
-    def decode(self, b, **kwargs): return b
+    def decode(self, b, **kwargs):
+        return b
+
 
 def set_stats(
-    dls, # DataLoaders
-    mean, std, # Of each channel, 0 to 1
-    defaults_only:bool=False # Leave statistics alone that were given to `TwoViewBlock`
+    dls,  # DataLoaders
+    mean,
+    std,  # Of each channel, 0 to 1
+    defaults_only: bool = False,  # Leave statistics alone that were given to `TwoViewBlock`
 ):
     "Normalise the images of loaders by other statistics"
     norms = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
     for norm in norms:
-        if defaults_only and not getattr(norm, "by_default", False): continue
-        norm.mean,norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
+        if defaults_only and not getattr(norm, "by_default", False):
+            continue
+        norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
+
 
 grey_stats = ([0.5], [0.25])
 
+
 def TwoViewBlock(
-    level:str="strong", # Augmentation level of Table 1: "none", "weak", "strong"
-    recipe:str="rafdb", # Column of Table 1: "rafdb" or "fer2013"
-    size:int=224, # Side in pixels to which pictures are brought
-    channels:int=3, # 1: grey, 3: RGB
-    n_views:int=2, # Views in training: 2 for ECAN, 1 for the baseline
-    all_crops:bool=False, # Train on all five crops of FiveCrop (a view is then a stack of five)
-    eval_crops:str="center", # Evaluation: "center", or the mean over "flip", "five" or "ten"
-    stats:tuple=None, # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
-    item_tfms=None # fastai transforms of the decoded image, before augmentation
-)->TransformBlock:
+    level: str = "strong",  # Augmentation level of Table 1: "none", "weak", "strong"
+    recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
+    size: int = 224,  # Side in pixels to which pictures are brought
+    channels: int = 3,  # 1: grey, 3: RGB
+    n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
+    all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
+    eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
+    stats: tuple = None,  # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
+    item_tfms=None,  # fastai transforms of the decoded image, before augmentation
+) -> TransformBlock:
     "Block of two augmented views in training and one view otherwise"
-    tfm = FaceTransform(train_pipeline(level, recipe, size, channels, all_crops), eval_pipelines(level, recipe, size, eval_crops), channels, n_views, item_tfms)
+    tfm = FaceTransform(
+        train_pipeline(level, recipe, size, channels, all_crops),
+        eval_pipelines(level, recipe, size, eval_crops),
+        channels,
+        n_views,
+        item_tfms,
+    )
     tfm.views = dict(level=level, recipe=recipe, size=size, channels=channels, eval_crops=eval_crops)
     norm = Normalize.from_stats(*(stats or (imagenet_stats if channels == 3 else grey_stats)))
     norm.by_default = stats is None  # a pretrained model may bring its own
@@ -257,20 +331,26 @@ def TwoViewBlock(
 
 # %% ../nbs/02_data.ipynb #cfaac5fd
 def _grid(x, samples, max_n, nrows=None, ncols=None, figsize=None):
-    width,n = 2 if isinstance(x, tuple) else 1,min(len(samples), max_n)
-    if ncols is None: ncols = min(n, 3) if nrows is None else -(-n//nrows)
-    if nrows is None: nrows = -(-n//ncols)
-    return get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize or (3*width*ncols, 3*nrows))
+    width, n = 2 if isinstance(x, tuple) else 1, min(len(samples), max_n)
+    if ncols is None:
+        ncols = min(n, 3) if nrows is None else -(-n // nrows)
+    if nrows is None:
+        nrows = -(-n // ncols)
+    return get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize or (3 * width * ncols, 3 * nrows))
+
 
 @dispatch
-def show_batch(x:TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
+def show_batch(x: TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    if ctxs is None:
+        ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
+
 @dispatch
-def show_results(x:TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
-    for s,o,ctx in zip(samples, outs, ctxs):
+def show_results(x: TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    if ctxs is None:
+        ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
+    for s, o, ctx in zip(samples, outs, ctxs):
         s[0].show(ctx=ctx, **kwargs)
         ctx.set_title(f"{s[1]}\n{o[0]}", color="green" if str(s[1]) == str(o[0]) else "red")
     return ctxs

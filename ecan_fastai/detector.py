@@ -26,105 +26,148 @@ from .inference import Predictor, image_list
 @dataclass
 class FoundFace:
     "A face found in a picture: box in pixels, the detector's probability, and the face itself"
-    left:float
-    top:float
-    right:float
-    bottom:float
-    found:float # Probability that it is a face, as the detector sees it
-    angle:float # By how many degrees the eyes' line falls to the right; the cut-out face is turned back by it
-    image:np.ndarray # uint8 (side, side, 3)
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    found: float  # Probability that it is a face, as the detector sees it
+    angle: float  # By how many degrees the eyes' line falls to the right; the cut-out face is turned back by it
+    image: np.ndarray  # uint8 (side, side, 3)
+
 
 def _upright(img, box, eyes, margin):
     "Square cut-out (side, side, 3) with level eyes, and the angle by which they were not"
-    (left,top,right,bottom),((x0,y0),(x1,y1)) = box,eyes
-    angle = math.degrees(math.atan2(y1-y0, x1-x0))
-    center,side = np.array([left+right-1, top+bottom-1])/2,max(1, round((1+margin)*max(right-left, bottom-top)))
+    (left, top, right, bottom), ((x0, y0), (x1, y1)) = box, eyes
+    angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
+    center, side = (
+        np.array([left + right - 1, top + bottom - 1]) / 2,
+        max(1, round((1 + margin) * max(right - left, bottom - top))),
+    )
     turn = cv2.getRotationMatrix2D(center, angle, 1)
-    turn[:, 2] += (side-1)/2 - center
-    return cv2.warpAffine(img, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE),angle
+    turn[:, 2] += (side - 1) / 2 - center
+    return cv2.warpAffine(img, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), angle
+
 
 class FaceFinder:
-    "MTCNN (Zhang et al., 2016) as a function from a picture to its faces, the largest first; raises `ImportError` without the extra `faces`"
-    def __init__(self,
-        threshold:float=0.9, # Least probability of a face, 0 to 1
-        min_size:int=40, # Smallest face in pixels, about; smaller ones take more time to find
-        margin:float=0., # What the square has beyond the longer side of the box, as a share of it
-        device=None # Default: a GPU if there is one
-    ):
-        if not 0 <= threshold < 1: raise ValueError(f"threshold is a probability, got {threshold}")
-        if min_size < 12: raise ValueError(f"the detector sees 12 pixels at least, got min_size={min_size}")
-        try: from facenet_pytorch import MTCNN
-        except ImportError as e: raise ImportError(f"finding faces needs the package {e.name}: pip install 'ecan_fastai[faces]'") from e
-        self.threshold,self.min_size,self.margin = threshold,min_size,margin
-        self.mtcnn = MTCNN(min_face_size=min_size, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    """MTCNN (Zhang et al., 2016) as a function from a picture to its faces, the largest first; raises `ImportError`
+    without the extra `faces`"""
 
-    def __call__(self,
-        x # Anything that `read_face` takes
-    )->list: # of `FoundFace`
+    def __init__(
+        self,
+        threshold: float = 0.9,  # Least probability of a face, 0 to 1
+        min_size: int = 40,  # Smallest face in pixels, about; smaller ones take more time to find
+        margin: float = 0.0,  # What the square has beyond the longer side of the box, as a share of it
+        device=None,  # Default: a GPU if there is one
+    ):
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold is a probability, got {threshold}")
+        if min_size < 12:
+            raise ValueError(f"the detector sees 12 pixels at least, got min_size={min_size}")
+        try:
+            from facenet_pytorch import MTCNN
+        except ImportError as e:
+            raise ImportError(f"finding faces needs the package {e.name}: pip install 'ecan_fastai[faces]'") from e
+        self.threshold, self.min_size, self.margin = threshold, min_size, margin
+        self.mtcnn = MTCNN(
+            min_face_size=min_size, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        )
+
+    def __call__(
+        self,
+        x,  # Anything that `read_face` takes
+    ) -> list:  # of `FoundFace`
         "Faces of a picture"
         img = read_face(x, 3)
-        if min(img.shape[:2]) <= self.min_size: return []
-        boxes,probs,points = self.mtcnn.detect(img, landmarks=True)
-        if boxes is None: return []
-        faces = [(box.tolist(), p, *_upright(img, box, eyes, self.margin)) for box,p,eyes in zip(boxes.astype(float), probs, points[:, :2].astype(float)) if p >= self.threshold]
-        return [FoundFace(*box, float(p), angle, face) for box,p,face,angle in faces]
+        if min(img.shape[:2]) <= self.min_size:
+            return []
+        boxes, probs, points = self.mtcnn.detect(img, landmarks=True)
+        if boxes is None:
+            return []
+        faces = [
+            (box.tolist(), p, *_upright(img, box, eyes, self.margin))
+            for box, p, eyes in zip(boxes.astype(float), probs, points[:, :2].astype(float))
+            if p >= self.threshold
+        ]
+        return [FoundFace(*box, float(p), angle, face) for box, p, face, angle in faces]
 
 # %% ../nbs/12_detector.ipynb #8490f971
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
-def _is_video(x): return isinstance(x, (str, Path)) and Path(x).suffix.lower() in VIDEO_SUFFIXES
+
+def _is_video(x):
+    return isinstance(x, (str, Path)) and Path(x).suffix.lower() in VIDEO_SUFFIXES
+
 
 def media_files(
-    path # Photograph, video, or folder of them
-)->list: # Paths
+    path,  # Photograph, video, or folder of them
+) -> list:  # Paths
     "The photographs and videos of a folder, sorted, or the one file"
-    if not Path(path).is_dir(): return [Path(path)]
+    if not Path(path).is_dir():
+        return [Path(path)]
     files = sorted(get_files(path, extensions=image_extensions | set(VIDEO_SUFFIXES)))
-    if not files: raise ValueError(f"no images or videos found under {path}")
+    if not files:
+        raise ValueError(f"no images or videos found under {path}")
     return files
 
+
 def video_frames(
-    file, # Video that OpenCV reads
-    every:float=1. # Seconds from one frame to the next, above 0
-): # Generator of (second, uint8 (height, width, 3) in RGB order)
+    file,  # Video that OpenCV reads
+    every: float = 1.0,  # Seconds from one frame to the next, above 0
+):  # Generator of (second, uint8 (height, width, 3) in RGB order)
     "Frames of a video at regular times"
-    if not every > 0: raise ValueError(f"expected seconds above 0 from one frame to the next, got {every}")
-    if not Path(file).is_file(): raise FileNotFoundError(f"no such video file: {file}")
+    if not every > 0:
+        raise ValueError(f"expected seconds above 0 from one frame to the next, got {every}")
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no such video file: {file}")
     video = cv2.VideoCapture(str(file))
-    rate,i,due = video.get(cv2.CAP_PROP_FPS),0,0
-    if not rate > 0: raise ValueError(f"cannot read {file}: not a video, or one that OpenCV does not know")
+    rate, i, due = video.get(cv2.CAP_PROP_FPS), 0, 0
+    if not rate > 0:
+        raise ValueError(f"cannot read {file}: not a video, or one that OpenCV does not know")
     while video.grab():
-        if i/rate >= due - 1e-6:
-            ok,frame = video.retrieve()
-            if not ok: raise ValueError(f"cannot decode the frame at {i/rate:.2f} s of {file}")
-            yield i/rate,cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        if i / rate >= due - 1e-6:
+            ok, frame = video.retrieve()
+            if not ok:
+                raise ValueError(f"cannot decode the frame at {i / rate:.2f} s of {file}")
+            yield i / rate, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             due += every
         i += 1
     video.release()
-    if not i: raise ValueError(f"cannot read {file}: no frame in it")
+    if not i:
+        raise ValueError(f"cannot read {file}: no frame in it")
+
 
 def _photos(x, every):
     "Name, second (of a video's frame) and picture of everything in `x`"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
-    for i,o in enumerate(items):
+    for i, o in enumerate(items):
         name = str(o) if isinstance(o, (str, Path)) else f"picture {i}"
-        if _is_video(o): yield from ((name, second, frame) for second,frame in video_frames(o, every))
-        else: yield name,math.nan,read_face(o, 3)
+        if _is_video(o):
+            yield from ((name, second, frame) for second, frame in video_frames(o, every))
+        else:
+            yield name, math.nan, read_face(o, 3)
+
 
 @patch
-def predict_faces(self:Predictor,
-    x, # Photograph, video, folder of them, or list
-    finder=None, # Default `FaceFinder()`
-    every:float=1., # Seconds between the frames of a video that are looked at
-    bs:int=64 # Faces at a time
-)->pd.DataFrame: # image, second, left, top, right, bottom, found, label, probability, and the probability of every class
+def predict_faces(
+    self: Predictor,
+    x,  # Photograph, video, folder of them, or list
+    finder=None,  # Default `FaceFinder()`
+    every: float = 1.0,  # Seconds between the frames of a video that are looked at
+    bs: int = 64,  # Faces at a time
+) -> (
+    pd.DataFrame
+):  # image, second, left, top, right, bottom, found, label, probability, and the probability of every class
     "Find the faces in photographs and videos, and label them: a row a face, none where there is no face"
     finder = finder or FaceFinder(device=self.device)
-    rows,faces = [],[]
-    for name,second,photo in _photos(x, every):
+    rows, faces = [], []
+    for name, second, photo in _photos(x, every):
         for f in finder(photo):
-            rows.append(dict(image=name, second=second, left=f.left, top=f.top, right=f.right, bottom=f.bottom, found=f.found))
+            rows.append(
+                dict(image=name, second=second, left=f.left, top=f.top, right=f.right, bottom=f.bottom, found=f.found)
+            )
             faces.append(self.pixels(f.image))
     where = pd.DataFrame(rows, columns=["image", "second", "left", "top", "right", "bottom", "found"])
-    if not faces: return where.assign(**{c: [] for c in ("label", "probability", *self.vocab)})
+    if not faces:
+        return where.assign(**{c: [] for c in ("label", "probability", *self.vocab)})
     return where.join(self.predict(faces, bs).drop(columns="image"))

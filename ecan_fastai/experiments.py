@@ -21,265 +21,422 @@ from filelock import FileLock, Timeout
 
 import ecan_fastai
 from .config import COMMON, UNUSED, RunConfig
-from .sample import sample_faces
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
 from .runs import read_config, resolve_config, resume_run, start_run, write_json, write_whole
+from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
-EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent/"experiments.json").read_text())
+EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
 _FREE = ("data", "kind", "seed", "workers")  # where a run's files lie, and what does not change what it is
 
+
 def _experiment(name):
-    if name not in EXPERIMENTS: raise ValueError(f"no experiment {name!r}, there are {', '.join(EXPERIMENTS)}")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"no experiment {name!r}, there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
-def _name(v): return Path(v).name if isinstance(v, str) else v  # of a file, wherever it lies; other texts have no folder in them
-def _written(v): return f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(_name(v))
-def _settings(settings): return [f"{k}={_written(v)}" for k,v in settings.items()]
-def _safe(parts): return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
+
+def _name(v):
+    return Path(v).name if isinstance(v, str) else v  # of a file, wherever it lies; other texts have no folder in them
+
+
+def _written(v):
+    return f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(_name(v))
+
+
+def _settings(settings):
+    return [f"{k}={_written(v)}" for k, v in settings.items()]
+
+
+def _safe(parts):
+    return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
+
 
 def run_name(
-    cfg:RunConfig # Resolved
-)->str: # Without the seed
+    cfg: RunConfig,  # Resolved
+) -> str:  # Without the seed
     "Method and settings that differ from the data's preset"
     preset = asdict(RunConfig(cfg.data, cfg.kind, cfg.method).resolve())
-    if cfg.preset != "paper": preset |= {**asdict(RunConfig(cfg.data, cfg.kind, cfg.method, cfg.preset).resolve()), "preset": "paper"}
-    return _safe([cfg.method, *_settings({k: v for k,v in asdict(cfg).items() if k not in (*_FREE, "method") and v != preset[k]})])
+    if cfg.preset != "paper":
+        preset |= {**asdict(RunConfig(cfg.data, cfg.kind, cfg.method, cfg.preset).resolve()), "preset": "paper"}
+    return _safe(
+        [
+            cfg.method,
+            *_settings({k: v for k, v in asdict(cfg).items() if k not in (*_FREE, "method") and v != preset[k]}),
+        ]
+    )
+
 
 def _config(data, kind, settings):
     unused = UNUSED.get(settings.get("method", "ecan"), ())
-    return resolve_config(RunConfig(str(data), kind, **{k: v for k,v in settings.items() if k not in unused}))
+    return resolve_config(RunConfig(str(data), kind, **{k: v for k, v in settings.items() if k not in unused}))
+
 
 def experiment_runs(
-    name:str, # Of an experiment
-    data:str, # Path, or `sample`
-    kind:str="auto", # Kind of the data
-    **settings # Of `RunConfig`, for all runs; not those that the experiment varies
-)->dict: # Label to `RunConfig`, in the order of the table
+    name: str,  # Of an experiment
+    data: str,  # Path, or `sample`
+    kind: str = "auto",  # Kind of the data
+    **settings,  # Of `RunConfig`, for all runs; not those that the experiment varies
+) -> dict:  # Label to `RunConfig`, in the order of the table
     "The runs of an experiment, for one seed"
     exp = _experiment(name)
     for k in settings:
-        if k not in {f.name for f in fields(RunConfig)}: raise ValueError(f"no setting {k!r}; ecan_train --help lists them")
-        if any(k in s for s in exp["runs"].values()): raise ValueError(f"{name} varies {k} itself")
-    if "axis" in exp and settings.get("train_all"): raise ValueError(f"{name} is there to choose by valid, and train_all leaves no valid")
-    runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label,s in exp["runs"].items()}
-    if len(set(map(run_name, runs.values()))) < len(runs): raise ValueError(f"{name} varies what makes no difference with {', '.join(_settings(settings))}")
+        if k not in {f.name for f in fields(RunConfig)}:
+            raise ValueError(f"no setting {k!r}; ecan_train --help lists them")
+        if any(k in s for s in exp["runs"].values()):
+            raise ValueError(f"{name} varies {k} itself")
+    if "axis" in exp and settings.get("train_all"):
+        raise ValueError(f"{name} is there to choose by valid, and train_all leaves no valid")
+    runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label, s in exp["runs"].items()}
+    if len(set(map(run_name, runs.values()))) < len(runs):
+        raise ValueError(f"{name} varies what makes no difference with {', '.join(_settings(settings))}")
     return runs
 
 # %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
-    folder # Of a finished run
-)->dict:
+    folder,  # Of a finished run
+) -> dict:
     "What is kept of a run; nothing in it tells where the data lay"
     folder = Path(folder)
-    written,metrics = json.loads((folder/"config.json").read_text()),json.loads((folder/"metrics.json").read_text())
-    history = pd.read_csv(folder/"history.csv")
-    config = {k: _name(v) for k,v in written["config"].items()}
+    written, metrics = (
+        json.loads((folder / "config.json").read_text()),
+        json.loads((folder / "metrics.json").read_text()),
+    )
+    history = pd.read_csv(folder / "history.csv")
+    config = {k: _name(v) for k, v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
 
+
 def _same_data(record, file, other):
-    if record["images"] != other["images"]: raise ValueError(f"{file} is of other data than these runs: images {record['images']} there, {other['images']} here; choose another folder for the records")
+    if record["images"] != other["images"]:
+        raise ValueError(
+            f"{file} is of other data than these runs: images {record['images']} there, {other['images']} here; "
+            "choose another folder for the records"
+        )
+
 
 def _save_record(folder, file):
     record = run_record(folder)
-    if file.exists(): _same_data(json.loads(file.read_text()), file, record)
+    if file.exists():
+        _same_data(json.loads(file.read_text()), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
 
+
 def _check_faces(record, file, faces):
     "That a record is of these faces, by their number"
-    def counted(n): return {"train": n.get("train", 0)+n.get("valid", 0), **{k: v for k,v in n.items() if k not in ("train", "valid", "valid_seen") and v}}
-    here,there = counted(Counter(f.split for f in faces)),counted(record["images"])
-    if here != there and not record["config"].get("skip_broken"): raise ValueError(f"{file} is of other data than this: images {there} there, {here} here; choose another folder for the records")
+
+    def counted(n):
+        return {
+            "train": n.get("train", 0) + n.get("valid", 0),
+            **{k: v for k, v in n.items() if k not in ("train", "valid", "valid_seen") and v},
+        }
+
+    here, there = counted(Counter(f.split for f in faces)), counted(record["images"])
+    if here != there and not record["config"].get("skip_broken"):
+        raise ValueError(
+            f"{file} is of other data than this: images {there} there, {here} here; choose another folder for the "
+            "records"
+        )
+
 
 def _read_record(file, cfg):
     "A record, if it is one of the run that is asked for"
     record = json.loads(file.read_text())
-    for k,asked in asdict(cfg).items():
-        found,asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k))),_name(asked)
-        if k not in _FREE and asked not in (None, "auto") and found != asked: raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
+    for k, asked in asdict(cfg).items():
+        found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k))), _name(asked)
+        if k not in _FREE and asked not in (None, "auto") and found != asked:
+            raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
     return record
 
+
 def experiment_results(
-    name:str, # Of an experiment
-    records, # Folder of records, as `reproduce` writes it
-    kind:str, # Kind of the data
-    **settings # As the runs were made with
-)->pd.DataFrame: # label, seed, split, and a column for each measure (shares, 0 to 1)
+    name: str,  # Of an experiment
+    records,  # Folder of records, as `reproduce` writes it
+    kind: str,  # Kind of the data
+    **settings,  # As the runs were made with
+) -> pd.DataFrame:  # label, seed, split, and a column for each measure (shares, 0 to 1)
     "All finished runs of an experiment, a row for each split"
-    rows,first = [],None
-    for label,cfg in experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).items():
-        for file in sorted((Path(records)/kind).glob(f"{run_name(cfg)}-seed*.json")):
+    rows, first = [], None
+    for label, cfg in experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).items():
+        for file in sorted((Path(records) / kind).glob(f"{run_name(cfg)}-seed*.json")):
             record = _read_record(file, cfg)
             first = first or record
             _same_data(record, file, first)
-            commits = " ".join(dict.fromkeys(e["commit"] for e in [record["environment"], *record.get("resumed", [])] if e.get("commit")))
-            for split,m in record["splits"].items():
-                if not split.endswith("_seen"): rows.append(dict(label=label, seed=record["config"]["seed"], split=split, commits=commits, **{k: v for k,v in m.items() if isinstance(v, float)}))
+            commits = " ".join(
+                dict.fromkeys(
+                    e["commit"] for e in [record["environment"], *record.get("resumed", [])] if e.get("commit")
+                )
+            )
+            for split, m in record["splits"].items():
+                if not split.endswith("_seen"):
+                    rows.append(
+                        dict(
+                            label=label,
+                            seed=record["config"]["seed"],
+                            split=split,
+                            commits=commits,
+                            **{k: v for k, v in m.items() if isinstance(v, float)},
+                        )
+                    )
     return pd.DataFrame(rows, columns=None if rows else ["label", "seed", "split", "commits"])
 
 # %% ../nbs/13_experiments.ipynb #cbf22014
-_NAMES = dict(accuracy="accuracy", average_accuracy="average accuracy", macro_f1="macro-F1", key_encoder_accuracy="accuracy with the key encoder", ten_crops_accuracy="accuracy over ten crops",
-              accuracy_of_best_epoch_chosen_on_this_split="best epoch, chosen on this split")
+_NAMES = dict(
+    accuracy="accuracy",
+    average_accuracy="average accuracy",
+    macro_f1="macro-F1",
+    key_encoder_accuracy="accuracy with the key encoder",
+    ten_crops_accuracy="accuracy over ten crops",
+    accuracy_of_best_epoch_chosen_on_this_split="best epoch, chosen on this split",
+)
+
 
 def _cell(values):
-    values = 100*values.dropna()
-    if not len(values): return ""
+    values = 100 * values.dropna()
+    if not len(values):
+        return ""
     return f"{values.mean():.2f}" + (f" ± {values.std():.2f} ({len(values)})" if len(values) > 1 else " (1)")
 
+
 def experiment_table(
-    name:str, # Of an experiment
-    results:pd.DataFrame, # From `experiment_results`
-    kind:str # Kind of the data
-)->pd.DataFrame: # A row a label; a column for each measure of each split, and the paper's own numbers
+    name: str,  # Of an experiment
+    results: pd.DataFrame,  # From `experiment_results`
+    kind: str,  # Kind of the data
+) -> pd.DataFrame:  # A row a label; a column for each measure of each split, and the paper's own numbers
     "What came out, beside what the paper says"
     exp = _experiment(name)
     measures = [*exp["measures"], *[m for m in list(_NAMES)[3:] if m in results and m not in exp["measures"]]]
     table = {}
     for split in dict.fromkeys(results["split"]):
         for m in measures:
-            if m not in results: continue
-            cells = {label: _cell(results.loc[(results["label"] == label) & (results["split"] == split), m]) for label in exp["runs"]}
-            if any(cells.values()): table[f"{split}: {_NAMES[m]}"] = cells
+            if m not in results:
+                continue
+            cells = {
+                label: _cell(results.loc[(results["label"] == label) & (results["split"] == split), m])
+                for label in exp["runs"]
+            }
+            if any(cells.values()):
+                table[f"{split}: {_NAMES[m]}"] = cells
     paper = exp.get("paper", {}).get(kind, {})
-    for i,m in enumerate(exp["measures"]):
+    for i, m in enumerate(exp["measures"]):
         numbers = {label: paper[label][i] if label in paper else None for label in exp["runs"]}
-        if any(numbers.values()): table[f"paper: {_NAMES[m]}"] = {label: "" if v is None else f"{v:.2f}" for label,v in numbers.items()}
+        if any(numbers.values()):
+            table[f"paper: {_NAMES[m]}"] = {label: "" if v is None else f"{v:.2f}" for label, v in numbers.items()}
     return pd.DataFrame(table, index=list(exp["runs"]))
+
 
 def _note(name, results, kind, settings):
     "What a reader of the table must know of its runs"
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
-    shared = {k: getattr(next(iter(runs)), k) for k in ("arch", "epochs", "opt", "schedule", "level") if len({getattr(c, k) for c in runs}) == 1}
+    shared = {
+        k: getattr(next(iter(runs)), k)
+        for k in ("arch", "epochs", "opt", "schedule", "level")
+        if len({getattr(c, k) for c in runs}) == 1
+    }
     said = [f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."]
     said.append("Trained on all of train." if given.get("train_all") else "Trained on train without `valid`.")
     said.append(f"Views of a picture in evaluation: {given.get('eval_crops', 'center')}.")
-    if kind == "rafdb" and not given.get("pretrained"): said.append("The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set pretrained=PATH` gives weights).")
-    if kind == "fer2013" and "fer2013" in exp.get("paper", {}): said.append("The paper trains on all of train for 200 epochs; it reports on FER2013's \"public test set\", which may be PublicTest or PrivateTest.")
+    if kind == "rafdb" and not given.get("pretrained"):
+        said.append(
+            "The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set "
+            "pretrained=PATH` gives weights)."
+        )
+    if kind == "fer2013" and "fer2013" in exp.get("paper", {}):
+        said.append(
+            "The paper trains on all of train for 200 epochs; "
+            'it reports on FER2013\'s "public test set", which may be PublicTest or PrivateTest.'
+        )
     commits = sorted({c for each in results["commits"] for c in each.split()})
-    if commits: said.append(f"Commits: {', '.join(commits)}.")
+    if commits:
+        said.append(f"Commits: {', '.join(commits)}.")
     return " ".join(said)
 
+
 def experiment_markdown(
-    name:str, # Of an experiment
-    results:pd.DataFrame, # From `experiment_results`
-    kind:str, # Kind of the data
-    **settings # As the runs were made with
-)->str:
+    name: str,  # Of an experiment
+    results: pd.DataFrame,  # From `experiment_results`
+    kind: str,  # Kind of the data
+    **settings,  # As the runs were made with
+) -> str:
     "The table as a page of Markdown, with what a reader must know of its runs"
     table = experiment_table(name, results, kind)
-    rows = [[label, *cells] for label,cells in zip(table.index, table.to_numpy().tolist())]
-    lines = [["", *table.columns], ["---"]*(1+len(table.columns)), *rows]
+    rows = [[label, *cells] for label, cells in zip(table.index, table.to_numpy().tolist())]
+    lines = [["", *table.columns], ["---"] * (1 + len(table.columns)), *rows]
     said = f"Percent: mean ± standard deviation (seeds). {_note(name, results, kind, settings)}"
-    return f"# {_experiment(name)['title']}: {kind}\n\n{said}\n\n" + "\n".join(f"| {' | '.join(l)} |" for l in lines) + "\n"
+    return (
+        f"# {_experiment(name)['title']}: {kind}\n\n{said}\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + "\n"
+    )
 
 # %% ../nbs/13_experiments.ipynb #cc479b37
-_AXES = dict(l1=r"$\lambda_1$", l2=r"$\lambda_2$", n_groups="feature groups V", temperature="temperature", bank_groups="batches in the bank K", momentum="momentum m",
-             lr="learning rate", wd="weight decay", size="side of the pictures")
+_AXES = dict(
+    l1=r"$\lambda_1$",
+    l2=r"$\lambda_2$",
+    n_groups="feature groups V",
+    temperature="temperature",
+    bank_groups="batches in the bank K",
+    momentum="momentum m",
+    lr="learning rate",
+    wd="weight decay",
+    size="side of the pictures",
+)
+
 
 def _first_test(splits):
     names = [s for s in dict.fromkeys(splits) if s not in ("train", "valid")]
     return names[0] if names else None
 
-def _vocab(folder): return json.loads((folder/"config.json").read_text())["about"]["vocab"]
-def _predictions(folder, split): return pd.read_csv(folder/f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str), keep_default_na=False)
+
+def _vocab(folder):
+    return json.loads((folder / "config.json").read_text())["about"]["vocab"]
+
+
+def _predictions(folder, split):
+    return pd.read_csv(
+        folder / f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str), keep_default_na=False
+    )
+
 
 def _tsne(folders, faces, split):
     first = next(iter(folders.values()))
-    vocab,measured = _vocab(first),set(_predictions(first, split)["image"])
+    vocab, measured = _vocab(first), set(_predictions(first, split)["image"])
     faces = [f for f in faces if f.split == split and str(f) in measured]  # a run may have left broken images out
-    fig = plot_tsne({label: Predictor(f).features([x.image for x in faces]) for label,f in folders.items()}, [vocab.index(x.label) for x in faces], vocab)
+    fig = plot_tsne(
+        {label: Predictor(f).features([x.image for x in faces]) for label, f in folders.items()},
+        [vocab.index(x.label) for x in faces],
+        vocab,
+    )
     fig.suptitle(f"{split}, seed 0", fontsize=10)
     return fig
 
+
 def _confusions(folders, split):
     runs = {}
-    for label,folder in folders.items():
-        table,vocab = _predictions(folder, split),_vocab(folder)
-        y,p = [[vocab.index(v) for v in table[c]] for c in ("label", "predicted")]
-        runs[f"{label}: {100*np.mean(np.equal(y, p)):.2f} % on {split}, seed 0"] = (y, p)
+    for label, folder in folders.items():
+        table, vocab = _predictions(folder, split), _vocab(folder)
+        y, p = [[vocab.index(v) for v in table[c]] for c in ("label", "predicted")]
+        runs[f"{label}: {100 * np.mean(np.equal(y, p)):.2f} % on {split}, seed 0"] = (y, p)
     return plot_confusions(runs, vocab)
 
+
 def experiment_figure(
-    name:str, # Of an experiment
-    results:pd.DataFrame, # From `experiment_results`
-    kind:str, # Kind of the data
-    faces:list=None, # `Face` records, for class counts and maps of features
-    folders:dict=None # Label to the run's folder, for confusion matrices and maps of features
-): # Figure, or None where the experiment has none, or none from records alone
+    name: str,  # Of an experiment
+    results: pd.DataFrame,  # From `experiment_results`
+    kind: str,  # Kind of the data
+    faces: list = None,  # `Face` records, for class counts and maps of features
+    folders: dict = None,  # Label to the run's folder, for confusion matrices and maps of features
+):  # Figure, or None where the experiment has none, or none from records alone
     "The picture of an experiment: a sweep from its results, another one from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
         own = results[results["split"] == "valid"]
-        if not len(own): return None
-        ax = plot_sweep(own.assign(**{exp["axis"]: own["label"].astype(float)}), exp["axis"], {m: _NAMES[m] for m in exp["measures"]}, _AXES[exp["axis"]])
+        if not len(own):
+            return None
+        ax = plot_sweep(
+            own.assign(**{exp["axis"]: own["label"].astype(float)}),
+            exp["axis"],
+            {m: _NAMES[m] for m in exp["measures"]},
+            _AXES[exp["axis"]],
+        )
         n = own.groupby("label").size()
-        ax.set_title(f"{kind}, valid, {n.min() if n.min() == n.max() else f'{n.min()} to {n.max()}'} seed{'s' if n.max() > 1 else ''}", fontsize=10)
+        ax.set_title(
+            f"{kind}, valid, {n.min() if n.min() == n.max() else f'{n.min()} to {n.max()}'} "
+            f"seed{'s' if n.max() > 1 else ''}",
+            fontsize=10,
+        )
         return ax.figure
-    if faces is None: return None
+    if faces is None:
+        return None
     split = _first_test(f.split for f in faces)
-    if exp.get("picture") == "classes": return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
-    if exp.get("picture") == "tsne": return _tsne(folders, faces, split)
-    if exp.get("picture") == "confusion": return _confusions(folders, split)
+    if exp.get("picture") == "classes":
+        return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
+    if exp.get("picture") == "tsne":
+        return _tsne(folders, faces, split)
+    if exp.get("picture") == "confusion":
+        return _confusions(folders, split)
 
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
     "That a run in `folder` is the one asked for"
     written = read_config(folder)
-    for k,asked in asdict(cfg).items():
+    for k, asked in asdict(cfg).items():
         found = getattr(written, k)
-        same = Path(found).resolve() == Path(asked).resolve() if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str) else found == asked
-        if not same and asked not in (None, "auto") and k != "workers": raise ValueError(f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the runs, or move that one away")
+        same = (
+            Path(found).resolve() == Path(asked).resolve()
+            if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str)
+            else found == asked
+        )
+        if not same and asked not in (None, "auto") and k != "workers":
+            raise ValueError(
+                f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the "
+                "runs, or move that one away"
+            )
+
 
 def _locked(folder, say):
     "Hold a run's folder against other processes, after the one that is at it"
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try: return lock.acquire(timeout=0)
-    except Timeout: say(f"{folder.name}: another process is at it, waiting")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{folder.name}: another process is at it, waiting")
     return lock.acquire()
+
 
 def _run(cfg, folder, say):
     "Make a run, go on with it, or find it done"
     with _locked(folder, say):
-        begun = (folder/"config.json").exists()
-        if begun: _check_same(cfg, folder)
-        if (folder/"metrics.json").exists(): return
+        begun = (folder / "config.json").exists()
+        if begun:
+            _check_same(cfg, folder)
+        if (folder / "metrics.json").exists():
+            return
         say(f"{folder.name}: {'goes on' if begun else 'starts'}")
         resume_run(folder) if begun else start_run(cfg, folder)
 
+
 def _needed_faces(exp, name, data, kind, out):
     "Faces for the experiment's picture, read before anything is trained"
-    if "picture" not in exp: return None
-    faces = read_faces(sample_faces(out/"faces", channels=1), "folder") if kind == "sample" else read_faces(data, kind)
-    if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None: raise ValueError(f"{name} is drawn of a test split, and {data} has none")
+    if "picture" not in exp:
+        return None
+    faces = (
+        read_faces(sample_faces(out / "faces", channels=1), "folder") if kind == "sample" else read_faces(data, kind)
+    )
+    if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None:
+        raise ValueError(f"{name} is drawn of a test split, and {data} has none")
     return faces
 
+
 def reproduce(
-    name:str, # Of an experiment
-    data:str, # Path of a data set, or `sample`
-    seeds:int=1, # Number of runs of each row, with seeds from 0
-    out="runs/reproduce", # Where runs, records and tables go
-    kind:str="auto", # Kind of the data
-    records=None, # Folder of the records; default `records` in `out`
-    say=print, # Called with what is going on
-    **settings # Of `RunConfig`, for all runs
-)->pd.DataFrame: # The table
+    name: str,  # Of an experiment
+    data: str,  # Path of a data set, or `sample`
+    seeds: int = 1,  # Number of runs of each row, with seeds from 0
+    out="runs/reproduce",  # Where runs, records and tables go
+    kind: str = "auto",  # Kind of the data
+    records=None,  # Folder of the records; default `records` in `out`
+    say=print,  # Called with what is going on
+    **settings,  # Of `RunConfig`, for all runs
+) -> pd.DataFrame:  # The table
     "Make the missing runs of an experiment, then its table (Markdown and CSV) and its picture (PNG)"
-    exp,out = _experiment(name),Path(out)
-    if seeds < 1: raise ValueError(f"expected at least one seed, got {seeds}")
-    if "seed" in settings: raise ValueError("seeds are counted from 0: give their number as seeds")
+    exp, out = _experiment(name), Path(out)
+    if seeds < 1:
+        raise ValueError(f"expected at least one seed, got {seeds}")
+    if "seed" in settings:
+        raise ValueError("seeds are counted from 0: give their number as seeds")
     kind = ("sample" if str(data) == "sample" else detect_kind(data)) if kind == "auto" else kind
-    records = Path(records) if records else out/"records"
-    faces,folders = _needed_faces(exp, name, data, kind, out),{}
+    records = Path(records) if records else out / "records"
+    faces, folders = _needed_faces(exp, name, data, kind, out), {}
     for seed in range(seeds):
-        for label,cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
+        for label, cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
             stem = f"{run_name(cfg)}-seed{seed}"
-            folder,record = out/kind/stem,records/kind/f"{stem}.json"
+            folder, record = out / kind / stem, records / kind / f"{stem}.json"
             folders.setdefault(label, folder)
             drawn = seed == 0 and exp.get("picture") in ("tsne", "confusion")
             if record.exists() and not folder.exists() and not drawn:
@@ -291,27 +448,32 @@ def reproduce(
             else:
                 _run(cfg, folder, say)
                 _save_record(folder, record)
-    given = {k: _name(v) for k,v in settings.items() if k not in _FREE}
+    given = {k: _name(v) for k, v in settings.items() if k not in _FREE}
     results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
     if not table.empty:
-        write_json(records/f"{stem}.json", dict(name=name, kind=kind, settings=given))
-        table.to_csv(out/f"{stem}.csv")
-        (out/f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
-        say(f"written: {out/stem}.md and .csv")
+        write_json(records / f"{stem}.json", dict(name=name, kind=kind, settings=given))
+        table.to_csv(out / f"{stem}.csv")
+        (out / f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
+        say(f"written: {out / stem}.md and .csv")
     figure = experiment_figure(name, results, kind, faces, folders)
     if figure is not None:
-        figure.savefig(out/f"{stem}.png", dpi=150)
-        say(f"written: {out/stem}.png")
+        figure.savefig(out / f"{stem}.png", dpi=150)
+        say(f"written: {out / stem}.png")
     return table
 
 # %% ../nbs/13_experiments.ipynb #3e248cfe
 def recorded_experiments(
-    records # Folder of records
-): # Generator of (name, results, kind, settings), as `experiment_table`, `experiment_markdown` and `experiment_figure` take them
+    records,  # Folder of records
+):  # Generator of (name, results, kind, settings) for `experiment_table`, `_markdown` and `_figure`
     "Every experiment that was reproduced into a folder of records"
     for file in sorted(Path(records).glob("*.json")):
         made = json.loads(file.read_text())
-        yield made["name"],experiment_results(made["name"], records, made["kind"], **made["settings"]),made["kind"],made["settings"]
+        yield (
+            made["name"],
+            experiment_results(made["name"], records, made["kind"], **made["settings"]),
+            made["kind"],
+            made["settings"],
+        )

@@ -24,11 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-
 from .augment import crop_size, eval_boxes, picture_size
 from .data import FaceTransform, read_face
-from .metrics import per_class_table, split_metrics
 from .layers import channels_last_is_faster
+from .metrics import per_class_table, split_metrics
 from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
@@ -36,81 +35,116 @@ from .readers.records import expression_name
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class PictureModel(nn.Module):
-    "Pictures (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes), averaged over views as the logits' mean"
-    def __init__(self,
-        classifier:FaceClassifier, # In evaluation mode
-        mean:list, # Of each channel, 0 to 1
-        std:list, # Of each channel
-        side:int, # Side of the pictures
-        view_size:int, # Side of the views that the classifier was trained on
-        crops:str="center" # One of `CROPS`
+    """Pictures (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes), averaged over views as the
+    logits' mean"""
+
+    def __init__(
+        self,
+        classifier: FaceClassifier,  # In evaluation mode
+        mean: list,  # Of each channel, 0 to 1
+        std: list,  # Of each channel
+        side: int,  # Side of the pictures
+        view_size: int,  # Side of the views that the classifier was trained on
+        crops: str = "center",  # One of `CROPS`
     ):
         super().__init__()
-        self.classifier,self.side,self.view_size = classifier,side,view_size
+        self.classifier, self.side, self.view_size = classifier, side, view_size
         self.boxes = eval_boxes(side, view_size, crops)
-        for name,value in (("mean", mean), ("std", std)): self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
 
-    def views(self, x:Tensor):
+    def views(self, x: Tensor):
         "The normalised views of pictures, each (n, channels, view_size, view_size)"
-        x = (x.float()/255 - self.mean)/self.std
-        return [(x.flip(-1) if mirrored else x)[..., top:top+self.view_size, left:left+self.view_size] for mirrored,left,top in self.boxes]
+        x = (x.float() / 255 - self.mean) / self.std
+        return [
+            (x.flip(-1) if mirrored else x)[..., top : top + self.view_size, left : left + self.view_size]
+            for mirrored, left, top in self.boxes
+        ]
 
-    def each_view(self, f, x:Tensor)->Tensor:
+    def each_view(self, f, x: Tensor) -> Tensor:
         "`f`, a part of the classifier, of every view: (n, views, ...)"
         views = torch.stack(self.views(x), 1)
         return f(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
-    def forward(self, x:Tensor)->Tensor: return self.each_view(self.classifier, x).mean(1).softmax(-1)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.each_view(self.classifier, x).mean(1).softmax(-1)
 
 # %% ../nbs/10_inference.ipynb #98a9c774
-_NEEDED = dict(config=("arch", "level", "recipe", "size", "channels", "eval_crops"), about=("vocab", "mean", "std", "view_size"))
+_NEEDED = dict(
+    config=("arch", "level", "recipe", "size", "channels", "eval_crops"), about=("vocab", "mean", "std", "view_size")
+)
+
 
 def _read_run(run):
     "Configuration, what is known of the data, and weights"
     for name in ("config.json", "model.safetensors"):
-        if not (run/name).is_file(): raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
     try:
-        written = json.loads((run/"config.json").read_text())
-        config,about = [{k: written[part][k] for k in keys} for part,keys in _NEEDED.items()]
-        return config,about,load_file(run/"model.safetensors")
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{run/'config.json'} is not the configuration of a run: {e}") from e
-    except SafetensorError as e: raise ValueError(f"{run/'model.safetensors'} is broken: {e}") from e
+        written = json.loads((run / "config.json").read_text())
+        config, about = [{k: written[part][k] for k in keys} for part, keys in _NEEDED.items()]
+        return config, about, load_file(run / "model.safetensors")
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{run / 'config.json'} is not the configuration of a run: {e}") from e
+    except SafetensorError as e:
+        raise ValueError(f"{run / 'model.safetensors'} is broken: {e}") from e
 
-_PIXELS_AT_ONCE = {False: 2**21, True: 2**24} # a CPU, a GPU: a batch of views that keeps it busy and fits
+
+_PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # a CPU, a GPU: a batch of views that keeps it busy and fits
+
 
 class _Pixels:
     "Pictures as tensors, for a loader"
-    def __init__(self, predictor, items): self.predictor,self.items = predictor,items
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i): return self.predictor.pixels(self.items[i])
+
+    def __init__(self, predictor, items):
+        self.predictor, self.items = predictor, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.predictor.pixels(self.items[i])
+
 
 class Predictor:
     "The model of a run's folder or of a learner, ready to use"
-    def __init__(self,
-        run, # Folder of a finished run
-        crops:str=None, # "center", "flip", "five" or "ten" views of a picture, averaged; default as the run was evaluated
-        device=None # Default: a GPU if there is one
+
+    def __init__(
+        self,
+        run,  # Folder of a finished run
+        crops: str = None,  # Views to average: "center", "flip", "five" or "ten"; default as the run was evaluated
+        device=None,  # Default: a GPU if there is one
     ):
         self.run = Path(run)
-        cfg,about,weights = _read_run(self.run)
+        cfg, about, weights = _read_run(self.run)
         model = FaceClassifier.create(cfg["arch"], len(about["vocab"]), cfg["channels"])
-        try: model.load_state_dict(weights)
-        except RuntimeError as e: raise ValueError(f"{self.run/'model.safetensors'} does not fit its config.json: {e}") from e
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as e:
+            raise ValueError(f"{self.run / 'model.safetensors'} does not fit its config.json: {e}") from e
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         views = {k: cfg[k] for k in ("level", "recipe", "size", "channels")}
         self._build(model, about["vocab"], (about["mean"], about["std"]), views, crops or cfg["eval_crops"], device)
 
     @classmethod
-    def from_learner(cls,
-        learn, # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
-        crops:str=None, # "center", "flip", "five" or "ten"; default as the loaders evaluate
-        key:bool=False # The key encoder instead of the query encoder
+    def from_learner(
+        cls,
+        learn,  # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
+        crops: str = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
+        key: bool = False,  # The key encoder instead of the query encoder
     ):
         "The model of a learner as it is now, as a run's folder would give it"
         tfm = next((t for tl in learn.dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
         norm = next((t for t in learn.dls.after_batch.fs if isinstance(t, Normalize)), None)
-        if tfm is None or norm is None: raise ValueError("Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders")
-        if tfm.item_tfms: raise ValueError("Predictor.from_learner cannot apply the loaders' item_tfms: use size, level and recipe instead, or learn.predict")
+        if tfm is None or norm is None:
+            raise ValueError(
+                "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
+            )
+        if tfm.item_tfms:
+            raise ValueError(
+                "Predictor.from_learner cannot apply the loaders' item_tfms: use size, level and recipe instead, or "
+                "learn.predict"
+            )
         model = learn.model.inference(key=True) if key else learn.model.inference()
         stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
         predictor = cls.__new__(cls)
@@ -119,19 +153,23 @@ class Predictor:
         return predictor
 
     def _build(self, classifier, vocab, stats, views, crops, device):
-        level,recipe,size = views["level"],views["recipe"],views["size"]
+        level, recipe, size = views["level"], views["recipe"], views["size"]
         side = picture_size(level, recipe, size, crops)
-        self.vocab,self.channels,self.crops = list(vocab),views["channels"],crops
+        self.vocab, self.channels, self.crops = list(vocab), views["channels"], crops
         self.model = PictureModel(classifier, *stats, side, crop_size(level, recipe, size), crops).eval()
-        try: self.model.to(device := torch.device(device))
-        except (RuntimeError, AssertionError) as e: raise ValueError(f"no such device here: {device}") from e
-        if channels_last_is_faster(device): self.model.to(memory_format=torch.channels_last)
+        try:
+            self.model.to(device := torch.device(device))
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"no such device here: {device}") from e
+        if channels_last_is_faster(device):
+            self.model.to(memory_format=torch.channels_last)
         self.device = device
         self.resize = Resize(side, side)
 
-    def pixels(self,
-        x # Anything that `read_face` takes
-    )->Tensor: # uint8 (channels, side, side)
+    def pixels(
+        self,
+        x,  # Anything that `read_face` takes
+    ) -> Tensor:  # uint8 (channels, side, side)
         "A picture as the model takes it"
         img = self.resize(image=read_face(x, self.channels))["image"]
         return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
@@ -139,126 +177,179 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, part, x, bs, num_workers=0):
         "Output of a part of the classifier for every view of every picture (n, views, ...)"
-        items,model = image_list(x),self.model
-        bs = bs or max(1, _PIXELS_AT_ONCE[self.device.type == "cuda"]//(len(model.boxes)*model.view_size**2))
-        loader = DataLoader(_Pixels(self, items), bs, num_workers=num_workers if len(items) > 8*bs else 0)
-        return torch.cat([model.each_view(part, pixels.to(self.device)).cpu() for pixels in progress(loader, "evaluate images")])
+        items, model = image_list(x), self.model
+        bs = bs or max(1, _PIXELS_AT_ONCE[self.device.type == "cuda"] // (len(model.boxes) * model.view_size**2))
+        loader = DataLoader(_Pixels(self, items), bs, num_workers=num_workers if len(items) > 8 * bs else 0)
+        return torch.cat(
+            [model.each_view(part, pixels.to(self.device)).cpu() for pixels in progress(loader, "evaluate images")]
+        )
 
     @property
     def center_view(self):
         "Index of the centre crop, not mirrored, among the views"
-        mid = (self.model.side - self.model.view_size)//2
+        mid = (self.model.side - self.model.view_size) // 2
         return self.model.boxes.index((False, mid, mid))
 
-    def logits(self,
-        x, # Picture, folder of pictures, or list of pictures
-        bs:int=None, # Pictures at a time; default by their size
-        num_workers:int=0 # Processes that read pictures, where there are many
-    )->Tensor: # (n, views, n_classes)
+    def logits(
+        self,
+        x,  # Picture, folder of pictures, or list of pictures
+        bs: int = None,  # Pictures at a time; default by their size
+        num_workers: int = 0,  # Processes that read pictures, where there are many
+    ) -> Tensor:  # (n, views, n_classes)
         "Logits of every view of every picture"
         return self._run(self.model.classifier, x, bs, num_workers)
 
-    def probabilities(self,
-        x, # Picture, folder of pictures, or list of pictures
-        bs:int=None, # Pictures at a time; default by their size
-        num_workers:int=0 # Processes that read pictures, where there are many
-    )->np.ndarray: # (n, n_classes)
+    def probabilities(
+        self,
+        x,  # Picture, folder of pictures, or list of pictures
+        bs: int = None,  # Pictures at a time; default by their size
+        num_workers: int = 0,  # Processes that read pictures, where there are many
+    ) -> np.ndarray:  # (n, n_classes)
         "Probabilities of the classes, in the order of `vocab`"
         return self.logits(x, bs, num_workers).mean(1).softmax(-1).numpy()
 
-    def features(self,
-        x, # Picture, folder of pictures, or list of pictures
-        bs:int=None # Pictures at a time; default by their size
-    )->np.ndarray: # (n, d)
+    def features(
+        self,
+        x,  # Picture, folder of pictures, or list of pictures
+        bs: int = None,  # Pictures at a time; default by their size
+    ) -> np.ndarray:  # (n, d)
         "The encoder's features, averaged over views and not normalised"
         return self._run(self.model.classifier.encoder, x, bs).mean(1).numpy()
 
-    def predict(self,
-        x, # Picture, folder of pictures, or list of pictures
-        bs:int=None # Pictures at a time; default by their size
-    )->pd.DataFrame: # image, label, probability, and the probability of every class
+    def predict(
+        self,
+        x,  # Picture, folder of pictures, or list of pictures
+        bs: int = None,  # Pictures at a time; default by their size
+    ) -> pd.DataFrame:  # image, label, probability, and the probability of every class
         "Labels and probabilities, a row a picture"
         items = image_list(x)
         probs = self.probabilities(items, bs)
-        table = pd.DataFrame(dict(image=[str(o) if isinstance(o, (str, Path)) else f"picture {i}" for i,o in enumerate(items)], label=[self.vocab[k] for k in probs.argmax(1)], probability=probs.max(1)))
+        table = pd.DataFrame(
+            dict(
+                image=[str(o) if isinstance(o, (str, Path)) else f"picture {i}" for i, o in enumerate(items)],
+                label=[self.vocab[k] for k in probs.argmax(1)],
+                probability=probs.max(1),
+            )
+        )
         table[self.vocab] = probs
         return table
 
+
 def picture_files(
-    path # Image file, or folder of images
-)->list: # Paths
+    path,  # Image file, or folder of images
+) -> list:  # Paths
     "The images of a folder, sorted, or the one file"
-    if not Path(path).is_dir(): return [Path(path)]
+    if not Path(path).is_dir():
+        return [Path(path)]
     files = sorted(get_image_files(path))
-    if not files: raise ValueError(f"no images found under {path}")
+    if not files:
+        raise ValueError(f"no images found under {path}")
     return files
 
+
 def image_list(x):
-    if isinstance(x, (str, Path)): return picture_files(x)
-    if is_listy(x) or isinstance(x, pd.Series) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4: x = list(x)
-    else: x = [x]
-    if not x: raise ValueError("no pictures to predict")
+    if isinstance(x, (str, Path)):
+        return picture_files(x)
+    if is_listy(x) or isinstance(x, pd.Series) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4:
+        x = list(x)
+    else:
+        x = [x]
+    if not x:
+        raise ValueError("no pictures to predict")
     return x
 
 # %% ../nbs/10_inference.ipynb #7d4154b2
 def shared_classes(
-    vocab, # Names of the model's classes
-    labels # Names of the data's classes
-)->dict: # Each label of the data that the model knows, to the model's name for it
+    vocab,  # Names of the model's classes
+    labels,  # Names of the data's classes
+) -> dict:  # Each label of the data that the model knows, to the model's name for it
     "What a model and a data set have in common"
     known = {expression_name(v): v for v in vocab}
-    shared = {l: known[expression_name(l)] for l in sorted(set(labels)) if expression_name(l) in known}
-    if not shared: raise ValueError(f"the model knows none of the data's classes: it has {', '.join(vocab)}, the data {', '.join(sorted(set(labels)))}")
+    names = {label: expression_name(label) for label in sorted(set(labels))}
+    shared = {label: known[name] for label, name in names.items() if name in known}
+    if not shared:
+        raise ValueError(
+            f"the model knows none of the data's classes: it has {', '.join(vocab)}, the data "
+            f"{', '.join(sorted(set(labels)))}"
+        )
     return shared
 
+
 @patch
-def evaluate(self:Predictor,
-    path, # Data of any kind that `read_faces` knows
-    kind:str="auto", # Kind of the data
-    splits:list=None # Which splits; default all but train and valid, or all where there are no others
-)->dict: # classes of both, images left_out, classes of the model unseen in the data, and for each split accuracy, average_accuracy, macro_f1, n and per_class
+def evaluate(
+    self: Predictor,
+    path,  # Data of any kind that `read_faces` knows
+    kind: str = "auto",  # Kind of the data
+    splits: list = None,  # Which splits; default all but train and valid, or all where there are no others
+) -> dict:  # classes, left_out, unseen, crops, and the metrics of each of splits
     "Measure a model on labelled faces"
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
     for s in splits or ():
-        if s not in names: raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
+        if s not in names:
+            raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
     chosen = splits or [s for s in names if s not in ("train", "valid")] or names
     faces = [f for f in faces if f.split in chosen]
     shared = shared_classes(self.vocab, {f.label for f in faces})
     known = [f for f in faces if f.label in shared]
-    index = {v: i for i,v in enumerate(self.vocab)}
-    result = dict(classes=shared, left_out=dict(Counter(f.label for f in faces if f.label not in shared)), unseen=[v for v in self.vocab if v not in shared.values()], crops=self.crops, splits={})
+    index = {v: i for i, v in enumerate(self.vocab)}
+    result = dict(
+        classes=shared,
+        left_out=dict(Counter(f.label for f in faces if f.label not in shared)),
+        unseen=[v for v in self.vocab if v not in shared.values()],
+        crops=self.crops,
+        splits={},
+    )
     for split in chosen:
         own = [f for f in known if f.split == split]
-        if not own: continue
+        if not own:
+            continue
         predicted = self.probabilities([f.image for f in own]).argmax(1)
         targets = np.array([index[shared[f.label]] for f in own])
-        result["splits"][split] = {**split_metrics(targets, predicted, self.vocab), "per_class": per_class_table(targets, predicted, self.vocab).to_dict("index")}
+        result["splits"][split] = {
+            **split_metrics(targets, predicted, self.vocab),
+            "per_class": per_class_table(targets, predicted, self.vocab).to_dict("index"),
+        }
     return result
 
 # %% ../nbs/10_inference.ipynb #a6df1898
 @patch
-def export(self:Predictor,
-    file # Name ending in .onnx (needs the `onnx` extra) or .pt2
-)->Path: # `file`
+def export(
+    self: Predictor,
+    file,  # Name ending in .onnx (needs the `onnx` extra) or .pt2
+) -> Path:  # `file`
     "Write the model, with its views and its normalisation, for another runtime"
     file = Path(file)
-    if file.suffix not in (".onnx", ".pt2"): raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")
-    if file.suffix == ".onnx": _check_onnx()
+    if file.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")
+    if file.suffix == ".onnx":
+        _check_onnx()
     model = self.model.cpu()
     example = torch.zeros(2, self.channels, model.side, model.side, dtype=torch.uint8)
     try:
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
-        if file.suffix == ".pt2": torch.export.save(program, file)
-        else: _save_onnx(program, self, file)
-    finally: model.to(self.device)
+        if file.suffix == ".pt2":
+            torch.export.save(program, file)
+        else:
+            _save_onnx(program, self, file)
+    finally:
+        model.to(self.device)
     return file
 
+
 def _check_onnx():
-    try: import onnx, onnxscript
-    except ImportError as e: raise ImportError(f"exporting to ONNX needs the package {e.name}: pip install 'ecan_fastai[onnx]'") from e
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f"exporting to ONNX needs the package {e.name}: pip install 'ecan_fastai[onnx]'") from e
+
 
 def _save_onnx(program, predictor, file):
-    made = torch.onnx.export(program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False)
-    made.model.metadata_props.update(labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels))
+    made = torch.onnx.export(
+        program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False
+    )
+    made.model.metadata_props.update(
+        labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels)
+    )
     made.save(file)

@@ -13,26 +13,28 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import confusion_matrix
 
 # %% ../nbs/08_interpret.ipynb #1676bd92
 def plot_confusion(
-    targets, # Class indices (n,)
-    predicted, # Predicted class indices (n,)
-    vocab, # Names of the classes
-    title:str="", # Title
-    ax=None # Axes to draw on; default a new figure
+    targets,  # Class indices (n,)
+    predicted,  # Predicted class indices (n,)
+    vocab,  # Names of the classes
+    title: str = "",  # Title
+    ax=None,  # Axes to draw on; default a new figure
 ):
     "Confusion matrix in percent of each true class"
     counts = confusion_matrix(targets, predicted, labels=range(len(vocab)))
     n = counts.sum(1, keepdims=True)
-    pct = 100*counts/np.maximum(n, 1)
-    if ax is None: _,ax = plt.subplots(figsize=(1.6+0.7*len(vocab), 1.2+0.65*len(vocab)), layout="constrained")
+    pct = 100 * counts / np.maximum(n, 1)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(1.6 + 0.7 * len(vocab), 1.2 + 0.65 * len(vocab)), layout="constrained")
     ax.imshow(pct, cmap="cividis", vmin=0, vmax=100)
     for i in range(len(vocab)):
-        for j in range(len(vocab)): ax.text(j, i, f"{pct[i, j]:.0f}", ha="center", va="center", color="white" if pct[i, j] < 55 else "black")
+        for j in range(len(vocab)):
+            ax.text(j, i, f"{pct[i, j]:.0f}", ha="center", va="center", color="white" if pct[i, j] < 55 else "black")
     ax.set_xticks(range(len(vocab)), vocab, rotation=40, ha="right")
-    ax.set_yticks(range(len(vocab)), [f"{v} ({k})" for v,k in zip(vocab, n[:, 0])])
+    ax.set_yticks(range(len(vocab)), [f"{v} ({k})" for v, k in zip(vocab, n[:, 0])])
     ax.set(xlabel="predicted", ylabel="true (number)", title=title)
     return ax
 
@@ -40,71 +42,112 @@ def plot_confusion(
 _METRICS = {"accuracy": "accuracy", "balanced_accuracy_score": "average accuracy", "f1_score": "macro-F1"}
 _COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377"]  # Tol's bright scheme
 
+
 def plot_history(
-    history:pd.DataFrame # One row an epoch, with fastai's columns and those of `LossPartsRecorder`
+    history: pd.DataFrame,  # One row an epoch, with fastai's columns and those of `LossPartsRecorder`
 ):
     "Curves of loss, metrics, the parts of the loss, and alpha where it was recorded"
     parts = [c for c in history if c in ("ce", "ensc", "esc", "supcon", "mva", "affinity", "center")]
     panels = [("loss", {"train_loss": "train", "valid_loss": "valid (cross-entropy)"}), ("share", _METRICS)]
-    if parts: panels.append(("parts of the training loss", {c: c for c in parts}))
-    if "alpha" in history: panels.append(("alpha of MVA", {"alpha": "alpha"}))
-    fig,axs = plt.subplots(1, len(panels), figsize=(3.6*len(panels), 3), layout="constrained")
-    for (ylabel,columns),ax in zip(panels, axs):
-        for (c,name),color in zip(columns.items(), _COLORS):
-            if c in history: ax.plot(history["epoch"]+1, history[c], color=color, label=name, marker="." if len(history) < 30 else None)
+    if parts:
+        panels.append(("parts of the training loss", {c: c for c in parts}))
+    if "alpha" in history:
+        panels.append(("alpha of MVA", {"alpha": "alpha"}))
+    fig, axs = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained")
+    for (ylabel, columns), ax in zip(panels, axs):
+        for (c, name), color in zip(columns.items(), _COLORS):
+            if c in history:
+                ax.plot(
+                    history["epoch"] + 1, history[c], color=color, label=name, marker="." if len(history) < 30 else None
+                )
         ax.set(xlabel="epoch", ylabel=ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(columns) > 1: ax.legend(fontsize=8)
+        if len(columns) > 1:
+            ax.legend(fontsize=8)
         ax.ticklabel_format(useOffset=False)
     return fig
 
 # %% ../nbs/08_interpret.ipynb #42c815e8
 def plot_confusions(
-    runs:dict, # Title to (targets, predicted), class indices (n,) each
-    vocab # Names of the classes
+    runs: dict,  # Title to (targets, predicted), class indices (n,) each
+    vocab,  # Names of the classes
 ):
     "Confusion matrices side by side, on one scale"
-    fig,axs = plt.subplots(1, len(runs), figsize=(len(runs)*(0.9+0.65*len(vocab)), 1.3+0.65*len(vocab)), layout="constrained", squeeze=False)
-    for ax,(title,(targets,predicted)) in zip(axs[0], runs.items()): plot_confusion(targets, predicted, vocab, title, ax)
+    fig, axs = plt.subplots(
+        1,
+        len(runs),
+        figsize=(len(runs) * (0.9 + 0.65 * len(vocab)), 1.3 + 0.65 * len(vocab)),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, (title, (targets, predicted)) in zip(axs[0], runs.items()):
+        plot_confusion(targets, predicted, vocab, title, ax)
     for ax in axs[0][1:]:
         ax.set_ylabel("")
-        if [t.get_text() for t in ax.get_yticklabels()] == [t.get_text() for t in axs[0][0].get_yticklabels()]: ax.set_yticklabels([])
+        if [t.get_text() for t in ax.get_yticklabels()] == [t.get_text() for t in axs[0][0].get_yticklabels()]:
+            ax.set_yticklabels([])
     return fig
 
 # %% ../nbs/08_interpret.ipynb #03977633
-_CLASSES = [("#332288", "o"), ("#cc6677", "s"), ("#117733", "^"), ("#ddcc77", "D"), ("#88ccee", "v"), ("#aa4499", "P"), ("#44aa99", "X"), ("#882255", "<"), ("#999933", ">")]  # Tol's muted scheme
+_CLASSES = [
+    ("#332288", "o"),
+    ("#cc6677", "s"),
+    ("#117733", "^"),
+    ("#ddcc77", "D"),
+    ("#88ccee", "v"),
+    ("#aa4499", "P"),
+    ("#44aa99", "X"),
+    ("#882255", "<"),
+    ("#999933", ">"),
+]  # Tol's muted scheme
+
 
 def plot_tsne(
-    features:dict, # Title to features (n, d); the same faces in each
-    targets, # Class indices (n,)
-    vocab, # Names of the classes
-    seed:int=0 # Of the embedding
+    features: dict,  # Title to features (n, d); the same faces in each
+    targets,  # Class indices (n,)
+    vocab,  # Names of the classes
+    seed: int = 0,  # Of the embedding
 ):
     "Maps of features by t-SNE, one panel a model"
     targets = np.asarray(targets)
-    if len(vocab) > len(_CLASSES): raise ValueError(f"there are marks for {len(_CLASSES)} classes, got {len(vocab)}")
-    for title,z in features.items():
-        if len(z) != len(targets): raise ValueError(f"{title}: expected features of {len(targets)} faces, got {len(z)}")
+    if len(vocab) > len(_CLASSES):
+        raise ValueError(f"there are marks for {len(_CLASSES)} classes, got {len(vocab)}")
+    for title, z in features.items():
+        if len(z) != len(targets):
+            raise ValueError(f"{title}: expected features of {len(targets)} faces, got {len(z)}")
     columns = min(3, len(features))
-    rows = -(-len(features)//columns)
-    fig,axs = plt.subplots(rows, columns, figsize=(3.4*columns, 3.2*rows+0.5), layout="constrained", squeeze=False)
-    for ax in axs.flat[len(features):]: ax.axis("off")
-    for ax,(title,z) in zip(axs.flat, features.items()):
-        xy = TSNE(init="pca", perplexity=min(30, (len(z)-1)/3), random_state=seed).fit_transform(np.asarray(z, np.float32))
-        for c,(name,(color,mark)) in enumerate(zip(vocab, _CLASSES)):
+    rows = -(-len(features) // columns)
+    fig, axs = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 3.2 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    for ax in axs.flat[len(features) :]:
+        ax.axis("off")
+    for ax, (title, z) in zip(axs.flat, features.items()):
+        xy = TSNE(init="pca", perplexity=min(30, (len(z) - 1) / 3), random_state=seed).fit_transform(
+            np.asarray(z, np.float32)
+        )
+        for c, (name, (color, mark)) in enumerate(zip(vocab, _CLASSES)):
             own = xy[targets == c]
             ax.scatter(*own.T, s=9, color=color, marker=mark, linewidths=0, alpha=0.8, label=name)
         ax.set(title=title, xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
-    fig.legend(*axs[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(vocab), 7), markerscale=2, fontsize=9, frameon=False, handletextpad=0.1)
+    fig.legend(
+        *axs[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(vocab), 7),
+        markerscale=2,
+        fontsize=9,
+        frameon=False,
+        handletextpad=0.1,
+    )
     return fig
 
 # %% ../nbs/08_interpret.ipynb #474e28ec
 def plot_class_counts(
-    counts:dict # Title to the number of faces of each class, by name
+    counts: dict,  # Title to the number of faces of each class, by name
 ):
     "Class distributions, the largest class first"
-    fig,axs = plt.subplots(1, len(counts), figsize=(4.2*len(counts), 2.8), layout="constrained", squeeze=False)
-    for ax,(title,numbers) in zip(axs[0], counts.items()):
+    fig, axs = plt.subplots(1, len(counts), figsize=(4.2 * len(counts), 2.8), layout="constrained", squeeze=False)
+    for ax, (title, numbers) in zip(axs[0], counts.items()):
         numbers = dict(sorted(numbers.items(), key=lambda kv: -kv[1]))
         bars = ax.bar(range(len(numbers)), numbers.values(), color=_COLORS[0])
         ax.bar_label(bars, fontsize=8)
@@ -115,20 +158,31 @@ def plot_class_counts(
 
 # %% ../nbs/08_interpret.ipynb #206fb4c8
 def plot_sweep(
-    table:pd.DataFrame, # One row a run: the setting, and a column of shares (0 to 1) for each measure
-    setting:str, # Name of the setting's column
-    measures, # Names of the measures' columns, or a dict of these to what they are called
-    label:str=None, # What the setting is called
-    ax=None # Axes to draw on; default a new figure
+    table: pd.DataFrame,  # One row a run: the setting, and a column of shares (0 to 1) for each measure
+    setting: str,  # Name of the setting's column
+    measures,  # Names of the measures' columns, or a dict of these to what they are called
+    label: str = None,  # What the setting is called
+    ax=None,  # Axes to draw on; default a new figure
 ):
-    "Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where there are several runs of a value"
-    if ax is None: _,ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
+    """Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where
+    there are several runs of a value"""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
-    if len(names) > len(_COLORS): raise ValueError(f"there are colours for {len(_COLORS)} measures, got {len(names)}")
+    if len(names) > len(_COLORS):
+        raise ValueError(f"there are colours for {len(_COLORS)} measures, got {len(names)}")
     groups = table.groupby(setting, sort=True)
     values = list(groups.groups)
-    for (column,name),color,mark in zip(names.items(), _COLORS, "osD^"):
-        ax.errorbar(range(len(values)), 100*groups[column].mean(), 100*groups[column].std(), color=color, marker=mark, capsize=3, label=name)
+    for (column, name), color, mark in zip(names.items(), _COLORS, "osD^"):
+        ax.errorbar(
+            range(len(values)),
+            100 * groups[column].mean(),
+            100 * groups[column].std(),
+            color=color,
+            marker=mark,
+            capsize=3,
+            label=name,
+        )
     ax.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, (float, np.floating)) else str(v) for v in values])
     ax.set_xlabel(label or setting)
     ax.set_ylabel(f"{', '.join(names.values())} (%)", fontsize=9)

@@ -14,47 +14,60 @@ from torch import Tensor, nn
 
 # %% ../nbs/04a_layers.ipynb #f3a3d0f7
 def _taps(
-    size:int, # Input positions along one axis
-    kernel:int, stride:int, padding:int # Of the convolution, along that axis
-)->list: # For each output position a list: the kernel position that meets each input position, or None
+    size: int,  # Input positions along one axis
+    kernel: int,
+    stride: int,
+    padding: int,  # Of the convolution, along that axis
+) -> list:  # For each output position a list: the kernel position that meets each input position, or None
     def tap(i, out):
-        k = i - out*stride + padding
+        k = i - out * stride + padding
         return k if 0 <= k < kernel else None
-    n_out = (size + 2*padding - kernel)//stride + 1
+
+    n_out = (size + 2 * padding - kernel) // stride + 1
     return [[tap(i, out) for i in range(size)] for out in range(n_out)]
 
+
 def conv2d_dense(
-    x:Tensor, # Feature maps (n, channels, height, width)
-    weight:Tensor, # Kernel (out channels, channels, kernel height, kernel width)
-    bias:Tensor=None, # (out channels,)
-    stride:tuple=(1, 1),
-    padding:tuple=(0, 0)
-)->Tensor: # (n, out channels, out height, out width), channels last in memory
+    x: Tensor,  # Feature maps (n, channels, height, width)
+    weight: Tensor,  # Kernel (out channels, channels, kernel height, kernel width)
+    bias: Tensor = None,  # (out channels,)
+    stride: tuple = (1, 1),
+    padding: tuple = (0, 0),
+) -> Tensor:  # (n, out channels, out height, out width), channels last in memory
     "`F.conv2d` as one linear map of all input pixels to all output pixels"
-    (n,_,height,width),(kernel_h,kernel_w) = x.shape,weight.shape[2:]
-    rows,columns = _taps(height, kernel_h, stride[0], padding[0]),_taps(width, kernel_w, stride[1], padding[1])
+    (n, _, height, width), (kernel_h, kernel_w) = x.shape, weight.shape[2:]
+    rows, columns = _taps(height, kernel_h, stride[0], padding[0]), _taps(width, kernel_w, stride[1], padding[1])
     taps = weight.flatten(2).permute(2, 0, 1).contiguous().unbind()
     outside = torch.zeros_like(taps[0])
-    def block(ky, kx): return outside if ky is None or kx is None else taps[ky*kernel_w + kx]
-    matrix = torch.cat([torch.cat([block(ky, kx) for ky in row for kx in column], 1) for row in rows for column in columns])
-    if bias is not None: bias = bias.repeat(len(rows)*len(columns))
+
+    def block(ky, kx):
+        return outside if ky is None or kx is None else taps[ky * kernel_w + kx]
+
+    matrix = torch.cat(
+        [torch.cat([block(ky, kx) for ky in row for kx in column], 1) for row in rows for column in columns]
+    )
+    if bias is not None:
+        bias = bias.repeat(len(rows) * len(columns))
     y = F.linear(x.permute(0, 2, 3, 1).flatten(1), matrix, bias)
     return y.view(n, len(rows), len(columns), -1).permute(0, 3, 1, 2)
 
 # %% ../nbs/04a_layers.ipynb #ed8f3067
 def conv2d_columns(
-    x:Tensor, # Feature maps (n, channels, height, width)
-    weight:Tensor, # Kernel (out channels, channels, kernel height, kernel width)
-    bias:Tensor=None, # (out channels,)
-    stride:tuple=(1, 1),
-    padding:tuple=(0, 0)
-)->Tensor: # (n, out channels, out height, out width), channels last in memory
+    x: Tensor,  # Feature maps (n, channels, height, width)
+    weight: Tensor,  # Kernel (out channels, channels, kernel height, kernel width)
+    bias: Tensor = None,  # (out channels,)
+    stride: tuple = (1, 1),
+    padding: tuple = (0, 0),
+) -> Tensor:  # (n, out channels, out height, out width), channels last in memory
     "`F.conv2d` as gathered windows times the kernel"
-    (kernel_h,kernel_w),(step_h,step_w),(pad_h,pad_w) = weight.shape[2:],stride,padding
+    (kernel_h, kernel_w), (step_h, step_w), (pad_h, pad_w) = weight.shape[2:], stride, padding
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad_w, pad_w, pad_h, pad_h))
-    n,height,width,_ = x.shape
-    out_h,out_w = (height - kernel_h)//step_h + 1,(width - kernel_w)//step_w + 1
-    def tap(ky, kx): return x[:, ky:ky+(out_h-1)*step_h+1:step_h, kx:kx+(out_w-1)*step_w+1:step_w]
+    n, height, width, _ = x.shape
+    out_h, out_w = (height - kernel_h) // step_h + 1, (width - kernel_w) // step_w + 1
+
+    def tap(ky, kx):
+        return x[:, ky : ky + (out_h - 1) * step_h + 1 : step_h, kx : kx + (out_w - 1) * step_w + 1 : step_w]
+
     windows = torch.cat([tap(ky, kx) for ky in range(kernel_h) for kx in range(kernel_w)], -1)
     y = F.linear(windows.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1), bias)
     return y.view(n, out_h, out_w, -1).permute(0, 3, 1, 2)
@@ -62,9 +75,11 @@ def conv2d_columns(
 # %% ../nbs/04a_layers.ipynb #8daa1d60
 class SmallMapConv2d(nn.Conv2d):
     "`nn.Conv2d` that runs as a matrix product on a CPU where the feature map is small"
-    def forward(self, x:Tensor)->Tensor:
+
+    def forward(self, x: Tensor) -> Tensor:
         form = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else self._form(x)
-        if form is None: return super().forward(x)
+        if form is None:
+            return super().forward(x)
         bf16 = torch.is_autocast_enabled("cpu")
         weight = self.weight.to(torch.get_autocast_dtype("cpu")) if bf16 else self.weight
         y = form(x, weight, self.bias, self.stride, self.padding)
@@ -72,37 +87,49 @@ class SmallMapConv2d(nn.Conv2d):
 
     def _form(self, x):
         "The faster form for this input, None for the ordinary convolution"
-        if x.device.type != "cpu" or x.ndim != 4: return None
-        height,width = x.shape[2:]
-        if height*width <= 4 and (self.training or len(x) >= 64): return conv2d_dense
-        out_h,out_w = [(n + 2*p - k)//s + 1 for n,p,k,s in zip((height, width), self.padding, self.kernel_size, self.stride)]
-        if out_h*out_w <= 9 and torch.is_autocast_enabled("cpu"): return conv2d_columns
+        if x.device.type != "cpu" or x.ndim != 4:
+            return None
+        height, width = x.shape[2:]
+        if height * width <= 4 and (self.training or len(x) >= 64):
+            return conv2d_dense
+        out_h, out_w = [
+            (n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), self.padding, self.kernel_size, self.stride)
+        ]
+        if out_h * out_w <= 9 and torch.is_autocast_enabled("cpu"):
+            return conv2d_columns
         return None
 
+
 def speed_up_small_maps(
-    model:nn.Module # Any model; changed in place
-)->nn.Module: # `model`
+    model: nn.Module,  # Any model; changed in place
+) -> nn.Module:  # `model`
     "Make every plain 3x3 convolution of a model a `SmallMapConv2d`: same parameters, same state dict"
     for m in model.modules():
-        if type(m) is not nn.Conv2d or m.kernel_size != (3, 3): continue
+        if type(m) is not nn.Conv2d or m.kernel_size != (3, 3):
+            continue
         plain = m.groups == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros" and isinstance(m.padding, tuple)
-        if plain: m.__class__ = SmallMapConv2d
+        if plain:
+            m.__class__ = SmallMapConv2d
     return model
 
 # %% ../nbs/04a_layers.ipynb #1bd9c3bc
 def fast_precision(
-    device="cpu" # Device of the model
-)->str: # "bf16" or "fp32"
+    device="cpu",  # Device of the model
+) -> str:  # "bf16" or "fp32"
     "The precision in which a device trains fastest: bfloat16 where it is native, else float32"
-    if torch.device(device).type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if torch.device(device).type != "cpu": return "fp32"
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.device(device).type != "cpu":
+        return "fp32"
     able = torch.cpu.get_capabilities()
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
+
 def channels_last_is_faster(
-    device="cpu", # Device of the model
-    precision:str="fp32" # "fp32", "fp16" or "bf16"
-)->bool:
+    device="cpu",  # Device of the model
+    precision: str = "fp32",  # "fp32", "fp16" or "bf16"
+) -> bool:
     "Whether a convolutional network trains faster with channels last in memory"
-    if precision != "fp32": return True
+    if precision != "fp32":
+        return True
     return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.callback import hook, progress  # noqa: F401  `summary`, and the progress bars of every Learner
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import TfmdDL
-from fastai.torch_core import TensorMultiCategory
-from fastai.callback import hook, progress  # `summary`, and the progress bars of every Learner
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, F1Score, accuracy
 from fastai.optimizer import SGD
-from fastai.torch_core import params
-from fastai.vision import learner  # `show_results` of pictures
+from fastai.torch_core import TensorMultiCategory, params
+from fastai.vision import learner  # noqa: F401  `show_results` of images
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -34,144 +33,208 @@ from .losses import ECANLoss
 from .model import ECANModel, FaceClassifier, arch_name
 
 # %% ../nbs/07_learner.ipynb #3318b10a
-paper_opt = dict(opt_func=partial(SGD, mom=0.9, decouple_wd=False), lr=0.1, wd=5e-4, wd_bn_bias=True, moms=(0.9, 0.9, 0.9))
+paper_opt = dict(
+    opt_func=partial(SGD, mom=0.9, decouple_wd=False), lr=0.1, wd=5e-4, wd_bn_bias=True, moms=(0.9, 0.9, 0.9)
+)
 
 # %% ../nbs/07_learner.ipynb #53ff7dbb
 def cosine_with_warmup(
-    lr, # Highest rate, a number or an array with one a parameter group
-    n_epoch:int, # Epochs of the whole fit
-    warmup:int=1 # Epochs of linear warm-up from 0
-): # Function of the share of training done, 0 to 1, to the rate
+    lr,  # Highest rate, a number or an array with one a parameter group
+    n_epoch: int,  # Epochs of the whole fit
+    warmup: int = 1,  # Epochs of linear warm-up from 0
+):  # Function of the share of training done, 0 to 1, to the rate
     "Rate by epoch: lr (1 + cos(pi epoch/n_epoch))/2, after a linear warm-up by batch"
+
     def rate(pct):
-        epoch = pct*n_epoch
-        if epoch < warmup: return lr*epoch/warmup
-        return lr*(1 + math.cos(math.pi*math.floor(epoch+1e-6)/n_epoch))/2
+        epoch = pct * n_epoch
+        if epoch < warmup:
+            return lr * epoch / warmup
+        return lr * (1 + math.cos(math.pi * math.floor(epoch + 1e-6) / n_epoch)) / 2
+
     return rate
 
+
 @patch
-def fit_cosine(self:Learner,
-    n_epoch:int, # Epochs
-    lr_max=None, # Highest rate; default the learner's
-    warmup:int=1, # Epochs of linear warm-up
-    wd=None, # Weight decay; default the learner's
-    cbs=None, # Further callbacks for this fit
-    reset_opt=False, # A new optimizer
-    start_epoch:int=0 # Skip this many epochs, as fastai's `fit` does
+def fit_cosine(
+    self: Learner,
+    n_epoch: int,  # Epochs
+    lr_max=None,  # Highest rate; default the learner's
+    warmup: int = 1,  # Epochs of linear warm-up
+    wd=None,  # Weight decay; default the learner's
+    cbs=None,  # Further callbacks for this fit
+    reset_opt=False,  # A new optimizer
+    start_epoch: int = 0,  # Skip this many epochs, as fastai's `fit` does
 ):
     "Fit with `cosine_with_warmup`, the schedule of the paper's reference"
-    if self.opt is None: self.create_opt()
+    if self.opt is None:
+        self.create_opt()
     self.opt.set_hyper("lr", self.lr if lr_max is None else lr_max)
     lr = np.array([h["lr"] for h in self.opt.hypers])
     sched = ParamScheduler({"lr": cosine_with_warmup(lr, n_epoch, warmup)})
-    self.fit(n_epoch, cbs=sched+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+    self.fit(n_epoch, cbs=sched + L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 # %% ../nbs/07_learner.ipynb #5d0e4aac
 def face_splitter(model):
     "Two parameter groups: encoder; classifier and class centres"
-    head = [p for name,p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
+    head = [p for name, p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
     return L(params(model.encoder), head)
+
 
 def face_metrics():
     "Accuracy, average accuracy (mean of the confusion matrix's diagonal) and macro-F1"
     return [accuracy, BalancedAccuracy(), F1Score(average="macro")]
+
 
 def _first_item(dls):
     "The first training item as a batch holds it"
     made_by_fastai = isinstance(dls.train, TfmdDL) and not isinstance(dls.train, TwoViewDL)
     return dls.train.do_item(0) if made_by_fastai else dls.train_ds[0]
 
+
 def _views(dls):
-    "Views of the first training item, as a list, and the number of classes; raises `ValueError` for other targets than one class an image"
+    """Views of the first training item, as a list, and the number of classes; raises `ValueError` for other targets
+    than one class an image"""
     item = _first_item(dls)
-    if len(item) != 2: raise ValueError(f"expected an image and a label, got items of {len(item)} parts: ecan_learner and baseline_learner take one target")
-    x,y = item
-    if not hasattr(dls, "vocab") or isinstance(y, TensorMultiCategory): raise ValueError(f"expected one class an image (CategoryBlock), got a target of type {type(y).__name__}")
-    return (list(x) if isinstance(x, tuple) else [x]),len(dls.vocab)
+    if len(item) != 2:
+        raise ValueError(
+            f"expected an image and a label, got items of {len(item)} parts: ecan_learner and baseline_learner take "
+            "one target"
+        )
+    x, y = item
+    if not hasattr(dls, "vocab") or isinstance(y, TensorMultiCategory):
+        raise ValueError(f"expected one class an image (CategoryBlock), got a target of type {type(y).__name__}")
+    return (list(x) if isinstance(x, tuple) else [x]), len(dls.vocab)
 
 # %% ../nbs/07_learner.ipynb #f7d5f094
 class ECANLearner(Learner):
     "A `Learner` whose `export` holds only what inference needs"
+
     @delegates(Learner.export)
     def export(self, fname="export.pkl", **kwargs):
         "Export a plain `Learner` over encoder and classifier, without key encoder, bank, centres and callbacks"
-        plain = Learner(self.dls, self.model.inference(), loss_func=CrossEntropyLossFlat(), path=self.path, model_dir=self.model_dir, metrics=self.metrics)
+        plain = Learner(
+            self.dls,
+            self.model.inference(),
+            loss_func=CrossEntropyLossFlat(),
+            path=self.path,
+            model_dir=self.model_dir,
+            metrics=self.metrics,
+        )
         plain.export(fname, **kwargs)
 
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter")
 def ecan_learner(
-    dls, # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch="resnet18", # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained:bool|str|Path=False, # The model's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first, as in fastai's own learners
-    l1:float=None, # Share of ENSC in the loss; default 0.2
-    l2:float=None, # Weight of MVA in the loss; default 0.7
-    n_groups:int=None, # V: feature groups of MVA, the current one included; default 5
-    temperature:float=None, # Temperature of ENSC; default 0.1
-    momentum:float=0.999, # m of the key encoder; about 1/(1-m) steps of memory
-    bank_groups:int=16, # K: batches that the memory bank holds
-    key_eval:bool=False, # Key encoder in evaluation mode
-    loss_func:ECANLoss=None, # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
-    metrics=None, # Default: accuracy, average accuracy, macro-F1
-    cbs=None, # Further callbacks
-    **kwargs
-)->ECANLearner:
-    "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its rate of 0.1 in proportion to the batch size"
+    dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
+    arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
+    pretrained: bool
+    | str
+    | Path = False,  # The model's pretrained weights, a run's folder or a checkpoint; freezes the encoder at first
+    l1: float = None,  # Share of ENSC in the loss; default 0.2
+    l2: float = None,  # Weight of MVA in the loss; default 0.7
+    n_groups: int = None,  # V: feature groups of MVA, the current one included; default 5
+    temperature: float = None,  # Temperature of ENSC; default 0.1
+    momentum: float = 0.999,  # m of the key encoder; about 1/(1-m) steps of memory
+    bank_groups: int = 16,  # K: batches that the memory bank holds
+    key_eval: bool = False,  # Key encoder in evaluation mode
+    loss_func: ECANLoss = None,  # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
+    metrics=None,  # Default: accuracy, average accuracy, macro-F1
+    cbs=None,  # Further callbacks
+    **kwargs,
+) -> ECANLearner:
+    """Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its
+    rate of 0.1 in proportion to the batch size"""
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature))
-    views,n_classes = _views(dls)
-    if len(views) != 2: raise ValueError("ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 (TwoViewBlock), or use baseline_learner")
-    if bank_groups < 1: raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
+    views, n_classes = _views(dls)
+    if len(views) != 2:
+        raise ValueError(
+            "ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 "
+            "(TwoViewBlock), or use baseline_learner"
+        )
+    if bank_groups < 1:
+        raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
-    model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups*dls.train.bs*crops, pretrained, key_eval)
+    model = ECANModel(arch, n_classes, views[0].shape[-3], bank_groups * dls.train.bs * crops, pretrained, key_eval)
     _check_fits(dls, model, views[0], arch)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, views[0].shape[-3], kwargs)
 
+
 def _ecan_loss(loss_func, settings):
-    settings = {k: v for k,v in settings.items() if v is not None}
-    if loss_func is None: return ECANLoss(**settings)
+    settings = {k: v for k, v in settings.items() if v is not None}
+    if loss_func is None:
+        return ECANLoss(**settings)
     if not isinstance(loss_func, ECANLoss):
-        raise ValueError(f"ecan_learner trains with an ECANLoss, got {type(loss_func).__name__}: use baseline_learner for other losses, or ECANLoss(label_smoothing=..., weight=...)")
-    if settings: raise ValueError(f"{', '.join(settings)} has no effect beside loss_func: give it to the ECANLoss")
+        raise ValueError(
+            f"ecan_learner trains with an ECANLoss, got {type(loss_func).__name__}: use baseline_learner for other "
+            "losses, or ECANLoss(label_smoothing=..., weight=...)"
+        )
+    if settings:
+        raise ValueError(f"{', '.join(settings)} has no effect beside loss_func: give it to the ECANLoss")
     return loss_func
 
 # %% ../nbs/07_learner.ipynb #f770b17f
 @delegates(Learner.__init__, but="model,splitter")
 def baseline_learner(
-    dls, # DataLoaders; of two views the first is used
-    arch="resnet18", # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained:bool|str|Path=False, # The model's pretrained weights, or a run's folder or a checkpoint; the encoder is then frozen at first
-    loss_func=None, # Default: cross-entropy
-    metrics=None, # Default: accuracy, average accuracy, macro-F1
-    cbs=None, # Further callbacks
-    **kwargs
-)->Learner:
+    dls,  # DataLoaders; of two views the first is used
+    arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
+    pretrained: bool
+    | str
+    | Path = False,  # The model's pretrained weights, a run's folder or a checkpoint; freezes the encoder at first
+    loss_func=None,  # Default: cross-entropy
+    metrics=None,  # Default: accuracy, average accuracy, macro-F1
+    cbs=None,  # Further callbacks
+    **kwargs,
+) -> Learner:
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
-    views,n_classes = _views(dls)
+    views, n_classes = _views(dls)
     model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
     _check_fits(dls, model, views[0], arch)
-    return _learner(Learner, dls, model, loss_func or CrossEntropyLossFlat(flatten=False), metrics, [CropsAsImages(), *L(cbs)], pretrained, views[0].shape[-3], kwargs)
+    return _learner(
+        Learner,
+        dls,
+        model,
+        loss_func or CrossEntropyLossFlat(flatten=False),
+        metrics,
+        [CropsAsImages(), *L(cbs)],
+        pretrained,
+        views[0].shape[-3],
+        kwargs,
+    )
+
 
 def _check_fits(dls, model, view, arch):
     "One view through the encoder: a size or number of channels that it does not take is told now"
-    if dls.train.bs < 2: raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
-    if view.ndim == 4: view = view[0]
+    if dls.train.bs < 2:
+        raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
+    if view.ndim == 4:
+        view = view[0]
     try:
-        with torch.no_grad(): model.eval()(view[None].as_subclass(torch.Tensor).float())
-    except (AssertionError, RuntimeError) as e: raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
+        with torch.no_grad():
+            model.eval()(view[None].as_subclass(torch.Tensor).float())
+    except (AssertionError, RuntimeError) as e:
+        raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
     model.train()
+
 
 def _use_own_stats(dls, encoder, in_chans):
     "Normalise by the statistics that a timm model's weights were trained with, unless the user chose other ones"
     cfg = getattr(encoder, "pretrained_cfg", None)
-    if cfg is None: return
-    mean,std = cfg["mean"],cfg["std"]
-    if in_chans == 1: mean,std = [sum(mean)/3],[sum(std)/3]
+    if cfg is None:
+        return
+    mean, std = cfg["mean"], cfg["std"]
+    if in_chans == 1:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
     set_stats(dls, mean, std, defaults_only=True)
 
+
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs):
-    if pretrained is True: _use_own_stats(dls, model.encoder, in_chans)
-    opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"]*dls.train.bs/256}
-    learn = cls(dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs})
-    if pretrained: learn.freeze()
+    if pretrained is True:
+        _use_own_stats(dls, model.encoder, in_chans)
+    opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"] * dls.train.bs / 256}
+    learn = cls(
+        dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs}
+    )
+    if pretrained:
+        learn.freeze()
     return learn

@@ -36,140 +36,202 @@ from .readers.records import Face, data_root
 
 # %% ../nbs/03j_loaders.ipynb #950a21cb
 def _check_labels(faces, vocab):
-    if not faces: raise ValueError("no faces to load")
+    if not faces:
+        raise ValueError("no faces to load")
     vocab = list(vocab) if vocab is not None else sorted({f.label for f in faces if f.split == "train"})
-    if not any(f.split == "train" for f in faces): raise ValueError(f"no face in a train split, got the splits {', '.join(sorted({f.split for f in faces}))}")
+    if not any(f.split == "train" for f in faces):
+        raise ValueError(f"no face in a train split, got the splits {', '.join(sorted({f.split for f in faces}))}")
     for f in faces:
-        if f.label not in vocab: raise ValueError(f"{f}: label {f.label!r} is not in the vocabulary ({', '.join(map(str, vocab))})")
-    if len(vocab) < 2: raise ValueError(f"expected at least 2 classes, got only {vocab[0]!r}")
+        if f.label not in vocab:
+            raise ValueError(f"{f}: label {f.label!r} is not in the vocabulary ({', '.join(map(str, vocab))})")
+    if len(vocab) < 2:
+        raise ValueError(f"expected at least 2 classes, got only {vocab[0]!r}")
     return vocab
 
 # %% ../nbs/03j_loaders.ipynb #300ea41d
 def _check_shares(faces, idxs, vocab):
     for f in (faces[i] for i in idxs):
-        if len(f.shares) != len(vocab): raise ValueError(f"{f}: soft labels need a share of votes for each of the {len(vocab)} classes, got {len(f.shares)}; FER+ has them")
-        if vocab[int(np.argmax(f.shares))] != f.label: raise ValueError(f"{f}: its largest share is not that of {f.label!r}: soft labels need the classes in the order of the shares")
+        if len(f.shares) != len(vocab):
+            raise ValueError(
+                f"{f}: soft labels need a share of votes for each of the {len(vocab)} classes, got {len(f.shares)}; "
+                "FER+ has them"
+            )
+        if vocab[int(np.argmax(f.shares))] != f.label:
+            raise ValueError(
+                f"{f}: its largest share is not that of {f.label!r}: soft labels need the classes in the order of the "
+                "shares"
+            )
 
 # %% ../nbs/03j_loaders.ipynb #0f4d14bf
 def _stratified(idxs, labels, pct, seed):
     "A seeded share of `idxs` from each class: at least one where a class has two, none where it has one"
-    rng,held = np.random.default_rng(seed),[]
+    rng, held = np.random.default_rng(seed), []
     for c in sorted(set(labels)):
-        own = [i for i,l in zip(idxs, labels) if l == c]
-        if len(own) == 1: warnings.warn(f"class {c!r} has only one training image: it stays in train, and valid has none of it")
-        else: held += list(rng.permutation(own)[:max(1, round(pct*len(own)))])
+        own = [i for i, label in zip(idxs, labels) if label == c]
+        if len(own) == 1:
+            warnings.warn(f"class {c!r} has only one training image: it stays in train, and valid has none of it")
+        else:
+            held += list(rng.permutation(own)[: max(1, round(pct * len(own)))])
     return sorted(int(i) for i in held)
 
 # %% ../nbs/03j_loaders.ipynb #e41568fd
 def _splits(faces, valid_pct, seed, train_all, valid="valid"):
     "Index lists by name, train and valid first"
     splits = {"train": [], "valid": []}
-    for i,f in enumerate(faces): splits.setdefault(f.split, []).append(i)
+    for i, f in enumerate(faces):
+        splits.setdefault(f.split, []).append(i)
     if valid != "valid":
-        if valid not in splits or valid == "train": raise ValueError(f"no split {valid!r} to validate on, the splits are {', '.join(k for k,v in splits.items() if v)}")
-        if splits["valid"]: raise ValueError(f"valid={valid!r} names the split to validate on, and the data has a split 'valid' already")
+        if valid not in splits or valid == "train":
+            raise ValueError(
+                f"no split {valid!r} to validate on, the splits are {', '.join(k for k, v in splits.items() if v)}"
+            )
+        if splits["valid"]:
+            raise ValueError(
+                f"valid={valid!r} names the split to validate on, and the data has a split 'valid' already"
+            )
         splits["valid"] = splits.pop(valid)
     if not splits["valid"]:
-        if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+        if not 0 < valid_pct < 1:
+            raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
         splits["valid"] = _stratified(splits["train"], [faces[i].label for i in splits["train"]], valid_pct, seed)
         held = set(splits["valid"])
-        if not train_all: splits["train"] = [i for i in splits["train"] if i not in held]
-    elif train_all: splits["train"] = splits["train"] + splits["valid"]
-    if not splits["valid"]: raise ValueError(f"no class has a second training image to validate on, among {len(faces)} faces")
-    if train_all: splits = {"valid_seen" if k == "valid" else k: v for k,v in splits.items()}
+        if not train_all:
+            splits["train"] = [i for i in splits["train"] if i not in held]
+    elif train_all:
+        splits["train"] = splits["train"] + splits["valid"]
+    if not splits["valid"]:
+        raise ValueError(f"no class has a second training image to validate on, among {len(faces)} faces")
+    if train_all:
+        splits = {"valid_seen" if k == "valid" else k: v for k, v in splits.items()}
     return splits
 
 # %% ../nbs/03j_loaders.ipynb #3a17bb06
 def _problem(face, channels, size):
-    try: shape = read_face(face.image, channels).shape
-    except (ValueError, FileNotFoundError) as e: return str(e)
-    if size and shape[:2] != (size, size): return f"{face}: expected {size}x{size} pixels, got {shape[1]}x{shape[0]}"
+    try:
+        shape = read_face(face.image, channels).shape
+    except (ValueError, FileNotFoundError) as e:
+        return str(e)
+    if size and shape[:2] != (size, size):
+        return f"{face}: expected {size}x{size} pixels, got {shape[1]}x{shape[0]}"
 
 # %% ../nbs/03j_loaders.ipynb #b9c15452
 def broken_faces(
-    faces:list, # `Face` records
-    channels:int=3, # Channels to decode to
-    size:int=None # Side that every picture must have, or None
-)->dict: # Index of each broken one to what is wrong with it
+    faces: list,  # `Face` records
+    channels: int = 3,  # Channels to decode to
+    size: int = None,  # Side that every picture must have, or None
+) -> dict:  # Index of each broken one to what is wrong with it
     "Decode every picture and tell which cannot be read, or have the wrong size"
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda f: _problem(f, channels, size), faces)
-        return {i: p for i,p in enumerate(progress(problems, "check images", len(faces))) if p}
+        return {i: p for i, p in enumerate(progress(problems, "check images", len(faces))) if p}
 
 # %% ../nbs/03j_loaders.ipynb #cc598ce0
 def _without_broken(faces, channels, size, skip_broken):
     broken = broken_faces(faces, channels, size)
-    if not broken: return faces
-    shown = "; ".join(list(broken.values())[:10]) + (f"; and {len(broken)-10} more" if len(broken) > 10 else "")
-    if not skip_broken: raise ValueError(f"{len(broken)} of {len(faces)} images cannot be used (skip_broken goes on without them): {shown}")
+    if not broken:
+        return faces
+    shown = "; ".join(list(broken.values())[:10]) + (f"; and {len(broken) - 10} more" if len(broken) > 10 else "")
+    if not skip_broken:
+        raise ValueError(
+            f"{len(broken)} of {len(faces)} images cannot be used (skip_broken goes on without them): {shown}"
+        )
     warnings.warn(f"going on without {len(broken)} of {len(faces)} images: {shown}")
-    return [f for i,f in enumerate(faces) if i not in broken]
+    return [f for i, f in enumerate(faces) if i not in broken]
 
 # %% ../nbs/03j_loaders.ipynb #8a6250b4
 class _Get(Transform):
     "Getter of an attribute, or of the whole record"
+
     def __init__(self, attribute=None):
         super().__init__()
         self.attribute = attribute
-    def __call__(self, o, **kwargs): return o if self.attribute is None else getattr(o, self.attribute)
+
+    def __call__(self, o, **kwargs):
+        return o if self.attribute is None else getattr(o, self.attribute)
 
 # %% ../nbs/03j_loaders.ipynb #358966b8
 class _Label(Categorize):
     "`Categorize` of a `Face` without type dispatch, its tensors made once; with `soft`, shares of votes in training"
+
     def __init__(self, vocab, soft=False):
         super().__init__(vocab, sort=False)
-        self.soft,self.tensors = soft,{o: TensorCategory(i) for i,o in enumerate(vocab)}
+        self.soft, self.tensors = soft, {o: TensorCategory(i) for i, o in enumerate(vocab)}
+
     def __call__(self, face, split_idx=None, **kwargs):
         return TensorCategory(torch.tensor(face.shares)) if self.soft and split_idx == 0 else self.tensors[face.label]
-    def decodes(self, o): return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
+
+    def decodes(self, o):
+        return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 # %% ../nbs/03j_loaders.ipynb #b66e9fbf
-_LOADER_OPTIONS = ("num_workers", "device", "val_bs", "shuffle", "val_shuffle", "drop_last", "pin_memory", "timeout", "verbose")
+_LOADER_OPTIONS = (
+    "num_workers",
+    "device",
+    "val_bs",
+    "shuffle",
+    "val_shuffle",
+    "drop_last",
+    "pin_memory",
+    "timeout",
+    "verbose",
+)
+
 
 def _check_options(kwargs):
     "fastai's loaders ignore arguments that they do not know"
     unknown = [k for k in kwargs if k not in _LOADER_OPTIONS]
-    if not unknown: return
+    if not unknown:
+        return
     near = get_close_matches(unknown[0], [*inspect.signature(_loaders).parameters, *_LOADER_OPTIONS], 1, 0.5)
     raise TypeError(f"no argument {unknown[0]!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 # %% ../nbs/03j_loaders.ipynb #430bc2f5
-def _loaders(cls,
-    faces:list, # `Face` records
-    path=".", # Where a Learner saves its models
-    bs:int=None, # Batch size; default 256, for small data the power of two that gives 8 to 16 batches an epoch
-    size:int=224, # Side in pixels to which pictures are brought
-    channels:int=3, # 1: grey, 3: RGB
-    level:str="strong", # Augmentation of Table 1: "none", "weak", "strong"
-    recipe:str="rafdb", # Column of Table 1: "rafdb" or "fer2013"
-    n_views:int=2, # Views in training: 2 for ECAN, 1 for the baseline
-    all_crops:bool=False, # Train on all five crops of FiveCrop instead of a random one
-    eval_crops:str="center", # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
-    valid:str="valid", # Name of the split to validate on
-    valid_pct:float=0.1, # Share of train held out where the data has no valid split
-    seed:int=42, # Seed of that share
-    train_all:bool=False, # Train on the valid split too, which is then called valid_seen
-    vocab:list=None, # Names of the classes in order; default those of train, sorted
-    skip_broken:bool=False, # Go on without images that cannot be read
-    image_size:int=None, # Side that every picture on disk must have
-    soft_labels:bool=False, # Train on the shares of people's votes (FER+); evaluation keeps the label
-    balanced:bool=False, # Draw every class equally often in training: faces with replacement, by the inverse of their class's count
-    item_tfms=None, # fastai transforms of the decoded image, before resizing and augmentation
-    batch_tfms=None, # fastai transforms of a batch, after augmentation; each view draws by itself
-    **kwargs # num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory or timeout, as fastai's loaders take them
+def _loaders(
+    cls,
+    faces: list,  # `Face` records
+    path=".",  # Where a Learner saves its models
+    bs: int = None,  # Batch size; default 256, for small data the power of two that gives 8 to 16 batches an epoch
+    size: int = 224,  # Side in pixels to which pictures are brought
+    channels: int = 3,  # 1: grey, 3: RGB
+    level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"
+    recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
+    n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
+    all_crops: bool = False,  # Train on all five crops of FiveCrop instead of a random one
+    eval_crops: str = "center",  # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
+    valid: str = "valid",  # Name of the split to validate on
+    valid_pct: float = 0.1,  # Share of train held out where the data has no valid split
+    seed: int = 42,  # Seed of that share
+    train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
+    vocab: list = None,  # Names of the classes in order; default those of train, sorted
+    skip_broken: bool = False,  # Go on without images that cannot be read
+    image_size: int = None,  # Side that every picture on disk must have
+    soft_labels: bool = False,  # Train on the shares of people's votes (FER+); evaluation keeps the label
+    balanced: bool = False,  # Sample every class equally often in training, with replacement
+    item_tfms=None,  # fastai transforms of the decoded image, before resizing and augmentation
+    batch_tfms=None,  # fastai transforms of a batch, after augmentation; each view draws by itself
+    **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs)
-    if bs is not None and not bs > 0: raise ValueError(f"batch size must be above 0, got {bs}")
-    if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
+    if bs is not None and not bs > 0:
+        raise ValueError(f"batch size must be above 0, got {bs}")
+    if size < 8:
+        raise ValueError(f"size must be at least 8 pixels, got {size}")
     vocab = _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all, valid)
-    if soft_labels: _check_shares(faces, splits["train"], vocab)
-    if bs is None: bs = min(256, 2**max(2, int(math.log2(len(splits["train"])/8))))
-    if len(splits["train"]) < bs: raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
+    if soft_labels:
+        _check_shares(faces, splits["train"], vocab)
+    if bs is None:
+        bs = min(256, 2 ** max(2, int(math.log2(len(splits["train"]) / 8))))
+    if len(splits["train"]) < bs:
+        raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
     faces_block = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, item_tfms=item_tfms)
-    block = DataBlock(blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))), getters=[_Get("image"), _Get()],
-                      splitter=lambda _: list(splits.values()), batch_tfms=[EachView(t) for t in L(batch_tfms)])
+    block = DataBlock(
+        blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))),
+        getters=[_Get("image"), _Get()],
+        splitter=lambda _: list(splits.values()),
+        batch_tfms=[EachView(t) for t in L(batch_tfms)],
+    )
     loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)
     dls.split_names = tuple(splits)
@@ -180,23 +242,31 @@ def _loaders(cls,
 
 # %% ../nbs/03j_loaders.ipynb #72813bba
 class ExpressionDataLoaders(DataLoaders):
-    "`DataLoaders` of faces with named splits: `dls[\"PublicTest\"]`"
+    '`DataLoaders` of faces with named splits: `dls["PublicTest"]`'
+
     split_names = ("train", "valid")
+
     def __getitem__(self, i):
-        if not isinstance(i, str): return super().__getitem__(i)
-        if i not in self.split_names: raise ValueError(f"no split {i!r}, the splits are {', '.join(self.split_names)}")
+        if not isinstance(i, str):
+            return super().__getitem__(i)
+        if i not in self.split_names:
+            raise ValueError(f"no split {i!r}, the splits are {', '.join(self.split_names)}")
         return super().__getitem__(self.split_names.index(i))
 
     @delegates(DataLoaders.test_dl)
     def test_dl(self, test_items, with_labels=False, **kwargs):
         "Loader of other images, or with labels of `Face` records and of files in class folders"
-        if with_labels: test_items = [o if isinstance(o, Face) else self._labelled(o) for o in test_items]
+        if with_labels:
+            test_items = [o if isinstance(o, Face) else self._labelled(o) for o in test_items]
         return super().test_dl(test_items, with_labels=with_labels, **kwargs)
 
     def _labelled(self, file):
         label = Path(file).parent.name
-        if label in self.vocab: return Face(file, label, "test", str(file))
-        raise ValueError(f"{file}: expected a file in a folder named after its class ({', '.join(self.vocab)}), or `Face` records")
+        if label in self.vocab:
+            return Face(file, label, "test", str(file))
+        raise ValueError(
+            f"{file}: expected a file in a folder named after its class ({', '.join(self.vocab)}), or `Face` records"
+        )
 
     def class_counts(self):
         "Training faces of each class (C,), in the order of the vocabulary"
@@ -204,19 +274,22 @@ class ExpressionDataLoaders(DataLoaders):
         return np.array([counts[v] for v in self.vocab])
 
     def class_weights(self):
-        "n/(C n_c) for each class (C,), scikit-learn's \"balanced\": their mean over the training faces is 1; 0 for a class without any"
+        """n/(C n_c) for each class (C,), scikit-learn's "balanced": their mean over the training faces is 1; 0 for
+        a class without any"""
         counts = self.class_counts()
-        return np.divide(counts.sum()/len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
+        return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
 
     def minority_classes(self):
-        "True for each class (C,) with less than three quarters of the training faces that a class has on average: on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"
-        return self.class_counts() < 0.75*self.class_counts().mean()
+        """True for each class (C,) with less than three quarters of the training faces that a class has on average:
+        on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"""
+        return self.class_counts() < 0.75 * self.class_counts().mean()
 
     @classmethod
     @delegates(_loaders, but="cls")
-    def from_faces(cls, 
-        faces:list, # `Face` records
-        **kwargs
+    def from_faces(
+        cls,
+        faces: list,  # `Face` records
+        **kwargs,
     ):
         "From `Face` records; the other constructors end here"
         return _loaders(cls, faces, **kwargs)
@@ -224,9 +297,10 @@ class ExpressionDataLoaders(DataLoaders):
 # %% ../nbs/03j_loaders.ipynb #5f4fd6ae
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_folder(cls:ExpressionDataLoaders,
-    path, # Folder of class folders, or of split folders with class folders in them
-    **kwargs
+def from_folder(
+    cls: ExpressionDataLoaders,
+    path,  # Folder of class folders, or of split folders with class folders in them
+    **kwargs,
 ):
     "From a folder; class names are the folders' names"
     return cls.from_faces(folder_faces(path), **{"path": path, **kwargs})
@@ -234,13 +308,14 @@ def from_folder(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #a8f2d142
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_df(cls:ExpressionDataLoaders,
-    df:pd.DataFrame, # One row a face
-    path=".", # Folder to which image paths are relative
-    image_col:str="image", # Column of image paths, or of uint8 arrays
-    label_col:str="label", # Column of class names
-    split_col:str="split", # Column of split names, used if it is there
-    **kwargs
+def from_df(
+    cls: ExpressionDataLoaders,
+    df: pd.DataFrame,  # One row a face
+    path=".",  # Folder to which image paths are relative
+    image_col: str = "image",  # Column of image paths, or of uint8 arrays
+    label_col: str = "label",  # Column of class names
+    split_col: str = "split",  # Column of split names, used if it is there
+    **kwargs,
 ):
     "From a table of images and labels"
     return cls.from_faces(table_faces(df, path, image_col, label_col, split_col), **{"path": path, **kwargs})
@@ -248,13 +323,14 @@ def from_df(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #1f994446
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,path")
-def from_csv(cls:ExpressionDataLoaders,
-    csv, # Comma-separated file with a header
-    path=None, # Folder to which image paths are relative; default the file's own
-    image_col:str="image", # Column of image paths
-    label_col:str="label", # Column of class names
-    split_col:str="split", # Column of split names, used if it is there
-    **kwargs
+def from_csv(
+    cls: ExpressionDataLoaders,
+    csv,  # Comma-separated file with a header
+    path=None,  # Folder to which image paths are relative; default the file's own
+    image_col: str = "image",  # Column of image paths
+    label_col: str = "label",  # Column of class names
+    split_col: str = "split",  # Column of split names, used if it is there
+    **kwargs,
 ):
     "From a comma-separated file of image paths and labels"
     faces = csv_faces(csv, path, image_col, label_col, split_col)
@@ -268,12 +344,13 @@ def _from(cls, kind, path, kwargs, **reading):
 # %% ../nbs/03j_loaders.ipynb #7034c67c
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces,image_size,vocab")
-def from_fer2013(cls:ExpressionDataLoaders,
-    path, # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
-    size:int=48, # Side in pixels
-    channels:int=1, # FER2013 is grey
-    recipe:str="fer2013", # Column of Table 1
-    **kwargs
+def from_fer2013(
+    cls: ExpressionDataLoaders,
+    path,  # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
+    size: int = 48,  # Side in pixels
+    channels: int = 1,  # FER2013 is grey
+    recipe: str = "fer2013",  # Column of Table 1
+    **kwargs,
 ):
     "FER2013: splits train, valid, PublicTest, PrivateTest"
     return _from(cls, "fer2013", path, dict(size=size, channels=channels, recipe=recipe, **kwargs))
@@ -281,9 +358,10 @@ def from_fer2013(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #99ed11d2
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_rafdb(cls:ExpressionDataLoaders,
-    path, # Folder of RAF-DB basic
-    **kwargs
+def from_rafdb(
+    cls: ExpressionDataLoaders,
+    path,  # Folder of RAF-DB basic
+    **kwargs,
 ):
     "RAF-DB: splits train, valid, test"
     return _from(cls, "rafdb", path, kwargs)
@@ -291,9 +369,10 @@ def from_rafdb(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #4793c341
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_ferplus(cls:ExpressionDataLoaders,
-    path, # Folder of FER+
-    **kwargs
+def from_ferplus(
+    cls: ExpressionDataLoaders,
+    path,  # Folder of FER+
+    **kwargs,
 ):
     "FER+: splits train, valid, PublicTest, PrivateTest; eight classes"
     return _from(cls, "ferplus", path, kwargs)
@@ -301,10 +380,11 @@ def from_ferplus(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #5b5c76ac
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_affectnet(cls:ExpressionDataLoaders,
-    path, # Folder of AffectNet
-    contempt:bool=True, # Keep contempt: eight classes, or seven
-    **kwargs
+def from_affectnet(
+    cls: ExpressionDataLoaders,
+    path,  # Folder of AffectNet
+    contempt: bool = True,  # Keep contempt: eight classes, or seven
+    **kwargs,
 ):
     "AffectNet: splits train, valid, val_set"
     return _from(cls, "affectnet", path, kwargs, contempt=contempt)
@@ -312,10 +392,11 @@ def from_affectnet(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #182c49b2
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_expw(cls:ExpressionDataLoaders,
-    path, # Folder of ExpW
-    fold:int=0, # Which tenth of the photographs is the test split
-    **kwargs
+def from_expw(
+    cls: ExpressionDataLoaders,
+    path,  # Folder of ExpW
+    fold: int = 0,  # Which tenth of the photographs is the test split
+    **kwargs,
 ):
     "ExpW: splits train, valid, test by photograph"
     return _from(cls, "expw", path, kwargs, fold=fold)
@@ -323,10 +404,11 @@ def from_expw(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #8fed2e3a
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_ckplus(cls:ExpressionDataLoaders,
-    path, # The folder CK+48, or one with it inside
-    fold:int=0, # Which tenth of the subjects is the test split
-    **kwargs
+def from_ckplus(
+    cls: ExpressionDataLoaders,
+    path,  # The folder CK+48, or one with it inside
+    fold: int = 0,  # Which tenth of the subjects is the test split
+    **kwargs,
 ):
     "CK+48: splits train, valid, test by subject"
     return _from(cls, "ckplus", path, kwargs, fold=fold)
@@ -334,10 +416,11 @@ def from_ckplus(cls:ExpressionDataLoaders,
 # %% ../nbs/03j_loaders.ipynb #96554b54
 @patch(cls_method=True)
 @delegates(_loaders, but="cls,faces")
-def from_path(cls:ExpressionDataLoaders,
-    path, # A folder or a csv file
-    kind:str="auto", # One of `KINDS`, or "auto" to look
-    **kwargs
+def from_path(
+    cls: ExpressionDataLoaders,
+    path,  # A folder or a csv file
+    kind: str = "auto",  # One of `KINDS`, or "auto" to look
+    **kwargs,
 ):
     "From data of a kind that is named or detected"
     return _from(cls, detect_kind(path) if kind == "auto" else kind, path, kwargs)

@@ -19,135 +19,175 @@ from torch import Tensor, nn
 # %% ../nbs/04_losses.ipynb #b045e568
 def _full_precision(loss):
     "Run `loss` with its floating tensors in float32 at least, outside autocast"
+
     @wraps(loss)
     def _inner(*args, **kwargs):
-        def up(t): return t.float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
+        def up(t):
+            return t.float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
+
         device = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).device.type
         with torch.autocast(device, enabled=False):
-            return loss(*map(up, args), **{k: up(v) for k,v in kwargs.items()})
+            return loss(*map(up, args), **{k: up(v) for k, v in kwargs.items()})
+
     return _inner
+
 
 def _check_rows(z, y, name="z"):
     if z.ndim != 2 or y.ndim != 1 or len(z) != len(y):
-        raise ValueError(f"expected {name} of shape (n, d) and as many labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"expected {name} of shape (n, d) and as many labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
+        )
+
 
 def _check_temperature(temperature):
-    if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
     "Bank rows a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU is given more work a call"
-    return max(1, 2**(19 if z.device.type == "cpu" else 21)//max(z.shape))
+    return max(1, 2 ** (19 if z.device.type == "cpu" else 21) // max(z.shape))
+
 
 def _bank_chunks(z, bank_z, bank_y, normalize, center=None):
     "Pieces of the bank: rows in the type of `z`, less `center`; labels or None"
     n = _chunk_rows(z)
     for i in range(0, len(bank_z), n):
-        rows = bank_z[i:i+n].to(z.dtype)
-        if center is not None: rows = rows - center
-        yield F.normalize(rows, dim=1) if normalize else rows, None if bank_y is None else bank_y[i:i+n]
+        rows = bank_z[i : i + n].to(z.dtype)
+        if center is not None:
+            rows = rows - center
+        yield F.normalize(rows, dim=1) if normalize else rows, None if bank_y is None else bank_y[i : i + n]
+
 
 def _below(y, labels, joins):
-    "Which bank rows are in each anchor's denominator (M, B): those of another class, and its own where the anchor joins them"
+    """Which bank rows are in each anchor's denominator (M, B): those of another class, and its own where the anchor
+    joins them"""
     other = y[:, None] != labels
     return other if joins is None else other | joins[:, None]
+
 
 def _largest(sim, a, y, chunks, joins):
     "Largest exponent of each row's denominator (M, 1), 0 where it is empty"
     top = sim.clone().fill_diagonal_(-torch.inf).amax(1)
-    for rows,labels in chunks:
+    for rows, labels in chunks:
         s = a @ rows.T
-        if labels is not None: s.masked_fill_(~_below(y, labels, joins), -torch.inf)
+        if labels is not None:
+            s.masked_fill_(~_below(y, labels, joins), -torch.inf)
         top = torch.maximum(top, s.amax(1))
     return top.masked_fill_(top == -torch.inf, 0)[:, None]
 
+
 def _exp_(sim, shift):
     "exp(sim - shift) in place; what is above the shift is masked afterwards and must only stay finite"
-    if shift is not None: sim.sub_(shift).clamp_(max=0)
+    if shift is not None:
+        sim.sub_(shift).clamp_(max=0)
     return sim.exp_()
 
+
 def _class_sums(chunks, classes, z):
-    "Sum (C, d) and number (C,) of the bank rows of each class that is True in `classes`; all that a mean over positives needs of them"
-    sums,counts = z.new_zeros(len(classes), z.shape[1]),torch.zeros(len(classes), dtype=torch.long, device=z.device)
-    for rows,labels in chunks:
+    """Sum (C, d) and number (C,) of the bank rows of each class that is True in `classes`; all that a mean over
+    positives needs of them"""
+    sums, counts = z.new_zeros(len(classes), z.shape[1]), torch.zeros(len(classes), dtype=torch.long, device=z.device)
+    for rows, labels in chunks:
         member = (labels == torch.arange(len(classes), device=z.device)[:, None]) & classes[:, None]
         sums.addmm_(member.to(z.dtype), rows)
         counts += member.sum(1)
-    return sums,counts
+    return sums, counts
+
 
 class _Contrast(torch.autograd.Function):
     "Mean contrastive loss over the anchors with a positive; the gradient is ready when the forward pass ends"
+
     @staticmethod
     def forward(ctx, z, y, temperature, normalize, bank_z, bank_y, bank_positives, anchors_only, center):
-        def chunks(): return _bank_chunks(z, bank_z, bank_y, normalize, center)
-        a = z/temperature
+        def chunks():
+            return _bank_chunks(z, bank_z, bank_y, normalize, center)
+
+        a = z / temperature
         sim = a @ z.T
         positive = (y[:, None] == y).fill_diagonal_(False)
-        count,numerator,joins = positive.sum(1),(sim*positive).sum(1),None
+        count, numerator, joins = positive.sum(1), (sim * positive).sum(1), None
         if bank_positives is not None:
-            sums,counts = _class_sums(chunks(), bank_positives, z)
-            joins,pulls = bank_positives[y],sums[y]
+            sums, counts = _class_sums(chunks(), bank_positives, z)
+            joins, pulls = bank_positives[y], sums[y]
             count = count + counts[y]
-            numerator = numerator + (a*pulls).sum(1)
-        safe = normalize and temperature >= 1/40
+            numerator = numerator + (a * pulls).sum(1)
+        safe = normalize and temperature >= 1 / 40
         shift = None if safe else _largest(sim, a, y, chunks(), joins)
         own = _exp_(sim, shift).fill_diagonal_(0)
-        total,grad = own.sum(1),torch.zeros_like(z)
-        for rows,labels in chunks():
+        total, grad = own.sum(1), torch.zeros_like(z)
+        for rows, labels in chunks():
             e = _exp_(a @ rows.T, shift)
-            if labels is not None: e *= _below(y, labels, joins)
+            if labels is not None:
+                e *= _below(y, labels, joins)
             total += e.sum(1)
-            if ctx.needs_input_grad[0]: grad.addmm_(e, rows)
+            if ctx.needs_input_grad[0]:
+                grad.addmm_(e, rows)
         has = count > 0
-        weight = has.to(z.dtype)/has.sum().clamp(min=1)
+        weight = has.to(z.dtype) / has.sum().clamp(min=1)
         total = torch.where(has, total, 1)
-        share = weight/count.clamp(min=1)
+        share = weight / count.clamp(min=1)
         if ctx.needs_input_grad[0]:
-            pull = own.mul_((weight/total)[:, None]).sub_(positive*share[:, None])  # rows: on the anchors; columns: on what they are compared with
-            grad.mul_((weight/total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
-            if joins is not None: grad -= share[:, None]*pulls
+            pull = own.mul_((weight / total)[:, None]).sub_(
+                positive * share[:, None]
+            )  # rows: on the anchors; columns: on what they are compared with
+            grad.mul_((weight / total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
+            if joins is not None:
+                grad -= share[:, None] * pulls
             ctx.save_for_backward(grad.div_(temperature))
         log_denominator = total.log() if shift is None else total.log() + shift[:, 0]
-        return (log_denominator*weight - numerator*share).sum()
+        return (log_denominator * weight - numerator * share).sum()
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled(): raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
-        return g*ctx.saved_tensors[0], *[None]*8
+        if torch.is_grad_enabled():
+            raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
+        return g * ctx.saved_tensors[0], *[None] * 8
 
-def _contrast(z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False, center=None):
-    "Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of another label alone"
+
+def _contrast(
+    z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False, center=None
+):
+    """Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of
+    another label alone"""
     _check_temperature(temperature)
-    if bank_z is None: bank_z = z[:0]
-    if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]: raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
+    if bank_z is None:
+        bank_z = z[:0]
+    if bank_z.ndim != 2 or bank_z.shape[1] != z.shape[1]:
+        raise ValueError(f"expected bank_z of shape (B, {z.shape[1]}), got {tuple(bank_z.shape)}")
     if center is not None:
-        if center.shape != z.shape[1:]: raise ValueError(f"expected center of shape ({z.shape[1]},), got {tuple(center.shape)}")
+        if center.shape != z.shape[1:]:
+            raise ValueError(f"expected center of shape ({z.shape[1]},), got {tuple(center.shape)}")
         center = center.detach().to(z.dtype)
         z = z - center
-    if normalize: z = F.normalize(z, dim=1)
-    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives, anchors_only, center)
+    if normalize:
+        z = F.normalize(z, dim=1)
+    return _Contrast.apply(
+        z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives, anchors_only, center
+    )
 
 # %% ../nbs/04_losses.ipynb #ec631beb
 @_full_precision
 def selfcon_loss(
-    z_q:Tensor, # Features of the first views (N, d)
-    z_k:Tensor, # Features of the second views (N, d)
-    temperature:float=0.1 # Temperature, above 0
-)->Tensor: # Scalar, mean over the 2N views
+    z_q: Tensor,  # Features of the first views (N, d)
+    z_k: Tensor,  # Features of the second views (N, d)
+    temperature: float = 0.1,  # Temperature, above 0
+) -> Tensor:  # Scalar, mean over the 2N views
     "Self-supervised contrastive loss (Eq. 3) on L2-normalised features"
-    if z_q.shape != z_k.shape or z_q.ndim != 2: raise ValueError(f"expected two views of the same shape (n, d), got {tuple(z_q.shape)} and {tuple(z_k.shape)}")
+    if z_q.shape != z_k.shape or z_q.ndim != 2:
+        raise ValueError(f"expected two views of the same shape (n, d), got {tuple(z_q.shape)} and {tuple(z_k.shape)}")
     source = torch.arange(len(z_q), device=z_q.device).repeat(2)
     return _contrast(torch.cat([z_q, z_k]), source, temperature, True)
 
 # %% ../nbs/04_losses.ipynb #6a9c4872
 @_full_precision
 def supcon_loss(
-    z:Tensor, # Features of all views (M, d)
-    y:Tensor, # Labels of all views (M,)
-    temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True, # L2-normalise the rows first
-    anchors_only:bool=False # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
-)->Tensor: # Scalar, mean over the anchors that have a positive
+    z: Tensor,  # Features of all views (M, d)
+    y: Tensor,  # Labels of all views (M,)
+    temperature: float = 0.1,  # Temperature, above 0
+    normalize: bool = True,  # L2-normalise the rows first
+    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss (Eq. 4)"
     _check_rows(z, y)
     return _contrast(z, y, temperature, normalize, anchors_only=anchors_only)
@@ -155,14 +195,14 @@ def supcon_loss(
 # %% ../nbs/04_losses.ipynb #b5714d48
 @_full_precision
 def esc_loss(
-    z:Tensor, # Features of all views (M, d)
-    y:Tensor, # Labels of all views (M,)
-    bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
-    temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True, # L2-normalise all rows first
-    anchors_only:bool=False, # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
-    center:Tensor=None # Constant (d,), subtracted from all rows before they are normalised; the paper subtracts nothing
-)->Tensor: # Scalar, mean over the anchors that have a positive
+    z: Tensor,  # Features of all views (M, d)
+    y: Tensor,  # Labels of all views (M,)
+    bank_z: Tensor,  # Features in the bank (B, d), without gradient; B may be 0
+    temperature: float = 0.1,  # Temperature, above 0
+    normalize: bool = True,  # L2-normalise all rows first
+    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    center: Tensor = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
     return _contrast(z, y, temperature, normalize, bank_z, anchors_only=anchors_only, center=center)
@@ -170,236 +210,345 @@ def esc_loss(
 # %% ../nbs/04_losses.ipynb #5222a0c6
 def _check_classes(bank_positives, n_classes=None):
     if bank_positives.ndim != 1 or bank_positives.dtype != torch.bool or n_classes not in (None, len(bank_positives)):
-        raise ValueError(f"expected bank_positives of shape ({n_classes or 'C'},), True or False for each class, got {bank_positives.dtype} of shape {tuple(bank_positives.shape)}")
+        raise ValueError(
+            f"expected bank_positives of shape ({n_classes or 'C'},), True or False for each class, got "
+            f"{bank_positives.dtype} of shape {tuple(bank_positives.shape)}"
+        )
+
 
 @_full_precision
 def ensc_loss(
-    z:Tensor, # Features of all views (M, d)
-    y:Tensor, # Labels of all views (M,)
-    bank_z:Tensor, # Features in the bank (B, d), without gradient; B may be 0
-    bank_y:Tensor, # Their labels (B,)
-    temperature:float=0.1, # Temperature, above 0
-    normalize:bool=True, # L2-normalise all rows first
-    bank_positives:Tensor=None, # Classes (C,), True where an anchor's positives are also the bank entries of its own class; default none, as in the paper
-    anchors_only:bool=False, # Gradient through the anchors alone, all that they are compared with being constant; the value is the same
-    center:Tensor=None # Constant (d,), subtracted from all rows before they are normalised; the paper subtracts nothing
-)->Tensor: # Scalar, mean over the anchors that have a positive
+    z: Tensor,  # Features of all views (M, d)
+    y: Tensor,  # Labels of all views (M,)
+    bank_z: Tensor,  # Features in the bank (B, d), without gradient; B may be 0
+    bank_y: Tensor,  # Their labels (B,)
+    temperature: float = 0.1,  # Temperature, above 0
+    normalize: bool = True,  # L2-normalise all rows first
+    bank_positives: Tensor = None,  # Classes (C,) whose bank entries are positives too; the paper has none
+    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    center: Tensor = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
-    if bank_positives is not None: _check_classes(bank_positives)
+    if bank_positives is not None:
+        _check_classes(bank_positives)
     return _contrast(z, y, temperature, normalize, bank_z, bank_y, bank_positives, anchors_only, center)
 
 # %% ../nbs/04_losses.ipynb #301cd1ba
 @torch.no_grad()
 def mean_cosines(
-    z:Tensor, # Features (n, d)
-    y:Tensor, # Labels (n,)
-    center:Tensor=None # Constant (d,), subtracted first
-): # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
+    z: Tensor,  # Features (n, d)
+    y: Tensor,  # Labels (n,)
+    center: Tensor = None,  # Constant (d,), subtracted first
+):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
     "How alike features are, within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
     same = y[:, None] == y
     cosines = z @ z.T
-    def mean(pairs): return (cosines*pairs).sum()/pairs.sum()
-    return mean(same.clone().fill_diagonal_(False)),mean(~same)
+
+    def mean(pairs):
+        return (cosines * pairs).sum() / pairs.sum()
+
+    return mean(same.clone().fill_diagonal_(False)), mean(~same)
 
 # %% ../nbs/04_losses.ipynb #31272950
 def _check_centers(x, y, centers):
     _check_rows(x, y, "x")
-    if centers.ndim != 2 or centers.shape[1] != x.shape[1]: raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
+    if centers.ndim != 2 or centers.shape[1] != x.shape[1]:
+        raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
 
-def _square_distances(x, y, centers): return (x - centers[y]).pow(2).sum(-1)
+
+def _square_distances(x, y, centers):
+    return (x - centers[y]).pow(2).sum(-1)
+
 
 @_full_precision
 def center_loss(
-    x:Tensor, # Features (m, d)
-    y:Tensor, # Labels (m,), each below C
-    centers:Tensor # Class centres (C, d)
-)->Tensor: # Scalar, divided by 2m
+    x: Tensor,  # Features (m, d)
+    y: Tensor,  # Labels (m,), each below C
+    centers: Tensor,  # Class centres (C, d)
+) -> Tensor:  # Scalar, divided by 2m
     "Center loss (Eq. 7): half the mean squared distance of features to the centre of their class"
     _check_centers(x, y, centers)
-    return _square_distances(x, y, centers).mean()/2
+    return _square_distances(x, y, centers).mean() / 2
 
 # %% ../nbs/04_losses.ipynb #046bdd54
 def _check_reduction(reduction):
-    if reduction not in ("mean", "sum"): raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
 
 @_full_precision
 def affinity_loss(
-    x:Tensor, # Features (m, d)
-    y:Tensor, # Labels (m,), each below C
-    centers:Tensor, # Class centres (C, d), C at least 2
-    reduction:str="mean" # "mean" divides by m, "sum" is the literal equation
-)->Tensor: # Scalar
+    x: Tensor,  # Features (m, d)
+    y: Tensor,  # Labels (m,), each below C
+    centers: Tensor,  # Class centres (C, d), C at least 2
+    reduction: str = "mean",  # "mean" divides by m, "sum" is the literal equation
+) -> Tensor:  # Scalar
     "Affinity loss (Eq. 8): squared distances to the centres over the variance between the centres"
     _check_centers(x, y, centers)
     _check_reduction(reduction)
-    if len(centers) < 2: raise ValueError(f"the variance between class centres needs at least 2 classes, got {len(centers)}")
+    if len(centers) < 2:
+        raise ValueError(f"the variance between class centres needs at least 2 classes, got {len(centers)}")
     return getattr(_square_distances(x, y, centers), reduction)() / centers.var(0).sum()
 
 # %% ../nbs/04_losses.ipynb #79b7cd97
 @_full_precision
 def mva_weight(
-    losses:Tensor # Affinity losses of the V groups (V,)
-)->Tensor: # Scalar alpha, at least 1, without gradient
+    losses: Tensor,  # Affinity losses of the V groups (V,)
+) -> Tensor:  # Scalar alpha, at least 1, without gradient
     "Weight of the multi-view affinity loss (Eq. 9): 1 + population variance"
     return 1 + losses.detach().var(unbiased=False)
+
 
 def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     "Multi-view affinity loss and its alpha; the older groups decide alpha alone, and are no part of the graph"
     current = affinity_loss(x, y, centers, reduction)
-    with torch.no_grad(): older = [affinity_loss(g, l, centers, reduction) for g,l in zip(groups, group_labels)]
+    with torch.no_grad():
+        older = [affinity_loss(*group, centers, reduction) for group in zip(groups, group_labels)]
     alpha = mva_weight(torch.stack([current, *older]))
-    return alpha*current,alpha
+    return alpha * current, alpha
+
 
 def mva_loss(
-    x:Tensor, # Current features (n, d)
-    y:Tensor, # Their labels (n,)
-    centers:Tensor, # Class centres (C, d)
-    groups:Tensor, # Older feature groups (V-1, n, d); V-1 may be 0
-    group_labels:Tensor, # Their labels (V-1, n)
-    reduction:str="mean" # Of the affinity loss: "mean" or "sum"
-)->Tensor: # Scalar
+    x: Tensor,  # Current features (n, d)
+    y: Tensor,  # Their labels (n,)
+    centers: Tensor,  # Class centres (C, d)
+    groups: Tensor,  # Older feature groups (V-1, n, d); V-1 may be 0
+    group_labels: Tensor,  # Their labels (V-1, n)
+    reduction: str = "mean",  # Of the affinity loss: "mean" or "sum"
+) -> Tensor:  # Scalar
     "Multi-view affinity loss (Eq. 10): alpha times the affinity loss of the current features"
     return _weighted_affinity(x, y, centers, groups, group_labels, reduction)[0]
 
 # %% ../nbs/04_losses.ipynb #00287d09
 class SupConLoss(nn.Module):
     "Module form of `supcon_loss` (Eq. 4)"
-    def __init__(self, temperature:float=0.1, normalize:bool=True, anchors_only:bool=False):
+
+    def __init__(self, temperature: float = 0.1, normalize: bool = True, anchors_only: bool = False):
         super().__init__()
         _check_temperature(temperature)
-        self.temperature,self.normalize,self.anchors_only = temperature,normalize,anchors_only
-    def extra_repr(self): return f"temperature={self.temperature}, normalize={self.normalize}, anchors_only={self.anchors_only}"
-    def forward(self, z, y): return supcon_loss(z, y, self.temperature, self.normalize, self.anchors_only)
+        self.temperature, self.normalize, self.anchors_only = temperature, normalize, anchors_only
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, normalize={self.normalize}, anchors_only={self.anchors_only}"
+
+    def forward(self, z, y):
+        return supcon_loss(z, y, self.temperature, self.normalize, self.anchors_only)
+
 
 class ESCLoss(SupConLoss):
     "Module form of `esc_loss` (Eq. 5)"
-    def forward(self, z, y, bank_z): return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only)
+
+    def forward(self, z, y, bank_z):
+        return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only)
+
 
 class ENSCLoss(SupConLoss):
     "Module form of `ensc_loss` (Eq. 6)"
-    def forward(self, z, y, bank_z, bank_y, bank_positives=None): return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives, self.anchors_only)
+
+    def forward(self, z, y, bank_z, bank_y, bank_positives=None):
+        return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives, self.anchors_only)
+
 
 class CenterLoss(nn.Module):
     "Module form of `center_loss` (Eq. 7)"
-    def forward(self, x, y, centers): return center_loss(x, y, centers)
+
+    def forward(self, x, y, centers):
+        return center_loss(x, y, centers)
+
 
 class AffinityLoss(nn.Module):
     "Module form of `affinity_loss` (Eq. 8)"
-    def __init__(self, reduction:str="mean"):
+
+    def __init__(self, reduction: str = "mean"):
         super().__init__()
         _check_reduction(reduction)
         self.reduction = reduction
-    def extra_repr(self): return f"reduction={self.reduction!r}"
-    def forward(self, x, y, centers): return affinity_loss(x, y, centers, self.reduction)
+
+    def extra_repr(self):
+        return f"reduction={self.reduction!r}"
+
+    def forward(self, x, y, centers):
+        return affinity_loss(x, y, centers, self.reduction)
+
 
 class MVALoss(AffinityLoss):
     "Module form of `mva_loss` (Eq. 9 and 10)"
-    def forward(self, x, y, centers, groups, group_labels): return mva_loss(x, y, centers, groups, group_labels, self.reduction)
+
+    def forward(self, x, y, centers, groups, group_labels):
+        return mva_loss(x, y, centers, groups, group_labels, self.reduction)
 
 # %% ../nbs/04_losses.ipynb #9067dde0
 CONTRASTS = ("ensc", "esc", "supcon")
 COMPACTS = ("mva", "affinity", "center")
 
+
 class ECANLoss(nn.Module):
-    "(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on logits"
-    def __init__(self,
-        l1:float=0.2, # Share of the contrastive loss, 0 to 1
-        l2:float=0.7, # Weight of the compactness loss
-        n_groups:int=5, # V: feature groups of MVA, the current one included
-        temperature:float=0.1, # Temperature of the contrastive loss
-        contrast:str="ensc", # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
-        compact:str="mva", # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
-        affinity_reduction:str="mean", # "mean", or "sum" for the literal Eq. 8
-        weight=None, # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
-        label_smoothing:float=0., # Of cross-entropy, 0 to 1, as torch's own takes it
-        normalize_compact:bool=False, # L2-normalise the features before the compactness loss; the paper does not
-        bank_positives=None, # Classes (C,), True where `ensc_loss` takes the bank entries of an anchor's class as positives too; default none
-        anchors_only:bool=False, # Gradient of the contrastive loss through the anchors alone; its value is the same
-        center_features:bool=False, # Subtract the bank's mean feature from all features of the contrastive loss
-        reduction:str="mean" # "mean", "sum" or "none" over the images of a batch
+    """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
+    logits"""
+
+    def __init__(
+        self,
+        l1: float = 0.2,  # Share of the contrastive loss, 0 to 1
+        l2: float = 0.7,  # Weight of the compactness loss
+        n_groups: int = 5,  # V: feature groups of MVA, the current one included
+        temperature: float = 0.1,  # Temperature of the contrastive loss
+        contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
+        compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
+        affinity_reduction: str = "mean",  # "mean", or "sum" for the literal Eq. 8
+        weight=None,  # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
+        label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
+        normalize_compact: bool = False,  # L2-normalise the features before the compactness loss; the paper does not
+        bank_positives=None,  # Classes (C,) whose bank entries are positives in `ensc_loss`; default none
+        anchors_only: bool = False,  # Gradient of the contrastive loss through the anchors alone; its value is the same
+        center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
+        reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):
         super().__init__()
-        if not 0 <= l1 <= 1: raise ValueError(f"l1 is a share between 0 and 1, got {l1}")
-        if not 0 <= label_smoothing <= 1: raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-        if not l2 >= 0: raise ValueError(f"l2 must not be negative, got {l2}")
-        if n_groups < 1: raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
-        if contrast not in CONTRASTS: raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
-        if compact not in COMPACTS: raise ValueError(f"unknown compact {compact!r}, expected one of {', '.join(COMPACTS)}")
-        if center_features and contrast == "supcon": raise ValueError("center_features subtracts the bank's mean, and contrast 'supcon' has no bank: use 'ensc' or 'esc'")
-        if bank_positives is not None and contrast != "ensc": raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
+        if not 0 <= l1 <= 1:
+            raise ValueError(f"l1 is a share between 0 and 1, got {l1}")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+        if not l2 >= 0:
+            raise ValueError(f"l2 must not be negative, got {l2}")
+        if n_groups < 1:
+            raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
+        if contrast not in CONTRASTS:
+            raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
+        if compact not in COMPACTS:
+            raise ValueError(f"unknown compact {compact!r}, expected one of {', '.join(COMPACTS)}")
+        if center_features and contrast == "supcon":
+            raise ValueError(
+                "center_features subtracts the bank's mean, and contrast 'supcon' has no bank: use 'ensc' or 'esc'"
+            )
+        if bank_positives is not None and contrast != "ensc":
+            raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
         _check_temperature(temperature)
         _check_reduction(affinity_reduction)
-        if weight is not None: weight = torch.as_tensor(weight, dtype=torch.float32)
+        if weight is not None:
+            weight = torch.as_tensor(weight, dtype=torch.float32)
         if bank_positives is not None:
             bank_positives = torch.as_tensor(bank_positives)
             _check_classes(bank_positives)
-        self.register_buffer("weight", weight, persistent=False)  # settings, not state: they follow the device, and are not saved
+        self.register_buffer(
+            "weight", weight, persistent=False
+        )  # settings, not state: they follow the device, and are not saved
         self.register_buffer("bank_positives", bank_positives, persistent=False)
-        self.l1,self.l2,self.n_groups,self.temperature = l1,l2,n_groups,temperature
-        self.contrast,self.compact,self.affinity_reduction,self.normalize_compact = contrast,compact,affinity_reduction,normalize_compact
-        self.anchors_only,self.center_features,self.label_smoothing,self.reduction = anchors_only,center_features,label_smoothing,reduction
+        self.l1, self.l2, self.n_groups, self.temperature = l1, l2, n_groups, temperature
+        self.contrast, self.compact, self.affinity_reduction, self.normalize_compact = (
+            contrast,
+            compact,
+            affinity_reduction,
+            normalize_compact,
+        )
+        self.anchors_only, self.center_features, self.label_smoothing, self.reduction = (
+            anchors_only,
+            center_features,
+            label_smoothing,
+            reduction,
+        )
         self.parts = {}
 
     @property
     def part_names(self):
-        "Names of `parts`: the terms whose weight is not 0, MVA's alpha, and the mean cosines within and between classes that the contrastive loss sees"
-        contrast = [self.contrast]*(self.l1 > 0)
-        compact = [self.compact]*(self.l2 > 0)
-        alpha = ["alpha"]*(self.l2 > 0 and self.compact == "mva")
-        cosines = ["cos_within", "cos_between"]*(self.l1 > 0)
+        """Names of `parts`: the terms whose weight is not 0, MVA's alpha, and the mean cosines within and between
+        classes that the contrastive loss sees"""
+        contrast = [self.contrast] * (self.l1 > 0)
+        compact = [self.compact] * (self.l2 > 0)
+        alpha = ["alpha"] * (self.l2 > 0 and self.compact == "mva")
+        cosines = ["cos_within", "cos_between"] * (self.l1 > 0)
         return ["ce"] + contrast + compact + alpha + cosines
 
-    def forward(self,
-        out, # Logits (n, C), or the model's training output: a dict with logits, z_q, z_k, bank_z, bank_y, bank_order, centers
-        y:Tensor # Labels (n,), or shares of the classes (n, C): cross-entropy takes them as they are, the other terms the largest
-    )->Tensor: # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
+    def forward(
+        self,
+        out,  # Logits (n, C), or the training output of `ECANModel`, a dict
+        y: Tensor,  # Labels (n,), or class shares (n, C), of which the contrast and MVA take the largest
+    ) -> Tensor:  # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
         "Total loss (Eq. 11) of training output, cross-entropy of logits; leaves each term in `parts`"
-        if isinstance(out, Tensor): return self._cross_entropy(out, y, self.reduction)
+        if isinstance(out, Tensor):
+            return self._cross_entropy(out, y, self.reduction)
         y = y.as_subclass(Tensor)
         ce = self._cross_entropy(out["logits"], y, "none")
-        if self.weight is not None and self.reduction == "mean" and y.ndim == 1: ce = ce*(len(y)/self.weight[y].sum())  # the mean is then torch's
-        loss,parts = (1-self.l1)*ce,[ce.mean()]
-        if y.ndim == 2: y = y.argmax(1)
+        if self.weight is not None and self.reduction == "mean" and y.ndim == 1:
+            ce = ce * (len(y) / self.weight[y].sum())  # the mean is then torch's
+        loss, parts = (1 - self.l1) * ce, [ce.mean()]
+        if y.ndim == 2:
+            y = y.argmax(1)
         cosines = []
         if self.l1:
             center = out["bank_z"].mean(0) if self.center_features and len(out["bank_z"]) else None
             parts.append(self._contrast(out, y, center))
-            loss = loss + self.l1*parts[-1]
+            loss = loss + self.l1 * parts[-1]
             cosines = mean_cosines(out["z_q"].detach(), y, center)
         if self.l2:
-            compact,alpha = self._compact(out, y)
+            compact, alpha = self._compact(out, y)
             parts += [compact, alpha] if self.compact == "mva" else [compact]
-            loss = loss + self.l2*compact
-        self.parts = {name: part.detach() for name,part in zip(self.part_names, [*parts, *cosines])}
+            loss = loss + self.l2 * compact
+        self.parts = {name: part.detach() for name, part in zip(self.part_names, [*parts, *cosines])}
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     def _cross_entropy(self, logits, y, reduction):
-        return F.cross_entropy(logits.float(), y, self.weight, reduction=reduction, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            logits.float(), y, self.weight, reduction=reduction, label_smoothing=self.label_smoothing
+        )
 
     def _contrast(self, out, y, center):
-        z,yy = torch.cat([out["z_q"], out["z_k"]]),y.repeat(2)
-        if self.contrast == "supcon": return supcon_loss(z, yy, self.temperature, anchors_only=self.anchors_only)
+        z, yy = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
+        if self.contrast == "supcon":
+            return supcon_loss(z, yy, self.temperature, anchors_only=self.anchors_only)
         shared = dict(anchors_only=self.anchors_only, center=center)
-        if self.contrast == "esc": return esc_loss(z, yy, out["bank_z"], self.temperature, **shared)
-        if self.bank_positives is not None: _check_classes(self.bank_positives, len(out["centers"]))
-        return ensc_loss(z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives, **shared)
+        if self.contrast == "esc":
+            return esc_loss(z, yy, out["bank_z"], self.temperature, **shared)
+        if self.bank_positives is not None:
+            _check_classes(self.bank_positives, len(out["centers"]))
+        return ensc_loss(
+            z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives, **shared
+        )
 
     def _compact(self, out, y):
-        def unit(z): return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
-        x,centers = unit(out["z_q"]),out["centers"]
+        def unit(z):
+            return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
+
+        x, centers = unit(out["z_q"]), out["centers"]
         one = x.new_ones((), dtype=torch.float32)
         if self.compact == "center":
-            at_full_rate = centers.detach() + (centers - centers.detach())/self.l2  # same value; undoes l2 in the centres' gradient
-            return center_loss(x, y, at_full_rate),one
-        if self.compact == "affinity": return affinity_loss(x, y, centers, self.affinity_reduction),one
+            at_full_rate = (
+                centers.detach() + (centers - centers.detach()) / self.l2
+            )  # same value; undoes l2 in the centres' gradient
+            return center_loss(x, y, at_full_rate), one
+        if self.compact == "affinity":
+            return affinity_loss(x, y, centers, self.affinity_reduction), one
         rows = out["bank_order"]
-        whole = min(self.n_groups-1, len(rows)//len(y))
-        rows = rows[:whole*len(y)].view(whole, len(y))
-        return _weighted_affinity(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction)
+        whole = min(self.n_groups - 1, len(rows) // len(y))
+        rows = rows[: whole * len(y)].view(whole, len(y))
+        return _weighted_affinity(
+            x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction
+        )
 
-    def activation(self, out:Tensor): return out.float().softmax(-1)
-    def decodes(self, out:Tensor): return out.argmax(-1)
-    def extra_repr(self): return ", ".join(f"{k}={getattr(self, k)!r}" for k in ("l1", "l2", "n_groups", "temperature", "contrast", "compact", "affinity_reduction", "normalize_compact", "weight", "bank_positives", "anchors_only", "center_features", "label_smoothing"))
+    def activation(self, out: Tensor):
+        return out.float().softmax(-1)
+
+    def decodes(self, out: Tensor):
+        return out.argmax(-1)
+
+    def extra_repr(self):
+        return ", ".join(
+            f"{k}={getattr(self, k)!r}"
+            for k in (
+                "l1",
+                "l2",
+                "n_groups",
+                "temperature",
+                "contrast",
+                "compact",
+                "affinity_reduction",
+                "normalize_compact",
+                "weight",
+                "bank_positives",
+                "anchors_only",
+                "center_features",
+                "label_smoothing",
+            )
+        )

@@ -13,21 +13,27 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 # %% ../nbs/08_metrics.ipynb #06a8fbad
 def per_class_table(
-    targets, # Class indices (n,)
-    predicted, # Predicted class indices (n,)
-    vocab # Names of the classes
-)->pd.DataFrame: # One row a class: precision, recall, f1, n
+    targets,  # Class indices (n,)
+    predicted,  # Predicted class indices (n,)
+    vocab,  # Names of the classes
+) -> pd.DataFrame:  # One row a class: precision, recall, f1, n
     "Precision, recall and F1 of every class; 0 where there is nothing to divide by"
-    p,r,f,n = precision_recall_fscore_support(targets, predicted, labels=range(len(vocab)), zero_division=0)
+    p, r, f, n = precision_recall_fscore_support(targets, predicted, labels=range(len(vocab)), zero_division=0)
     return pd.DataFrame(dict(precision=p, recall=r, f1=f, n=n), index=list(vocab))
 
 # %% ../nbs/08_metrics.ipynb #becb7529
 def split_metrics(
-    targets, # Class indices (n,)
-    predicted, # Predicted class indices (n,)
-    vocab # Names of the classes
-)->dict: # accuracy, average_accuracy, macro_f1 (shares, 0 to 1), n
-    "Accuracy, average accuracy (mean recall of the classes that occur: the diagonal of the confusion matrix) and macro-F1 over the same classes"
+    targets,  # Class indices (n,)
+    predicted,  # Predicted class indices (n,)
+    vocab,  # Names of the classes
+) -> dict:  # accuracy, average_accuracy, macro_f1 (shares, 0 to 1), n
+    """Accuracy, average accuracy (mean recall of the classes that occur: the diagonal of the confusion matrix) and
+    macro-F1 over the same classes"""
     table = per_class_table(targets, predicted, vocab)
     table = table[table.n > 0]
-    return dict(accuracy=float(accuracy_score(targets, predicted)), average_accuracy=float(table.recall.mean()), macro_f1=float(table.f1.mean()), n=len(targets))
+    return dict(
+        accuracy=float(accuracy_score(targets, predicted)),
+        average_accuracy=float(table.recall.mean()),
+        macro_f1=float(table.f1.mean()),
+        n=len(targets),
+    )

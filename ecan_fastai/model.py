@@ -26,12 +26,15 @@ from .layers import speed_up_small_maps
 # %% ../nbs/05_model.ipynb #c4acbbba
 class MemoryBank(nn.Module):
     "Ring of the newest `size` key features with their labels (Eq. 2)"
-    def __init__(self,
-        size:int, # Rows the bank holds; the paper's K groups are K times the batch size
-        dim:int # Length of a feature
+
+    def __init__(
+        self,
+        size: int,  # Rows the bank holds; the paper's K groups are K times the batch size
+        dim: int,  # Length of a feature
     ):
         super().__init__()
-        if size < 1: raise ValueError(f"the bank needs at least one row, got size={size}")
+        if size < 1:
+            raise ValueError(f"the bank needs at least one row, got size={size}")
         self.size = size
         self.register_buffer("z", torch.zeros(size, dim))
         self.register_buffer("y", torch.zeros(size, dtype=torch.long))
@@ -39,46 +42,54 @@ class MemoryBank(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
     def _apply(self, fn, recurse=True):
-        counters = self.position,self.filled
+        counters = self.position, self.filled
         super()._apply(fn, recurse)
-        self.position,self.filled = counters
+        self.position, self.filled = counters
         self.z = self.z.float()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "A bank of another size cannot be taken over: it starts empty, and the next fit fills it"
-        saved = state_dict.get(prefix+"z")
+        saved = state_dict.get(prefix + "z")
         if saved is not None and saved.shape[1:] == self.z.shape[1:] and len(saved) != self.size:
-            for name,buffer in self.named_buffers(): state_dict[prefix+name] = torch.zeros_like(buffer)
+            for name, buffer in self.named_buffers():
+                state_dict[prefix + name] = torch.zeros_like(buffer)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __len__(self): return int(self.filled)
+    def __len__(self):
+        return int(self.filled)
+
     @property
     def full(self):
         "Whether every row has been written"
         return len(self) == self.size
-    def extra_repr(self): return f"{len(self)} of {self.size} rows of {self.z.shape[1]}"
+
+    def extra_repr(self):
+        return f"{len(self)} of {self.size} rows of {self.z.shape[1]}"
 
     @torch.no_grad()
-    def push(self,
-        z:Tensor, # Key features (n, dim), any floating type
-        y:Tensor # Labels (n,)
+    def push(
+        self,
+        z: Tensor,  # Key features (n, dim), any floating type
+        y: Tensor,  # Labels (n,)
     ):
         "Write a batch over the oldest rows"
         if z.ndim != 2 or z.shape[1] != self.z.shape[1] or y.shape != z.shape[:1]:
-            raise ValueError(f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}")
-        z,y = z[-self.size:],y[-self.size:]
-        start,n = int(self.position),len(z)
-        head = min(n, self.size-start)
-        for bank,new in ((self.z, z), (self.y, y)):
-            bank[start:start+head] = new[:head].to(bank.dtype)
-            bank[:n-head] = new[head:].to(bank.dtype)
-        self.position.fill_((start+n) % self.size)
-        self.filled.fill_(min(len(self)+n, self.size))
+            raise ValueError(
+                f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
+            )
+        z, y = z[-self.size :], y[-self.size :]
+        start, n = int(self.position), len(z)
+        head = min(n, self.size - start)
+        for bank, new in ((self.z, z), (self.y, y)):
+            bank[start : start + head] = new[:head].to(bank.dtype)
+            bank[: n - head] = new[head:].to(bank.dtype)
+        self.position.fill_((start + n) % self.size)
+        self.filled.fill_(min(len(self) + n, self.size))
 
     def rows(self):
         "Filled features (filled, dim) and labels (filled,), as views, in the order of the ring"
-        return self.z[:len(self)],self.y[:len(self)]
+        return self.z[: len(self)], self.y[: len(self)]
 
     def order(self):
         "Indices of the filled rows from the newest to the oldest (filled,)"
@@ -89,60 +100,92 @@ def _safe_load(file):
     with torch.serialization.safe_globals([L]):  # the list in which fastai's `save` keeps an optimizer's settings
         return torch.load(file, map_location="cpu", weights_only=True)
 
+
 def _read_weights(path):
     "Tensors by name: of a run's folder, a safetensors file, or a checkpoint; nothing in it is executed"
     path = Path(path)
-    file = path/"model.safetensors" if path.is_dir() else path
-    if not file.is_file(): raise FileNotFoundError(f"no such file: {file}" if file == path else f"{path} is not the folder of a finished run: no model.safetensors in it")
-    try: state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no such file: {file}"
+            if file == path
+            else f"{path} is not the folder of a finished run: no model.safetensors in it"
+        )
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
     except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{file} is no file of weights, or needs code to load: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
+        raise ValueError(
+            f"{file} is no file of weights, or needs code to load: {str(e).partition(chr(10))[0] or type(e).__name__}"
+        ) from e
     for wrapper in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict): state = state[wrapper]
-    if not isinstance(state, dict): raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
-    return {k: v for k,v in state.items() if isinstance(v, Tensor)}
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
 
 def _fit_channels(w, want):
     "A stem's weights for another number of channels: the response to a grey picture stays"
-    if w.ndim != 4 or w.shape == want or w.shape[0] != want[0] or w.shape[2:] != want[2:]: return w
-    if (w.shape[1], want[1]) == (3, 1): return w.sum(1, keepdim=True)
-    return w.repeat(1, 3, 1, 1)/3 if (w.shape[1], want[1]) == (1, 3) else w
+    if w.ndim != 4 or w.shape == want or w.shape[0] != want[0] or w.shape[2:] != want[2:]:
+        return w
+    if (w.shape[1], want[1]) == (3, 1):
+        return w.sum(1, keepdim=True)
+    return w.repeat(1, 3, 1, 1) / 3 if (w.shape[1], want[1]) == (1, 3) else w
+
 
 def load_encoder(
-    encoder:nn.Module, # A timm model without classifier
-    path # Folder of a finished run, `.safetensors` file, or checkpoint of torch, with names as in torchvision or timm
-)->str: # How many tensors matched, and what was left out
-    "Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"
-    own,state = encoder.state_dict(),_read_weights(path)
-    prefixes = dict.fromkeys(name[:-len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k)-1] == ".")) or [""]
+    encoder: nn.Module,  # A timm model without classifier
+    path,  # Folder of a finished run, `.safetensors` file, or checkpoint of torch, with names as in torchvision or timm
+) -> str:  # How many tensors matched, and what was left out
+    """Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises
+    `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"""
+    own, state = encoder.state_dict(), _read_weights(path)
+    prefixes = dict.fromkeys(
+        name[: -len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
+    ) or [""]
+
     def found(prefix):
-        fitted = {k: _fit_channels(state[prefix+k], v.shape) for k,v in own.items() if prefix+k in state}
-        return {k: w for k,w in fitted.items() if w.shape == own[k].shape}
-    prefix = max(prefixes, key=lambda p: len(found(p)))  # of two alike, MoCo's query and key encoder, the first in the file
+        fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in own.items() if prefix + k in state}
+        return {k: w for k, w in fitted.items() if w.shape == own[k].shape}
+
+    prefix = max(
+        prefixes, key=lambda p: len(found(p))
+    )  # of two alike, MoCo's query and key encoder, the first in the file
     matched = found(prefix)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
     said = f"{len(matched)} of {len(own)} tensors matched those of {path}"
-    if prefix: said += f" under {prefix}"
-    if left: said += f"; left out there: {', '.join(left[:4])}"
-    if len(left) > 4: said += f" and {len(left)-4} more"
-    deeper = 2*sum(k.startswith(prefix) for k in left) > len(matched)
-    if 2*len(matched) < len(own) or deeper: raise ValueError(f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights of the same architecture?")
+    if prefix:
+        said += f" under {prefix}"
+    if left:
+        said += f"; left out there: {', '.join(left[:4])}"
+    if len(left) > 4:
+        said += f" and {len(left) - 4} more"
+    deeper = 2 * sum(k.startswith(prefix) for k in left) > len(matched)
+    if 2 * len(matched) < len(own) or deeper:
+        raise ValueError(
+            f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights "
+            "of the same architecture?"
+        )
     encoder.load_state_dict({**own, **matched})
     return said
 
 # %% ../nbs/05_model.ipynb #6d070501
 def _resnet18_with_stem(name, stride, pretrained, kwargs):
-    if pretrained: raise ValueError(f"timm has no weights for {name}: use resnet18, or give a file of weights")
+    if pretrained:
+        raise ValueError(f"timm has no weights for {name}: use resnet18, or give a file of weights")
     model = timm.create_model("resnet18", zero_init_last=False, **kwargs)
     model.conv1 = nn.Conv2d(model.conv1.in_channels, 64, 3, stride=stride, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
 
+
 @register_model
 def resnet18_half(pretrained=False, **kwargs):
     "ResNet-18 with a stem for small images: one 3x3 convolution of stride 2, no pooling"
     return _resnet18_with_stem("resnet18_half", 2, pretrained, kwargs)
+
 
 @register_model
 def resnet18_cifar(pretrained=False, **kwargs):
@@ -151,142 +194,206 @@ def resnet18_cifar(pretrained=False, **kwargs):
 
 # %% ../nbs/05_model.ipynb #c7cb251a
 def arch_name(
-    arch # As `FaceClassifier.create` takes it
-)->str:
+    arch,  # As `FaceClassifier.create` takes it
+) -> str:
     "What an architecture is called in messages"
     return arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
+
 
 def _timm_encoder(arch, in_chans, pretrained):
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch}*")[:5]
         raise ValueError(f"timm has no model {arch!r}" + (f", did you mean one of {', '.join(near)}?" if near else ""))
     init = dict(zero_init_last=False) if is_model_in_modules(arch, ["resnet"]) else {}
-    try: return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=in_chans, **init)
+    try:
+        return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=in_chans, **init)
     except (OSError, RuntimeError) as e:
-        if not pretrained: raise
+        if not pretrained:
+            raise
         said = str(e).partition("\n")[0]
-        raise ValueError(f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights") from e
+        raise ValueError(
+            f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights"
+        ) from e
+
 
 def _with_pooling(body):
     "A body that gives feature maps, as an encoder that gives features"
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
+
 @torch.no_grad()
 def _module_encoder(module, in_chans):
     "A user's own module as an encoder"
-    try: out = copy.deepcopy(module).eval()(torch.zeros(1, in_chans, 64, 64))
-    except (RuntimeError, TypeError, ValueError) as e: raise ValueError(f"{arch_name(module)} does not take an image of shape (1, {in_chans}, 64, 64): {e}") from e
+    try:
+        out = copy.deepcopy(module).eval()(torch.zeros(1, in_chans, 64, 64))
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{arch_name(module)} does not take an image of shape (1, {in_chans}, 64, 64): {e}") from e
     shape = tuple(getattr(out, "shape", ()))
-    if len(shape) not in (2, 4): raise ValueError(f"expected an encoder that gives features (n, d) or feature maps (n, d, height, width), got {shape or type(out).__name__} from {arch_name(module)}")
+    if len(shape) not in (2, 4):
+        raise ValueError(
+            "expected an encoder that gives features (n, d) or feature maps (n, d, height, width), got "
+            f"{shape or type(out).__name__} from {arch_name(module)}"
+        )
     return module if len(shape) == 2 else _with_pooling(module)
+
 
 def _encoder(arch, in_chans, pretrained):
     "Encoder that gives features (n, d), and d"
-    if in_chans not in (1, 3): raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
-    if callable(arch) and getattr(arch, "__module__", "").startswith("timm."): arch = arch_name(arch)
+    if in_chans not in (1, 3):
+        raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
+    if callable(arch) and getattr(arch, "__module__", "").startswith("timm."):
+        arch = arch_name(arch)
     if isinstance(arch, nn.Module):
-        if pretrained is True: raise ValueError("pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH")
+        if pretrained is True:
+            raise ValueError(
+                "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
+            )
         encoder = _module_encoder(arch, in_chans)
-    elif isinstance(arch, str): encoder = _timm_encoder(arch, in_chans, pretrained is True)
+    elif isinstance(arch, str):
+        encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):
         cut = model_meta.get(arch, {}).get("cut")
         encoder = _with_pooling(create_body(arch(pretrained=pretrained is True), in_chans, pretrained is True, cut))
-    else: raise ValueError(f"arch must be the name of a timm model, a function that makes a model, or a module, got {arch!r}")
-    if pretrained and pretrained is not True: print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
-    return speed_up_small_maps(encoder),_n_features(encoder, in_chans)
+    else:
+        raise ValueError(
+            f"arch must be the name of a timm model, a function that makes a model, or a module, got {arch!r}"
+        )
+    if pretrained and pretrained is not True:
+        print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
+    return speed_up_small_maps(encoder), _n_features(encoder, in_chans)
+
 
 @torch.no_grad()
 def _n_features(encoder, in_chans):
-    if hasattr(encoder, "head_hidden_size"): return encoder.head_hidden_size
+    if hasattr(encoder, "head_hidden_size"):
+        return encoder.head_hidden_size
     return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, 64, 64)).shape[1]
+
 
 class FaceClassifier(nn.Module):
     "Encoder and linear classifier: a view (n, channels, height, width) or a pair of views to logits (n, n_classes)"
-    def __init__(self,
-        encoder:nn.Module, # Gives pooled features (n, d)
-        classifier:nn.Module # Gives logits from features
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # Gives pooled features (n, d)
+        classifier: nn.Module,  # Gives logits from features
     ):
         super().__init__()
-        self.encoder,self.classifier = encoder,classifier
+        self.encoder, self.classifier = encoder, classifier
 
     @classmethod
-    def create(cls,
-        arch="resnet18", # Name of a timm model, function that makes a model, or encoder module
-        n_classes:int=7, # Number of expressions
-        in_chans:int=3, # 1 or 3
-        pretrained:bool|str|Path=False # The model's pretrained weights, or a path as `load_encoder` takes it
+    def create(
+        cls,
+        arch="resnet18",  # Name of a timm model, function that makes a model, or encoder module
+        n_classes: int = 7,  # Number of expressions
+        in_chans: int = 3,  # 1 or 3
+        pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
     ):
         "Build from an architecture"
-        encoder,d = _encoder(arch, in_chans, pretrained)
+        encoder, d = _encoder(arch, in_chans, pretrained)
         return cls(encoder, nn.Linear(d, n_classes))
 
-    def forward(self,
-        x # A view (n, channels, height, width), a stack of crops (n, crops, channels, height, width), or a pair, of which the first counts
-    )->Tensor: # Logits (n, n_classes), of crops their mean
+    def forward(
+        self,
+        x,  # View (n, channels, height, width), crops (n, crops, channels, height, width), or a pair: its first
+    ) -> Tensor:  # Logits (n, n_classes), of crops their mean
         "Logits of a view; raises `ValueError` for crops in training"
-        if isinstance(x, (tuple, list)): x = x[0]
+        if isinstance(x, (tuple, list)):
+            x = x[0]
         if x.ndim == 5:
-            if self.training: raise ValueError(f"expected pictures (n, channels, height, width) in training, got {tuple(x.shape)}; the CropsAsImages callback unfolds crops")
-            n,crops = x.shape[:2]
+            if self.training:
+                raise ValueError(
+                    f"expected pictures (n, channels, height, width) in training, got {tuple(x.shape)}; the "
+                    "CropsAsImages callback unfolds crops"
+                )
+            n, crops = x.shape[:2]
             return self._logits(x.flatten(0, 1)).view(n, crops, -1).mean(1)
         return self._logits(x)
 
-    def _logits(self, x): return self.classifier(self.encoder(x))
+    def _logits(self, x):
+        return self.classifier(self.encoder(x))
 
-    def inference(self)->"FaceClassifier":
+    def inference(self) -> "FaceClassifier":
         "Copy in evaluation mode"
         return copy.deepcopy(self).eval()
 
 # %% ../nbs/05_model.ipynb #67c2c78c
 class ECANModel(FaceClassifier):
     "Extra-Contrast Affinity Network: query and key encoder, memory bank, linear classifier, class centres"
-    def __init__(self,
-        arch="resnet18", # Name of a timm model, function that makes a model, or encoder module; used for both encoders
-        n_classes:int=7, # Number of expressions
-        in_chans:int=3, # 1 or 3
-        bank_size:int=4096, # Rows of the memory bank: K groups times the batch size
-        pretrained:bool|str|Path=False, # The model's pretrained weights, or a path as `load_encoder` takes it
-        key_eval:bool=False # Key encoder in evaluation mode: its normalisation uses running statistics, which `update_keys` moves with the parameters
+
+    def __init__(
+        self,
+        arch="resnet18",  # Name of a timm model, function that makes a model, or encoder module; used for both encoders
+        n_classes: int = 7,  # Number of expressions
+        in_chans: int = 3,  # 1 or 3
+        bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
+        pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
+        key_eval: bool = False,  # Key encoder in evaluation mode; `update_keys` moves its running statistics too
     ):
-        if n_classes < 2: raise ValueError(f"expected at least 2 classes, got {n_classes}")
-        encoder,d = _encoder(arch, in_chans, pretrained)
+        if n_classes < 2:
+            raise ValueError(f"expected at least 2 classes, got {n_classes}")
+        encoder, d = _encoder(arch, in_chans, pretrained)
         super().__init__(encoder, nn.Linear(d, n_classes))
-        self.key_encoder,self.key_eval = copy.deepcopy(encoder).requires_grad_(False),key_eval
+        self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
         self.bank = MemoryBank(bank_size, d)
         self.centers = nn.Parameter(torch.randn(n_classes, d))
         self.train()
 
     def train(self, mode=True):
         super().train(mode)
-        if self.key_eval: self.key_encoder.eval()
+        if self.key_eval:
+            self.key_encoder.eval()
         return self
 
-    def forward(self,
-        x # A view (n, channels, height, width), or a pair of views (query's, key's)
-    ): # Logits (n, n_classes); in training with a pair a dict: logits, z_q, z_k (n, d), bank_z (B, d), bank_y, bank_order (B,), centers (n_classes, d)
-        "Logits of a view, or of a pair's first view; in training with a pair everything that `ECANLoss` needs"
-        if not (self.training and isinstance(x, (tuple, list))): return super().forward(x)
-        x_q,x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
-        z_k = self.keys(x_k)  # first, so that its memory is free again when the query's activations are kept for the backward pass
+    def forward(
+        self,
+        x,  # A view (n, channels, height, width), or a pair of views (query's, key's)
+    ):  # Logits (n, n_classes); in training with a pair, a dict
+        """Logits of a view, or of a pair's first view. In training with a pair, a dict of all that `ECANLoss` needs:
+        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d)"""
+        if not (self.training and isinstance(x, (tuple, list))):
+            return super().forward(x)
+        x_q, x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
+        z_k = self.keys(
+            x_k
+        )  # first, so that its memory is free again when the query's activations are kept for the backward pass
         z_q = self.encoder(x_q)
-        bank_z,bank_y = self.bank.rows()
-        return dict(logits=self.classifier(z_q), z_q=z_q, z_k=z_k, bank_z=bank_z, bank_y=bank_y, bank_order=self.bank.order(), centers=self.centers)
+        bank_z, bank_y = self.bank.rows()
+        return dict(
+            logits=self.classifier(z_q),
+            z_q=z_q,
+            z_k=z_k,
+            bank_z=bank_z,
+            bank_y=bank_y,
+            bank_order=self.bank.order(),
+            centers=self.centers,
+        )
 
     @torch.no_grad()
-    def keys(self, x:Tensor)->Tensor:
+    def keys(self, x: Tensor) -> Tensor:
         "Key features (n, d) of a view (n, channels, height, width), without gradient"
         return self.key_encoder(x)
 
     @torch.no_grad()
-    def update_keys(self, 
-        momentum:float # m, in [0, 1)
+    def update_keys(
+        self,
+        momentum: float,  # m, in [0, 1)
     ):
         "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-        def moved(encoder): return [*encoder.parameters(), *([b for b in encoder.buffers() if b.is_floating_point()] if self.key_eval else [])]
-        torch._foreach_lerp_(moved(self.key_encoder), moved(self.encoder), 1-momentum)
 
-    def inference(self,
-        key:bool=False # The key encoder instead of the query encoder, under the same classifier
-    )->FaceClassifier:
+        def moved(encoder):
+            return [
+                *encoder.parameters(),
+                *([b for b in encoder.buffers() if b.is_floating_point()] if self.key_eval else []),
+            ]
+
+        torch._foreach_lerp_(moved(self.key_encoder), moved(self.encoder), 1 - momentum)
+
+    def inference(
+        self,
+        key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
+    ) -> FaceClassifier:
         "Copy of an encoder and the classifier alone, in evaluation mode: without bank and centres"
-        return FaceClassifier(copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)).eval()
+        return FaceClassifier(
+            copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)
+        ).eval()

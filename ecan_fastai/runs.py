@@ -1,4 +1,6 @@
-"A training run from its configuration to its folder: what `ecan_train` does. Plain machinery; the method is in the notebooks."
+"""A training run from its configuration to its folder: what `ecan_train` does. Plain machinery; the method is in
+the notebooks."""
+
 import json
 import os
 import pickle
@@ -42,71 +44,142 @@ from ecan_fastai.model import ECANModel
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.sample import sample_faces
 
-OPTIMIZER_PRESETS = {"paper": paper_opt, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}  # the rest of Adam's settings are fastai's
+OPTIMIZER_PRESETS = {
+    "paper": paper_opt,
+    "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2),
+}  # the rest of Adam's settings are fastai's
 
 
 # Data and learner
 
+
 def resolve_config(cfg):
     "Recognise the data of a configuration and fill in the preset of its kind"
-    if cfg.kind == "auto" and cfg.data != "sample": cfg.kind = detect_kind(cfg.data)
+    if cfg.kind == "auto" and cfg.data != "sample":
+        cfg.kind = detect_kind(cfg.data)
     return cfg.resolve()
+
 
 def run_loaders(cfg, out):
     "DataLoaders of a resolved configuration; settles precision, batch size and number of workers where none is given"
     _settle_precision(cfg)
-    if cfg.workers is None: cfg.workers = min(16, defaults.cpus)
-    kwargs = dict(size=cfg.size, channels=cfg.channels, level=cfg.level, recipe=cfg.recipe, n_views=1 if cfg.method == "baseline" else 2,
-                  all_crops=cfg.all_crops, eval_crops=cfg.eval_crops, valid_pct=cfg.valid_pct, seed=cfg.seed, train_all=cfg.train_all,
-                  skip_broken=cfg.skip_broken, balanced=cfg.balance == "sampler", num_workers=cfg.workers)
-    data, kind = (sample_faces(Path(out)/"faces", channels=cfg.channels), "folder") if cfg.kind == "sample" else (cfg.data, cfg.kind)
+    if cfg.workers is None:
+        cfg.workers = min(16, defaults.cpus)
+    kwargs = dict(
+        size=cfg.size,
+        channels=cfg.channels,
+        level=cfg.level,
+        recipe=cfg.recipe,
+        n_views=1 if cfg.method == "baseline" else 2,
+        all_crops=cfg.all_crops,
+        eval_crops=cfg.eval_crops,
+        valid_pct=cfg.valid_pct,
+        seed=cfg.seed,
+        train_all=cfg.train_all,
+        skip_broken=cfg.skip_broken,
+        balanced=cfg.balance == "sampler",
+        num_workers=cfg.workers,
+    )
+    data, kind = (
+        (sample_faces(Path(out) / "faces", channels=cfg.channels), "folder")
+        if cfg.kind == "sample"
+        else (cfg.data, cfg.kind)
+    )
     dls = ExpressionDataLoaders.from_path(data, kind, bs=cfg.bs, **kwargs)
     cfg.bs = dls.train.bs
     return dls
 
+
 def run_learner(cfg, dls, out):
     "Learner of a resolved configuration"
     opt = OPTIMIZER_PRESETS[cfg.opt]
-    if cfg.lr is None: cfg.lr = opt["lr"]*(cfg.bs/256 if cfg.opt == "paper" else 1)
-    if cfg.wd is None: cfg.wd = opt["wd"]
+    if cfg.lr is None:
+        cfg.lr = opt["lr"] * (cfg.bs / 256 if cfg.opt == "paper" else 1)
+    if cfg.wd is None:
+        cfg.wd = opt["wd"]
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
-    if cfg.balance == "positives" and not dls.minority_classes().any(): warnings.warn("no class has less than three quarters of the faces that a class has on average: balance positives changes nothing")
+    if cfg.balance == "positives" and not dls.minority_classes().any():
+        warnings.warn(
+            "no class has less than three quarters of the faces that a class has on average: balance positives "
+            "changes nothing"
+        )
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
-    smoothing = cfg.label_smoothing or 0.
-    if cfg.method == "baseline": learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=smoothing), **kwargs)
+    smoothing = cfg.label_smoothing or 0.0
+    if cfg.method == "baseline":
+        learn = baseline_learner(
+            dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=smoothing), **kwargs
+        )
     else:
-        settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "affinity_reduction", "normalize_compact", "anchors_only", "center_features") if k not in UNUSED[cfg.method]}
-        settings |= dict(ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0))[cfg.method]
-        loss = ECANLoss(**settings, weight=weight, label_smoothing=smoothing, bank_positives=dls.minority_classes() if cfg.balance == "positives" else None)
+        settings = {
+            k: getattr(cfg, k)
+            for k in (
+                "l1",
+                "l2",
+                "n_groups",
+                "temperature",
+                "affinity_reduction",
+                "normalize_compact",
+                "anchors_only",
+                "center_features",
+            )
+            if k not in UNUSED[cfg.method]
+        }
+        settings |= dict(
+            ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0)
+        )[cfg.method]
+        loss = ECANLoss(
+            **settings,
+            weight=weight,
+            label_smoothing=smoothing,
+            bank_positives=dls.minority_classes() if cfg.balance == "positives" else None,
+        )
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
-        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs)
-    if cfg.pretrained: learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
-    if cfg.small_size: learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
+        learn = ecan_learner(
+            dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs
+        )
+    if cfg.pretrained:
+        learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
+    if cfg.small_size:
+        learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
     return _set_precision(learn, cfg.precision, dls.device)
+
 
 def _set_precision(learn, precision, device):
     "Mixed precision, and the memory layout that is faster with it"
-    if channels_last_is_faster(device, precision): learn.add_cb(ChannelsLast())
-    if precision != "fp32": learn.add_cb(CPUMixedPrecision() if device.type == "cpu" else MixedPrecision(precision))
+    if channels_last_is_faster(device, precision):
+        learn.add_cb(ChannelsLast())
+    if precision != "fp32":
+        learn.add_cb(CPUMixedPrecision() if device.type == "cpu" else MixedPrecision(precision))
     return learn
 
 
 # State between epochs
 
+
 def _rng_state(dls):
     name, keys, *rest = np.random.get_state()
-    return dict(torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                numpy=(name, keys.tolist(), *rest), python=random.getstate(), shuffle=dls.train.rng.getstate())
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        numpy=(name, keys.tolist(), *rest),
+        python=random.getstate(),
+        shuffle=dls.train.rng.getstate(),
+    )
+
 
 def _set_rng_state(state, dls):
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     random.setstate(state["python"])
     dls.train.rng.setstate(state["shuffle"])
 
-def _plain(x): return x.item() if hasattr(x, "item") else x
+
+def _plain(x):
+    return x.item() if hasattr(x, "item") else x
+
 
 def write_whole(file, write):
     "Write a file whole or not at all"
@@ -114,181 +187,303 @@ def write_whole(file, write):
     write(tmp)
     os.replace(tmp, file)
 
-def _tests(dls): return [(name, dls[name]) for name in dls.split_names[2:] if len(dls[name].dataset)]
+
+def _tests(dls):
+    return [(name, dls[name]) for name in dls.split_names[2:] if len(dls[name].dataset)]
+
 
 @torch.no_grad()
 def _accuracy(model, dl):
     "Outside fastai's events, so that a fit goes on as if nothing had been looked at"
     model.eval()
     right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
-    return right/len(dl.dataset)
+    return right / len(dl.dataset)
+
 
 class RunState(Callback):
     "Keep history and checkpoint in the run's folder after every epoch, and put everything back when a run is resumed"
+
     order = 70  # after the recorder, its parts and the progress bars
 
-    def __init__(self, out, resumed=None, watch_tests=False): self.out, self.resumed, self.watch_tests, self.rows, self.started = Path(out), resumed, watch_tests, [], None
+    def __init__(self, out, resumed=None, watch_tests=False):
+        self.out, self.resumed, self.watch_tests, self.rows, self.started = Path(out), resumed, watch_tests, [], None
 
     def before_fit(self):
         show = self.logger if hasattr(self.learn, "progress") else self._print_row
-        self.learn.logger = lambda row: show(row) if len(row) > 2 else None  # rows of epochs that a resumed run skips are empty
+        self.learn.logger = lambda row: (
+            show(row) if len(row) > 2 else None
+        )  # rows of epochs that a resumed run skips are empty
 
-    def after_fit(self): self.learn.logger = print
+    def after_fit(self):
+        self.learn.logger = print
 
     def _print_row(self, row):
         "One line an epoch, for output that goes to a file"
-        print("  ".join(f"{name} {v:.4f}" if isinstance(v, float) else f"{name} {v}" for name, v in zip(self.recorder.metric_names, row)), flush=True)
+        print(
+            "  ".join(
+                f"{name} {v:.4f}" if isinstance(v, float) else f"{name} {v}"
+                for name, v in zip(self.recorder.metric_names, row)
+            ),
+            flush=True,
+        )
 
     def before_train(self):
-        if self.resumed is not None: self._restore(self.resumed)
+        if self.resumed is not None:
+            self._restore(self.resumed)
         self.resumed, self.started = None, time.time()
 
     def after_epoch(self):
-        if self.started is None: return
+        if self.started is None:
+            return
         row = dict(zip(self.recorder.metric_names, [self.epoch, *self.recorder.values[-1]]))
-        row["seconds"] = round(time.time()-self.started, 2)
-        if self.watch_tests: row |= {f"{name}_accuracy": _accuracy(self.model, dl) for name, dl in _tests(self.dls)}
+        row["seconds"] = round(time.time() - self.started, 2)
+        if self.watch_tests:
+            row |= {f"{name}_accuracy": _accuracy(self.model, dl) for name, dl in _tests(self.dls)}
         self.rows.append(row)
         self.started = None
         self._save()
 
     def _save(self):
         rec, opt = self.recorder, self.opt.state_dict()
-        state = dict(epochs=self.epoch+1, rows=self.rows, model=self.model.state_dict(), rng=_rng_state(self.dls),
-                     opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
-                     scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
-                     recorder=dict(values=[list(map(_plain, v)) for v in rec.values], losses=list(map(_plain, rec.losses)), lrs=list(map(_plain, rec.lrs)),
-                                   iters=list(rec.iters), smooth=(rec.smooth_loss.count, _plain(rec.smooth_loss.val))))
-        write_whole(self.out/"checkpoint.pth", lambda f: torch.save(state, f))
-        write_whole(self.out/"history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
+        state = dict(
+            epochs=self.epoch + 1,
+            rows=self.rows,
+            model=self.model.state_dict(),
+            rng=_rng_state(self.dls),
+            opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
+            scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
+            recorder=dict(
+                values=[list(map(_plain, v)) for v in rec.values],
+                losses=list(map(_plain, rec.losses)),
+                lrs=list(map(_plain, rec.lrs)),
+                iters=list(rec.iters),
+                smooth=(rec.smooth_loss.count, _plain(rec.smooth_loss.val)),
+            ),
+        )
+        write_whole(self.out / "checkpoint.pth", lambda f: torch.save(state, f))
+        write_whole(self.out / "history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
 
     def _restore(self, state):
         rec, old = self.recorder, state["recorder"]
-        rec.values, rec.losses, rec.lrs, rec.iters = L(map(L, old["values"])), [torch.tensor(x) for x in old["losses"]], old["lrs"], old["iters"]
+        rec.values, rec.losses, rec.lrs, rec.iters = (
+            L(map(L, old["values"])),
+            [torch.tensor(x) for x in old["losses"]],
+            old["lrs"],
+            old["iters"],
+        )
         rec.smooth_loss.count, rec.smooth_loss.val = old["smooth"][0], torch.tensor(old["smooth"][1])
         self.rows = list(state["rows"])
-        if state["scaler"] and hasattr(self.learn, "scaler"): self.learn.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and hasattr(self.learn, "scaler"):
+            self.learn.scaler.load_state_dict(state["scaler"])
         _set_rng_state(state["rng"], self.dls)
 
+
 def read_config(out):
-    file = out/"config.json"
-    if not file.exists(): raise ValueError(f"{out} holds no run to resume: expected config.json in it")
-    try: return RunConfig(**json.loads(file.read_text())["config"])
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{file} is not the configuration of a run: {e}") from e
+    file = out / "config.json"
+    if not file.exists():
+        raise ValueError(f"{out} holds no run to resume: expected config.json in it")
+    try:
+        return RunConfig(**json.loads(file.read_text())["config"])
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is not the configuration of a run: {e}") from e
+
 
 def _read_checkpoint(out, device):
     "State after the last finished epoch, or None"
-    file = out/"checkpoint.pth"
-    if not file.exists(): return None
-    try: return torch.load(file, map_location=device, weights_only=True)  # fastai's optimizer moves nothing by itself
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as e: raise ValueError(f"{file} is broken: {e}") from e
+    file = out / "checkpoint.pth"
+    if not file.exists():
+        return None
+    try:
+        return torch.load(file, map_location=device, weights_only=True)  # fastai's optimizer moves nothing by itself
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise ValueError(f"{file} is broken: {e}") from e
+
 
 def _load_weights(learn, state):
     learn.model.load_state_dict(state["model"])
-    if learn.opt is None: learn.create_opt()
+    if learn.opt is None:
+        learn.create_opt()
     learn.opt.load_state_dict(dict(state=state["opt"]["state"], hypers=L(state["opt"]["hypers"])))
 
 
 # Results
 
+
 def _evaluate(learn, cfg, out):
     "Metrics, predictions and a confusion matrix of every split but train, in float32, in which the model is exported"
-    both = cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe)  # published FER2013 code reports ten crops
+    both = cfg.eval_crops == "center" and uses_five_crops(
+        cfg.level, cfg.recipe
+    )  # published FER2013 code reports ten crops
     predictor, vocab, metrics = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab), {}
     keys = Predictor.from_learner(learn, key=True) if isinstance(learn.model, ECANModel) else None
     for name in learn.dls.split_names[1:]:
         faces = learn.dls[name].dataset.items
-        if not len(faces): continue
+        if not len(faces):
+            continue
         images, targets = [f.image for f in faces], np.array([vocab.index(f.label) for f in faces])
-        def share_right(predicted): return float((np.asarray(predicted) == targets).mean())
         logits = predictor.logits(images, num_workers=cfg.workers)
         shown = logits[:, predictor.center_view] if both else logits.mean(1)
         predicted = shown.argmax(-1).numpy()
         metrics[name] = {**split_metrics(targets, predicted, vocab), "eval_crops": cfg.eval_crops}
         metrics[name]["per_class"] = per_class_table(targets, predicted, vocab).to_dict("index")
-        if both: metrics[name]["ten_crops_accuracy"] = share_right(logits.mean(1).argmax(-1))
-        if keys: metrics[name]["key_encoder_accuracy"] = share_right(keys.probabilities(images, num_workers=cfg.workers).argmax(1))
-        _write_predictions(faces, targets, shown.softmax(-1).numpy(), vocab, out/f"predictions_{name}.csv")
-        title = f"{cfg.method} on {name}: accuracy {100*metrics[name]['accuracy']:.2f} %"
-        _save_figure(plot_confusion(targets, predicted, vocab, title).figure, out/f"confusion_{name}.png")
+        if both:
+            metrics[name]["ten_crops_accuracy"] = _share_right(logits.mean(1).argmax(-1), targets)
+        if keys:
+            metrics[name]["key_encoder_accuracy"] = _share_right(
+                keys.probabilities(images, num_workers=cfg.workers).argmax(1), targets
+            )
+        _write_predictions(faces, targets, shown.softmax(-1).numpy(), vocab, out / f"predictions_{name}.csv")
+        title = f"{cfg.method} on {name}: accuracy {100 * metrics[name]['accuracy']:.2f} %"
+        _save_figure(plot_confusion(targets, predicted, vocab, title).figure, out / f"confusion_{name}.png")
     return metrics
 
+
+def _share_right(predicted, targets):
+    return float((np.asarray(predicted) == targets).mean())
+
+
 def _write_predictions(faces, targets, probs, vocab, file):
-    table = pd.DataFrame(dict(image=list(map(str, faces)), label=[vocab[t] for t in targets], predicted=[vocab[p] for p in probs.argmax(1)]))
+    table = pd.DataFrame(
+        dict(
+            image=list(map(str, faces)),
+            label=[vocab[t] for t in targets],
+            predicted=[vocab[p] for p in probs.argmax(1)],
+        )
+    )
     table[[f"p_{v}" for v in vocab]] = probs.round(5)
     write_whole(file, lambda f: table.to_csv(f, index=False))
 
-def _first_and_last(column): return dict(first=float(column.iloc[0]), last=float(column.iloc[-1]))
+
+def _first_and_last(column):
+    return dict(first=float(column.iloc[0]), last=float(column.iloc[-1]))
+
 
 def _save_figure(fig, file):
     fig.savefig(file, dpi=110)
     matplotlib.pyplot.close(fig)
 
+
 @cache  # of the code that this process runs, whatever is committed while it does
 def _commit():
     "Commit of the package's code, where it lies in a repository of its own; with a + where files differ from it"
-    def git(*args): return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, timeout=10).stdout.strip()
-    try: return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "ecan_fastai") else "") if git("ls-files", "ecan_fastai/runs.py") else None
-    except (OSError, subprocess.TimeoutExpired): return None
+
+    def git(*args):
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return (
+            git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "ecan_fastai") else "")
+            if git("ls-files", "ecan_fastai/runs.py")
+            else None
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
 
 def _environment(dls):
-    import albumentations, cv2, fastai, sklearn, timm
+    import albumentations
+    import cv2
+    import fastai
+    import sklearn
+    import timm
+
     device = torch.device(dls.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return dict(ecan_fastai=__version__, python=platform.python_version(), torch=torch.__version__, fastai=fastai.__version__, timm=timm.__version__,
-                albumentations=albumentations.__version__, numpy=np.__version__, sklearn=sklearn.__version__, opencv=cv2.__version__,
-                commit=_commit(), device=f"{device.type}: {name}", cpus=os.cpu_count())
+    return dict(
+        ecan_fastai=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        fastai=fastai.__version__,
+        timm=timm.__version__,
+        albumentations=albumentations.__version__,
+        numpy=np.__version__,
+        sklearn=sklearn.__version__,
+        opencv=cv2.__version__,
+        commit=_commit(),
+        device=f"{device.type}: {name}",
+        cpus=os.cpu_count(),
+    )
+
 
 def _processor():
     "Model of the processor, as Linux or else Python tells it"
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    models = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return models[0] if models else platform.processor() or platform.machine()
+
 
 def _note_environment(dls, out):
     "Where a run goes on in another environment than it was in, that one is kept too, under `resumed`"
-    file, now = out/"config.json", _environment(dls)
+    file, now = out / "config.json", _environment(dls)
     written = json.loads(file.read_text())
     known = [written["environment"], *written.get("resumed", [])]
-    if known[-1] != now: write_json(file, {**written, "resumed": [*known[1:], now]})
+    if known[-1] != now:
+        write_json(file, {**written, "resumed": [*known[1:], now]})
+
 
 def _environments(out):
-    written = json.loads((out/"config.json").read_text())
+    written = json.loads((out / "config.json").read_text())
     return {k: written[k] for k in ("environment", "resumed") if k in written}
 
-def write_json(file, value): write_whole(file, lambda f: f.write_text(json.dumps(value, indent=1)))
+
+def write_json(file, value):
+    write_whole(file, lambda f: f.write_text(json.dumps(value, indent=1)))
+
 
 def _write_results(learn, cfg, out, rows):
     history = pd.DataFrame(rows)
-    write_whole(out/"history.csv", lambda f: history.to_csv(f, index=False))  # a run may have been stopped between its last checkpoint and this file
-    _save_figure(plot_history(history), out/"curves.png")
+    write_whole(
+        out / "history.csv", lambda f: history.to_csv(f, index=False)
+    )  # a run may have been stopped between its last checkpoint and this file
+    _save_figure(plot_history(history), out / "curves.png")
     metrics = _evaluate(learn, cfg, out)
     for name, m in metrics.items():
-        if f"{name}_accuracy" in history: m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
+        if f"{name}_accuracy" in history:
+            m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
     model = learn.model.inference()
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_whole(out/"model.safetensors", lambda f: save_file(weights, f))
+    write_whole(out / "model.safetensors", lambda f: save_file(weights, f))
     learn.remove_cbs([MixedPrecision, ChannelsLast])
     learn.export("export.pkl")
     seconds = history["seconds"]
-    record = dict(method=cfg.method, epochs=len(history), splits=metrics, seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())), **_environments(out))
-    if "alpha" in history: record["alpha"] = {**_first_and_last(history["alpha"]), "highest": float(history["alpha"].max())}
-    if "cos_within" in history: record["mean_cosines"] = {pairs: _first_and_last(history[f"cos_{pairs}"]) for pairs in ("within", "between")}
-    write_json(out/"metrics.json", record)
+    record = dict(
+        method=cfg.method,
+        epochs=len(history),
+        splits=metrics,
+        seconds=dict(training_and_validation=round(float(seconds.sum()), 1), median_epoch=float(seconds.median())),
+        **_environments(out),
+    )
+    if "alpha" in history:
+        record["alpha"] = {**_first_and_last(history["alpha"]), "highest": float(history["alpha"].max())}
+    if "cos_within" in history:
+        record["mean_cosines"] = {pairs: _first_and_last(history[f"cos_{pairs}"]) for pairs in ("within", "between")}
+    write_json(out / "metrics.json", record)
     return record
 
 
 # The run
 
+
 def start_run(
-    cfg, # `RunConfig`
-    out # Folder of the run, new or empty
-)->dict: # The record that is written to `metrics.json`
+    cfg,  # `RunConfig`
+    out,  # Folder of the run, new or empty
+) -> dict:  # The record that is written to `metrics.json`
     "Train, evaluate and write a new run; a folder that holds a run is refused"
     out = Path(out)
-    if (out/"metrics.json").exists(): raise ValueError(f"{out} already holds a finished run: give another folder with --out")
-    if (out/"config.json").exists(): raise ValueError(f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}")
-    if out.exists() and not out.is_dir(): raise ValueError(f"expected a folder for the run, got the file {out}")
+    if (out / "metrics.json").exists():
+        raise ValueError(f"{out} already holds a finished run: give another folder with --out")
+    if (out / "config.json").exists():
+        raise ValueError(
+            f"{out} already holds a run: give another folder with --out, or go on with it by --resume {out}"
+        )
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"expected a folder for the run, got the file {out}")
     resolve_config(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
@@ -296,47 +491,68 @@ def start_run(
     out.mkdir(parents=True, exist_ok=True)
     side = crop_size(cfg.level, cfg.recipe, cfg.size)
     stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
-    about = dict(vocab=list(dls.vocab), view_size=side, mean=stats.mean.flatten().tolist(), std=stats.std.flatten().tolist(),
-                 images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)})
-    write_json(out/"config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
+    about = dict(
+        vocab=list(dls.vocab),
+        view_size=side,
+        mean=stats.mean.flatten().tolist(),
+        std=stats.std.flatten().tolist(),
+        images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)},
+    )
+    write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
     return _train(learn, cfg, out, None)
 
+
 def resume_run(
-    out # Folder of a run that was interrupted
-)->dict: # The record that is written to `metrics.json`
+    out,  # Folder of a run that was interrupted
+) -> dict:  # The record that is written to `metrics.json`
     "Go on with a run from its last finished epoch, as if it had not stopped"
     out = Path(out)
-    if (out/"metrics.json").exists(): raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
+    if (out / "metrics.json").exists():
+        raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = read_config(out)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _note_environment(dls, out)
-    about = json.loads((out/"config.json").read_text())["about"]
+    about = json.loads((out / "config.json").read_text())["about"]
     set_stats(dls, about["mean"], about["std"])
     state = _read_checkpoint(out, dls.device)
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     return _train(learn, cfg, out, state)
 
+
 def _settle_precision(cfg):
     device = default_device().type
-    if cfg.precision == "auto": cfg.precision = fast_precision(device)
+    if cfg.precision == "auto":
+        cfg.precision = fast_precision(device)
     known = {"cuda": ("fp32", "fp16", "bf16"), "cpu": ("fp32", "bf16")}.get(device, ("fp32",))
-    if cfg.precision not in known: raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
+    if cfg.precision not in known:
+        raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
+
 
 def _warn_short(learn, cfg):
-    if cfg.method in ("baseline", "center"): return
-    steps, memory = cfg.epochs*len(learn.dls.train), 1/(1-cfg.momentum)
-    if steps < 3*memory:
-        warnings.warn(f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about {memory:.0f}: {100*cfg.momentum**steps:.0f} % of it will still be its start; "
-                      "train longer or give a smaller momentum")
+    if cfg.method in ("baseline", "center"):
+        return
+    steps, memory = cfg.epochs * len(learn.dls.train), 1 / (1 - cfg.momentum)
+    if steps < 3 * memory:
+        warnings.warn(
+            f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about "
+            f"{memory:.0f}: {100 * cfg.momentum**steps:.0f} % of it will still be its start; "
+            "train longer or give a smaller momentum"
+        )
+
 
 def _train(learn, cfg, out, state):
-    if state: _load_weights(learn, state)
+    if state:
+        _load_weights(learn, state)
     keeper, done = RunState(out, state, cfg.watch_tests), state["epochs"] if state else 0
     with warnings.catch_warnings():
-        if done < cfg.epochs: _warn_short(learn, cfg)
-        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")  # a small split may lack a class
+        if done < cfg.epochs:
+            _warn_short(learn, cfg)
+        warnings.filterwarnings(
+            "ignore", message="y_pred contains classes not in y_true"
+        )  # a small split may lack a class
         if done < cfg.epochs:
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
-            with nullcontext() if sys.stdout.isatty() else learn.no_bar(): fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
+            with nullcontext() if sys.stdout.isatty() else learn.no_bar():
+                fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
         return _write_results(learn, cfg, out, keeper.rows or state["rows"])

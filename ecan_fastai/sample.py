@@ -18,74 +18,84 @@ from .progress import progress
 from .readers.records import EXPRESSIONS
 
 # %% ../nbs/03i_sample.ipynb #2b4d3567
-# pixels on a canvas of 192: inner and outer brow up, mouth corners up, mouth open and wider; eyes and nose wrinkle as factors
+# in pixels of 192: brows up (inner, outer), mouth (corners up, open, wider); eyes and nose wrinkle as factors
 _ACTIONS = dict(
-    angry    =dict(inner=-13, outer=4,   eye=0.6,  corners=-3,  open=2,  wider=-6, wrinkle=0.4),
-    disgust  =dict(inner=-6,  outer=-6,  eye=0.4,  corners=-12, open=7,  wider=-6, wrinkle=1.0),
-    fear     =dict(inner=12,  outer=2,   eye=1.6,  corners=-5,  open=10, wider=10, wrinkle=0.0),
-    happy    =dict(inner=1,   outer=1,   eye=0.8,  corners=17,  open=7,  wider=9,  wrinkle=0.1),
-    neutral  =dict(inner=0,   outer=0,   eye=1.0,  corners=0,   open=0,  wider=0,  wrinkle=0.0),
-    sad      =dict(inner=10,  outer=-10, eye=0.65, corners=-13, open=0,  wider=-3, wrinkle=0.0),
-    surprise =dict(inner=14,  outer=13,  eye=1.6,  corners=0,   open=24, wider=-9, wrinkle=0.0))
+    angry=dict(inner=-13, outer=4, eye=0.6, corners=-3, open=2, wider=-6, wrinkle=0.4),
+    disgust=dict(inner=-6, outer=-6, eye=0.4, corners=-12, open=7, wider=-6, wrinkle=1.0),
+    fear=dict(inner=12, outer=2, eye=1.6, corners=-5, open=10, wider=10, wrinkle=0.0),
+    happy=dict(inner=1, outer=1, eye=0.8, corners=17, open=7, wider=9, wrinkle=0.1),
+    neutral=dict(inner=0, outer=0, eye=1.0, corners=0, open=0, wider=0, wrinkle=0.0),
+    sad=dict(inner=10, outer=-10, eye=0.65, corners=-13, open=0, wider=-3, wrinkle=0.0),
+    surprise=dict(inner=14, outer=13, eye=1.6, corners=0, open=24, wider=-9, wrinkle=0.0),
+)
 _JITTER = dict(inner=1.5, outer=1.5, eye=0.08, corners=1.5, open=1.2, wider=2, wrinkle=0.08)
 _RAFDB_SHARES = dict(happy=0.389, neutral=0.206, sad=0.162, surprise=0.105, disgust=0.058, angry=0.057, fear=0.023)
 
-def _curve(points, x): return np.stack([x, np.interp(x, *zip(*points))], -1)
+
+def _curve(points, x):
+    return np.stack([x, np.interp(x, *zip(*points))], -1)
 
 # %% ../nbs/03i_sample.ipynb #0ff9ba46
 def _brow_eye(img, side, a, face, skin, dark):
-    cx,cy = 96 + side*face["apart"],88
-    h = max(1, 9*a["eye"])
+    cx, cy = 96 + side * face["apart"], 88
+    h = max(1, 9 * a["eye"])
     cv2.ellipse(img, (int(cx), cy), (12, int(h)), 0, 0, 360, (235, 235, 235), -1, cv2.LINE_AA)
     cv2.circle(img, (int(cx + face["gaze"]), cy), int(min(6, h)), dark, -1, cv2.LINE_AA)
     cv2.ellipse(img, (int(cx), cy), (12, int(h)), 0, 180, 360, dark, 2, cv2.LINE_AA)
-    x = np.array([cx - side*15, cx, cx + side*17])
-    y = cy - 20 - np.array([a["inner"], (a["inner"]+a["outer"])/2 + 3, a["outer"] - 2])
+    x = np.array([cx - side * 15, cx, cx + side * 17])
+    y = cy - 20 - np.array([a["inner"], (a["inner"] + a["outer"]) / 2 + 3, a["outer"] - 2])
     cv2.polylines(img, [np.stack([x, y], -1).round().astype(np.int32)], False, dark, face["brow"], cv2.LINE_AA)
 
 # %% ../nbs/03i_sample.ipynb #68ae22a4
 def _mouth(img, a, face, dark):
     half = max(8, 24 + a["wider"] + face["mouth"])
     t = np.linspace(-1, 1, 15)
-    middle = 140 - a["corners"]*(t**2 - 0.5)
-    gap = max(0, a["open"])*np.sqrt(np.clip(1 - t**2, 0, 1))
-    upper,lower = [np.stack([96 + half*t, y], -1).round().astype(np.int32) for y in (middle - gap*0.5, middle + gap)]
-    if a["open"] > 1: cv2.fillPoly(img, [np.concatenate([upper, lower[::-1]])], (60, 20, 25), cv2.LINE_AA)
-    if a["corners"] > 6 and a["open"] > 3: cv2.polylines(img, [upper[3:-3] + [0, 2]], False, (235, 235, 230), 4, cv2.LINE_AA)
-    for lip in (upper, lower): cv2.polylines(img, [lip], False, face["lips"], 3, cv2.LINE_AA)
+    middle = 140 - a["corners"] * (t**2 - 0.5)
+    gap = max(0, a["open"]) * np.sqrt(np.clip(1 - t**2, 0, 1))
+    upper, lower = [
+        np.stack([96 + half * t, y], -1).round().astype(np.int32) for y in (middle - gap * 0.5, middle + gap)
+    ]
+    if a["open"] > 1:
+        cv2.fillPoly(img, [np.concatenate([upper, lower[::-1]])], (60, 20, 25), cv2.LINE_AA)
+    if a["corners"] > 6 and a["open"] > 3:
+        cv2.polylines(img, [upper[3:-3] + [0, 2]], False, (235, 235, 230), 4, cv2.LINE_AA)
+    for lip in (upper, lower):
+        cv2.polylines(img, [lip], False, face["lips"], 3, cv2.LINE_AA)
 
 # %% ../nbs/03i_sample.ipynb #2a2f7255
 def _nose(img, a, skin, dark):
-    shade = tuple(int(c*0.75) for c in skin)
+    shade = tuple(int(c * 0.75) for c in skin)
     cv2.polylines(img, [np.array([[94, 92], [88, 116], [98, 119]])], False, shade, 2, cv2.LINE_AA)
     for i in range(3):
-        if a["wrinkle"] > 0.25*(i+1):
-            for side in (-1, 1): cv2.line(img, (96 + side*8, 96 + 6*i), (96 + side*17, 91 + 6*i), shade, 2, cv2.LINE_AA)
+        if a["wrinkle"] > 0.25 * (i + 1):
+            for side in (-1, 1):
+                cv2.line(img, (96 + side * 8, 96 + 6 * i), (96 + side * 17, 91 + 6 * i), shade, 2, cv2.LINE_AA)
 
 # %% ../nbs/03i_sample.ipynb #d6df6fc6
 def draw_face(
-    expression:str, # One of `EXPRESSIONS`
-    rng:np.random.Generator, # Source of identity, pose, light and noise
-    size:int=48, # Side in pixels
-    channels:int=1 # 1: grey, 3: RGB
-)->np.ndarray: # uint8 (size, size, channels)
+    expression: str,  # One of `EXPRESSIONS`
+    rng: np.random.Generator,  # Source of identity, pose, light and noise
+    size: int = 48,  # Side in pixels
+    channels: int = 1,  # 1: grey, 3: RGB
+) -> np.ndarray:  # uint8 (size, size, channels)
     "Draw one face"
     u = rng.uniform
     strength = u(0.7, 1.2)
     rest = _ACTIONS["neutral"]
-    a = {k: rest[k] + strength*(v - rest[k]) + rng.normal(0, _JITTER[k]) for k,v in _ACTIONS[expression].items()}
-    skin = tuple(int(c) for c in np.array([235, 195, 170])*u(0.4, 1) + rng.normal(0, 6, 3))
-    dark = tuple(int(c*u(0.15, 0.4)) for c in skin)
-    lips = tuple(int(c) for c in np.array(skin)*[0.8, 0.5, 0.5])
+    a = {k: rest[k] + strength * (v - rest[k]) + rng.normal(0, _JITTER[k]) for k, v in _ACTIONS[expression].items()}
+    skin = tuple(int(c) for c in np.array([235, 195, 170]) * u(0.4, 1) + rng.normal(0, 6, 3))
+    dark = tuple(int(c * u(0.15, 0.4)) for c in skin)
+    lips = tuple(int(c) for c in np.array(skin) * [0.8, 0.5, 0.5])
     face = dict(apart=u(23, 30), gaze=u(-3, 3), brow=int(u(3, 7)), mouth=u(-4, 4), lips=lips)
     img = np.full((192, 192, 3), u(20, 220, 3), np.float32)
-    img += (np.linspace(-1, 1, 192)[:, None, None]*u(-40, 40) + np.linspace(-1, 1, 192)[None, :, None]*u(-40, 40))
+    img += np.linspace(-1, 1, 192)[:, None, None] * u(-40, 40) + np.linspace(-1, 1, 192)[None, :, None] * u(-40, 40)
     img = img.clip(0, 255).astype(np.uint8)
-    hair = tuple(int(c) for c in u(10, 120)*np.array([1, 0.9, 0.8]))
-    w,h = int(u(58, 70)),int(u(74, 86))
-    cv2.ellipse(img, (96, 88), (w+8, h+6), 0, 0, 360, hair, -1, cv2.LINE_AA)
+    hair = tuple(int(c) for c in u(10, 120) * np.array([1, 0.9, 0.8]))
+    w, h = int(u(58, 70)), int(u(74, 86))
+    cv2.ellipse(img, (96, 88), (w + 8, h + 6), 0, 0, 360, hair, -1, cv2.LINE_AA)
     cv2.ellipse(img, (96, 104), (w, h), 0, 0, 360, skin, -1, cv2.LINE_AA)
-    for side in (-1, 1): _brow_eye(img, side, a, face, skin, dark)
+    for side in (-1, 1):
+        _brow_eye(img, side, a, face, skin, dark)
     _nose(img, a, skin, dark)
     _mouth(img, a, face, dark)
     return _photograph(img, rng, size, channels)
@@ -100,46 +110,59 @@ def _photograph(img, rng, size, channels):
     img = cv2.warpAffine(img, turn, (192, 192), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     img = cv2.resize(img, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32)
     ramp = np.linspace(-1, 1, size)
-    light = 1 + u(-0.25, 0.25)*ramp[:, None] + u(-0.25, 0.25)*ramp[None, :]
-    img = img*(light*u(0.6, 1.2))[..., None]
-    if channels == 1: img = cv2.cvtColor(img.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
+    light = 1 + u(-0.25, 0.25) * ramp[:, None] + u(-0.25, 0.25) * ramp[None, :]
+    img = img * (light * u(0.6, 1.2))[..., None]
+    if channels == 1:
+        img = cv2.cvtColor(img.astype(np.float32), cv2.COLOR_RGB2GRAY)[..., None]
     img = img + rng.normal(0, u(2, 9), img.shape)
-    if u() < 0.3: img = cv2.GaussianBlur(img, (0, 0), u(0.4, 0.9)*size/48).reshape(img.shape)
+    if u() < 0.3:
+        img = cv2.GaussianBlur(img, (0, 0), u(0.4, 0.9) * size / 48).reshape(img.shape)
     return img.clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/03i_sample.ipynb #9f68831f
 def _sample_counts(n, n_test):
     "Faces of each class in train and test, at least two each"
-    return {split: {k: max(2, round(total*share)) for k,share in _RAFDB_SHARES.items()} for split,total in (("train", n-n_test), ("test", n_test))}
+    return {
+        split: {k: max(2, round(total * share)) for k, share in _RAFDB_SHARES.items()}
+        for split, total in (("train", n - n_test), ("test", n_test))
+    }
 
 # %% ../nbs/03i_sample.ipynb #5784442f
 def sample_faces(
-    path, # Folder to draw into: new, or empty, or with the same sample in it already
-    n:int=1400, # Faces in all, about
-    test_pct:float=0.3, # Share of them in the test split
-    size:int=48, # Side in pixels
-    channels:int=1, # 1: grey, 3: RGB
-    seed:int=0 # Same seed, same files
-)->Path: # `path`, with `{train,test}/<expression>/*.png` in it
+    path,  # Folder to draw into: new, or empty, or with the same sample in it already
+    n: int = 1400,  # Faces in all, about
+    test_pct: float = 0.3,  # Share of them in the test split
+    size: int = 48,  # Side in pixels
+    channels: int = 1,  # 1: grey, 3: RGB
+    seed: int = 0,  # Same seed, same files
+) -> Path:  # `path`, with `{train,test}/<expression>/*.png` in it
     "Draw a small data set of faces; raises `ValueError` for a folder that holds something else"
     path = Path(path)
-    if n < 28 or not 0 < test_pct < 1: raise ValueError(f"expected n of at least 28 and test_pct between 0 and 1, got n={n} and test_pct={test_pct}")
-    if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if n < 28 or not 0 < test_pct < 1:
+        raise ValueError(f"expected n of at least 28 and test_pct between 0 and 1, got n={n} and test_pct={test_pct}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
     settings = dict(n=n, test_pct=test_pct, size=size, channels=channels, seed=seed)
-    done = path/"sample_faces.json"
+    done = path / "sample_faces.json"
     if done.exists():
-        if json.loads(done.read_text()) == settings: return path
+        if json.loads(done.read_text()) == settings:
+            return path
         raise ValueError(f"{path} holds a sample with other settings: {done.read_text()}")
-    begun = path/"sample_faces.part"  # whoever was stopped while drawing draws again
+    begun = path / "sample_faces.part"  # whoever was stopped while drawing draws again
     if path.exists() and any(path.iterdir()) and not (begun.exists() and json.loads(begun.read_text()) == settings):
         raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
     path.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings))
-    counts = _sample_counts(n, round(n*test_pct))
-    numbers = [(s, split, c, label, i) for s,(split,labels) in enumerate(counts.items()) for c,(label,count) in enumerate(labels.items()) for i in range(count)]
-    for s,split,c,label,i in progress(numbers, "draw faces"):
+    counts = _sample_counts(n, round(n * test_pct))
+    numbers = [
+        (s, split, c, label, i)
+        for s, (split, labels) in enumerate(counts.items())
+        for c, (label, count) in enumerate(labels.items())
+        for i in range(count)
+    ]
+    for s, split, c, label, i in progress(numbers, "draw faces"):
         img = draw_face(label, np.random.default_rng([seed, s, c, i]), size, channels)
-        file = path/split/label/f"{label}_{i:04}.png"
+        file = path / split / label / f"{label}_{i:04}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(file), img if channels == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
     begun.replace(done)

@@ -12,11 +12,16 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory):
     "A small drawn data set: train and test, seven classes"
-    return sample_faces(tmp_path_factory.mktemp("sample")/"faces", n=150, test_pct=0.3)
+    return sample_faces(tmp_path_factory.mktemp("sample") / "faces", n=150, test_pct=0.3)
+
 
 @pytest.fixture
 def make_dls(faces):
     def _make(**kwargs):
-        kwargs = {**dict(size=32, channels=1, recipe="fer2013", level="weak", bs=16, num_workers=0, device="cpu"), **kwargs}
+        kwargs = {
+            **dict(size=32, channels=1, recipe="fer2013", level="weak", bs=16, num_workers=0, device="cpu"),
+            **kwargs,
+        }
         return ExpressionDataLoaders.from_folder(faces, **kwargs)
+
     return _make

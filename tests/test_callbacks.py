@@ -4,8 +4,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                                  CancelValidException)
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelValidException,
+)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
@@ -22,173 +28,272 @@ from ecan_fastai.model import ECANModel
 
 EVENTS = []
 
+
 class Spy(ECANModel):
     "Notes every momentum update and every push"
+
     def update_keys(self, momentum):
         EVENTS.append("update")
         super().update_keys(momentum)
+
 
 def noise_learner(*cbs, n=12, bs=4, bank=10, momentum=0.9, crops=0):
     torch.manual_seed(0)
     EVENTS.clear()
     g = torch.Generator().manual_seed(0)
     shape = (crops, 1, 32, 32) if crops else (1, 32, 32)
-    items = [((torch.randn(shape, generator=g), torch.randn(shape, generator=g)), torch.tensor(i % 3)) for i in range(n)]
+    items = [
+        ((torch.randn(shape, generator=g), torch.randn(shape, generator=g)), torch.tensor(i % 3)) for i in range(n)
+    ]
     dls = DataLoaders(DataLoader(items, bs=bs, num_workers=0), DataLoader(items, bs=bs, num_workers=0))
     dls.n_inp = 1
     model = Spy("resnet18", n_classes=3, in_chans=1, bank_size=bank)
     push = model.bank.push
     model.bank.push = lambda z, y: (EVENTS.append(f"push{len(z)}"), push(z, y))[1]
-    learn = Learner(dls, model, loss_func=ECANLoss(), lr=1e-3, cbs=[MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *cbs])
+    learn = Learner(
+        dls,
+        model,
+        loss_func=ECANLoss(),
+        lr=1e-3,
+        cbs=[MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *cbs],
+    )
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
     return learn
 
-def snapshot(model): return {k: v.clone() for k, v in model.state_dict().items()}
-def same(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+
+def snapshot(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_events_of_a_fit_in_order():
     learn = noise_learner()
     learn.fit(2)
     batch = ["update", "push4"]
-    assert EVENTS == ["push4"]*3 + batch*3 + batch*3      # three batches fill ten rows; then an update and a push each
+    assert (
+        EVENTS == ["push4"] * 3 + batch * 3 + batch * 3
+    )  # three batches fill ten rows; then an update and a push each
+
 
 def test_filling_moves_nothing_but_the_bank():
     learn = noise_learner()
     learn.create_opt()
     with torch.no_grad():
-        for p in learn.model.key_encoder.parameters(): p.mul_(1.1)      # a key encoder of its own
+        for p in learn.model.key_encoder.parameters():
+            p.mul_(1.1)  # a key encoder of its own
     twin = copy.deepcopy(learn.model)
     before = {k: v.clone() for k, v in [*learn.model.named_parameters(), *learn.model.encoder.named_buffers()]}
     learn.model.train()
     learn.n_epoch, learn.epoch = 1, 0
     learn.memory_bank_update.fill()
-    assert all(torch.equal(before[k], v) for k, v in [*learn.model.named_parameters(), *learn.model.encoder.named_buffers()]) and learn.model.bank.full
+    assert (
+        all(
+            torch.equal(before[k], v)
+            for k, v in [*learn.model.named_parameters(), *learn.model.encoder.named_buffers()]
+        )
+        and learn.model.bank.full
+    )
     twin.train()
     keys = torch.cat([twin.key_encoder(x_k) for (_, x_k), _ in learn.dls.train])
     assert torch.equal(learn.model.bank.z, torch.cat([keys[10:], keys[2:10]]))
-    assert learn.model.bank.y.tolist() == [1, 2, 2, 0, 1, 2, 0, 1, 2, 0]    # 12 labels 0 1 2 0 ... into 10 rows
+    assert learn.model.bank.y.tolist() == [1, 2, 2, 0, 1, 2, 0, 1, 2, 0]  # 12 labels 0 1 2 0 ... into 10 rows
+
 
 def test_a_bank_larger_than_the_data_takes_one_pass_and_grows_on():
     learn = noise_learner(bank=100)
     learn.fit(2)
     assert EVENTS.count("push4") == 3 + 6 and len(learn.model.bank) == 36
 
+
 def test_a_full_bank_is_not_filled_again():
     learn = noise_learner()
     learn.fit(1)
     EVENTS.clear()
     learn.fit(1)
-    assert EVENTS == ["update", "push4"]*3
+    assert EVENTS == ["update", "push4"] * 3
+
 
 def test_keys_in_the_bank_are_those_of_the_batch():
     seen = []
+
     class Look(Callback):
         order = 100
+
         def after_pred(self):
-            if self.training: seen.append(self.pred["z_k"].clone())
+            if self.training:
+                seen.append(self.pred["z_k"].clone())
+
     learn = noise_learner(Look())
     learn.fit(1)
     bank = learn.model.bank
-    assert torch.equal(bank.z[bank.order()][:4].flip(0), seen[-1]) and bank.y[bank.order()][:4].flip(0).tolist() == [2, 0, 1, 2]
+    assert torch.equal(bank.z[bank.order()][:4].flip(0), seen[-1]) and bank.y[bank.order()][:4].flip(0).tolist() == [
+        2,
+        0,
+        1,
+        2,
+    ]
+
 
 def test_the_loss_sees_the_bank_without_the_current_batch():
     filled = []
+
     class Look(Callback):
         def after_pred(self):
-            if self.training: filled.append(len(self.pred["bank_z"]))
+            if self.training:
+                filled.append(len(self.pred["bank_z"]))
+
     learn = noise_learner(Look(), bank=100)
     learn.fit(1)
     assert filled == [12, 16, 20]
 
+
 def test_key_parameters_follow_equation_1_through_a_fit():
     learn = noise_learner(momentum=0.5)
     expected = [p.detach().double().clone() for p in learn.model.key_encoder.parameters()]
+
     class Twin(Callback):
         order = 100
+
         def after_step(self):
-            for e, q in zip(expected, self.model.encoder.parameters()): e.mul_(0.5).add_(0.5*q.detach().double())
+            for e, q in zip(expected, self.model.encoder.parameters()):
+                e.mul_(0.5).add_(0.5 * q.detach().double())
+
     learn.add_cb(Twin())
     learn.fit(1)
     assert all(torch.allclose(k.double(), e, atol=1e-6) for k, e in zip(learn.model.key_encoder.parameters(), expected))
 
+
 def test_gradient_accumulation_updates_once_a_step_and_pushes_every_batch():
     learn = noise_learner(GradientAccumulation(n_acc=8), n=16, bank=10)
     learn.fit(1)
-    assert EVENTS == ["push4"]*3 + ["push4", "update", "push4", "push4", "update", "push4"]
+    assert EVENTS == ["push4"] * 3 + ["push4", "update", "push4", "push4", "update", "push4"]
+
 
 def test_a_skipped_step_moves_no_key_and_still_pushes():
     class Overflow(Callback):
         "What MixedPrecision does when a gradient overflows"
+
         order = MixedPrecision.order
+
         def before_step(self):
-            if self.iter == 1: raise CancelStepException()
+            if self.iter == 1:
+                raise CancelStepException()
+
     learn = noise_learner(Overflow())
     learn.fit(1)
     assert EVENTS[3:] == ["update", "push4", "push4", "update", "push4"]
 
+
 class MixedPrecisionOnCPU(MixedPrecision):
     "fastai's, but for the device"
+
     name = "mixed_precision"
+
     def before_fit(self):
-        self.autocast, self.learn.scaler, self.scales = torch.autocast("cpu", dtype=torch.bfloat16), torch.amp.GradScaler("cpu"), []
+        self.autocast, self.learn.scaler, self.scales = (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.amp.GradScaler("cpu"),
+            [],
+        )
+
 
 def test_mixed_precision_keeps_the_bank_exact_and_a_step_that_overflows_moves_no_key():
     dtypes = []
+
     class Look(Callback):
-        order = MixedPrecision.order+1
+        order = MixedPrecision.order + 1
+
         def after_pred(self):
-            if self.training: dtypes.extend(v.dtype for v in self.pred.values() if v.is_floating_point())
+            if self.training:
+                dtypes.extend(v.dtype for v in self.pred.values() if v.is_floating_point())
+
         def before_step(self):
-            if self.iter == 1: raise AssertionError("the step was not skipped")
+            if self.iter == 1:
+                raise AssertionError("the step was not skipped")
+
     class Overflow(Callback):
-        order = MixedPrecision.order-1
+        order = MixedPrecision.order - 1
+
         def before_step(self):
-            if self.iter == 1: self.model.classifier.weight.grad[0, 0] = torch.inf
+            if self.iter == 1:
+                self.model.classifier.weight.grad[0, 0] = torch.inf
+
     learn = noise_learner(MixedPrecisionOnCPU(), Look(), Overflow())
     learn.fit(1)
-    assert EVENTS[3:] == ["update", "push4", "push4", "update", "push4"] and set(dtypes) == {torch.float32} and learn.model.bank.z.dtype == torch.float32
+    assert (
+        EVENTS[3:] == ["update", "push4", "push4", "update", "push4"]
+        and set(dtypes) == {torch.float32}
+        and learn.model.bank.z.dtype == torch.float32
+    )
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
 
 def test_bfloat16_on_a_cpu_reaches_the_encoders_and_leaves_what_is_kept_in_float32():
     seen = []
     learn, plain = noise_learner(CPUMixedPrecision()), noise_learner()
-    for name in ("encoder", "key_encoder"): getattr(learn.model, name).conv1.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.dtype)))
-    for l in (learn, plain): l.fit(1)
-    assert set(seen) == {("encoder", torch.bfloat16), ("key_encoder", torch.bfloat16), ("key_encoder", torch.float32)}     # the bank is filled before the first batch
+    for name in ("encoder", "key_encoder"):
+        getattr(learn.model, name).conv1.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.dtype)))
+    for l in (learn, plain):
+        l.fit(1)
+    assert set(seen) == {
+        ("encoder", torch.bfloat16),
+        ("key_encoder", torch.bfloat16),
+        ("key_encoder", torch.float32),
+    }  # the bank is filled before the first batch
     learn.model.eval()(torch.zeros(1, 1, 32, 32))
-    assert seen[-1] == ("encoder", torch.float32) and {t.dtype for t in learn.model.state_dict().values() if t.is_floating_point()} == {torch.float32}
+    assert seen[-1] == ("encoder", torch.float32) and {
+        t.dtype for t in learn.model.state_dict().values() if t.is_floating_point()
+    } == {torch.float32}
     half, full = [l.recorder.losses[0].item() for l in (learn, plain)]
     assert half != full and half == pytest.approx(full, rel=0.02)
+
 
 def test_a_batch_cancelled_before_the_model_pushes_nothing():
     class Skip(Callback):
         def before_batch(self):
-            if self.training and self.iter == 1: raise CancelBatchException()
+            if self.training and self.iter == 1:
+                raise CancelBatchException()
+
     learn = noise_learner(Skip())
     learn.fit(1)
-    assert EVENTS[3:] == ["update", "push4"]*2
+    assert EVENTS[3:] == ["update", "push4"] * 2
 
-@pytest.mark.parametrize("call", [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.get_preds(ds_idx=0), lambda l: l.get_preds(with_loss=True)])
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda l: l.validate(),
+        lambda l: l.get_preds(),
+        lambda l: l.get_preds(ds_idx=0),
+        lambda l: l.get_preds(with_loss=True),
+    ],
+)
 def test_evaluation_moves_nothing(call):
     learn = noise_learner()
     before = snapshot(learn.model)
     call(learn)
     assert EVENTS == [] and same(before, snapshot(learn.model))
 
+
 @pytest.mark.parametrize("exception", [CancelFitException, CancelEpochException])
 def test_a_cancelled_fit_leaves_a_state_that_trains_on(exception):
     class Stop(Callback):
         def after_loss(self):
-            if self.training and self.iter == 1: raise exception()
+            if self.training and self.iter == 1:
+                raise exception()
+
     learn = noise_learner(Stop())
     learn.fit(1)
-    assert EVENTS[3:] == ["update", "push4"]     # fastai sends no after_batch for the second batch
+    assert EVENTS[3:] == ["update", "push4"]  # fastai sends no after_batch for the second batch
     learn.remove_cb(Stop)
     EVENTS.clear()
     learn.fit(1)
-    assert EVENTS == ["update", "push4"]*3
+    assert EVENTS == ["update", "push4"] * 3
+
 
 def test_lr_find_restores_bank_and_key_encoder(tmp_path):
     learn = noise_learner()
@@ -198,38 +303,61 @@ def test_lr_find_restores_bank_and_key_encoder(tmp_path):
     learn.lr_find(num_it=7, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
     assert "push4" in EVENTS and same(before, snapshot(learn.model))
 
+
 def test_parts_of_the_loss_are_recorded_as_means_of_the_epoch():
     parts = []
+
     class Look(Callback):
         order = 100
+
         def after_loss(self):
-            if self.training: parts.append({k: v.item() for k, v in self.loss_func.parts.items()})
+            if self.training:
+                parts.append({k: v.item() for k, v in self.loss_func.parts.items()})
+
     rows = []
     learn = noise_learner(Look())
     learn.logger = rows.append
     learn.fit(2)
     names = learn.recorder.metric_names
-    assert names == ["epoch", "train_loss", "valid_loss", "ce", "ensc", "mva", "alpha", "cos_within", "cos_between", "time"] and all(len(r) == len(names) for r in rows)
+    assert names == [
+        "epoch",
+        "train_loss",
+        "valid_loss",
+        "ce",
+        "ensc",
+        "mva",
+        "alpha",
+        "cos_within",
+        "cos_between",
+        "time",
+    ] and all(len(r) == len(names) for r in rows)
     for epoch in range(2):
         row = dict(zip(names[1:], learn.recorder.values[epoch]))
-        batches = parts[3*epoch:3*epoch+3]
-        for k in ("ce", "ensc", "mva", "alpha"): assert row[k] == pytest.approx(sum(p[k] for p in batches)/3, rel=1e-5)
-        pairs = [p["cos_within"] for p in batches if not math.isnan(p["cos_within"])]    # a batch of four may hold no pair of one class
-        assert row["cos_within"] == pytest.approx(sum(pairs)/len(pairs), rel=1e-5)
-    assert len(learn.validate()) == 1      # validation alone has no parts
+        batches = parts[3 * epoch : 3 * epoch + 3]
+        for k in ("ce", "ensc", "mva", "alpha"):
+            assert row[k] == pytest.approx(sum(p[k] for p in batches) / 3, rel=1e-5)
+        pairs = [
+            p["cos_within"] for p in batches if not math.isnan(p["cos_within"])
+        ]  # a batch of four may hold no pair of one class
+        assert row["cos_within"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+    assert len(learn.validate()) == 1  # validation alone has no parts
+
 
 def test_all_crops_are_pictures_in_training_and_a_stack_in_evaluation():
     learn = noise_learner(crops=5, bank=70)
     learn.fit(1)
-    assert EVENTS == ["push20"]*3 + ["update", "push20"]*3
+    assert EVENTS == ["push20"] * 3 + ["update", "push20"] * 3
     bank = learn.model.bank
-    assert bank.y[bank.order()][:20].flip(0).tolist() == [2]*5 + [0]*5 + [1]*5 + [2]*5
+    assert bank.y[bank.order()][:20].flip(0).tolist() == [2] * 5 + [0] * 5 + [1] * 5 + [2] * 5
     assert learn.get_preds()[0].shape == (12, 3)
+
 
 def test_an_epoch_without_validation_keeps_the_columns_in_place():
     class Skip(Callback):
         def before_validate(self):
-            if self.epoch == 1: raise CancelValidException()
+            if self.epoch == 1:
+                raise CancelValidException()
+
     learn = noise_learner(Skip())
     learn.metrics = L(AvgMetric(accuracy))
     learn.fit(3)
@@ -239,6 +367,7 @@ def test_an_epoch_without_validation_keeps_the_columns_in_place():
         row = dict(zip(names, row))
         assert math.isnan(row["accuracy"]) == math.isnan(row["valid_loss"]) == (epoch == 1) and row["ensc"] > 1
 
+
 def test_metrics_of_training_batches():
     learn = noise_learner()
     learn.metrics, learn.recorder.train_metrics = L(AvgMetric(accuracy)), True
@@ -246,47 +375,69 @@ def test_metrics_of_training_batches():
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
     assert 0 <= row["train_accuracy"] <= 1 and row["ce"] > 0 and 0 <= row["valid_accuracy"] <= 1
 
+
 def test_the_bank_is_filled_in_the_first_epoch_that_trains():
     learn = noise_learner(bank=12)
     learn.fit(3, start_epoch=1)
-    assert EVENTS[:3] == ["push4"]*3 and EVENTS[3] == "update"
+    assert EVENTS[:3] == ["push4"] * 3 and EVENTS[3] == "update"
+
 
 @pytest.mark.parametrize("mixing", [MixUp, CutMix])
 def test_mixing_of_images_is_refused_in_one_sentence(mixing):
-    with pytest.raises(ValueError, match=f"{mixing.__name__} mixes single images, and ECAN trains on pairs"): noise_learner(mixing()).fit(1)
+    with pytest.raises(ValueError, match=f"{mixing.__name__} mixes single images, and ECAN trains on pairs"):
+        noise_learner(mixing()).fit(1)
+
 
 def test_small_images_come_first_and_only_in_a_fit():
     sides = []
+
     class Look(Callback):
-        order = ProgressiveResize.order+1
+        order = ProgressiveResize.order + 1
+
         def before_batch(self):
             x = self.x[0] if isinstance(self.x, tuple) else self.x
             sides.append((self.training, self.epoch, x.shape[-1]))
+
     learn = noise_learner(ProgressiveResize(16, 0.5), Look())
     full = learn.dls.train_ds[0][0][0].shape[-1]
     learn.validate()
     assert {side for *_, side in sides} == {full}
     sides.clear()
-    with learn.no_bar(), learn.no_logging(): learn.fit(4)
-    assert {(epoch, side) for _, epoch, side in sides} == {(0, 16), (1, 16), (2, full), (3, full)} and {training for training, *_ in sides} == {True, False}
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(4)
+    assert {(epoch, side) for _, epoch, side in sides} == {(0, 16), (1, 16), (2, full), (3, full)} and {
+        training for training, *_ in sides
+    } == {True, False}
     sides.clear()
     learn.get_preds()
     assert {side for *_, side in sides} == {full}
 
+
 def test_views_are_resized_each_by_itself():
     resize = ProgressiveResize(8).resize
-    q, k = torch.rand(3, 1, 16, 16), torch.rand(3, 5, 1, 16, 16)      # a view; a stack of crops
+    q, k = torch.rand(3, 1, 16, 16), torch.rand(3, 5, 1, 16, 16)  # a view; a stack of crops
     small = resize((q, k))
     assert [tuple(v.shape) for v in small] == [(3, 1, 8, 8), (3, 5, 1, 8, 8)]
-    for i in range(5): assert torch.allclose(small[1][:, i], resize(k[:, i]), atol=1e-6)
+    for i in range(5):
+        assert torch.allclose(small[1][:, i], resize(k[:, i]), atol=1e-6)
     assert torch.allclose(resize(torch.full((2, 1, 16, 16), 0.3)), torch.tensor(0.3)) and resize(small[0]) is small[0]
     ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
     assert torch.allclose(resize(ramp)[0, 0, 0, 1:-1], F.avg_pool2d(ramp, 2)[0, 0, 0, 1:-1], atol=1e-5)
 
-@pytest.mark.parametrize("call,said", [(lambda: ProgressiveResize(4), "at least 8 pixels, got 4"), (lambda: ProgressiveResize(32, 2), "between 0 and 1, got 2")])
+
+@pytest.mark.parametrize(
+    "call,said",
+    [
+        (lambda: ProgressiveResize(4), "at least 8 pixels, got 4"),
+        (lambda: ProgressiveResize(32, 2), "between 0 and 1, got 2"),
+    ],
+)
 def test_wrong_sizes_are_named(call, said):
-    with pytest.raises(ValueError, match=said): call()
+    with pytest.raises(ValueError, match=said):
+        call()
+
 
 @pytest.mark.parametrize("momentum", [-0.1, 1, 1.5])
 def test_momentum_out_of_range_is_named(momentum):
-    with pytest.raises(ValueError, match=f"momentum must be in .0, 1., got {momentum}"): MomentumUpdate(momentum)
+    with pytest.raises(ValueError, match=f"momentum must be in .0, 1., got {momentum}"):
+        MomentumUpdate(momentum)

@@ -9,54 +9,86 @@ from ecan_fastai.check import _pairs_exact, _pairs_near, check_data, show_pairs
 from ecan_fastai.cli import ecan_check
 from ecan_fastai.sample import sample_faces
 
+
 @pytest.fixture
 def spoiled(tmp_path):
     "Test images put into train as they are, under another label, and darker; and a file cut short"
-    path = sample_faces(tmp_path/"faces", n=100)
-    a, b, c, d = sorted((path/"test"/"happy").glob("*.png"))[:4]
-    shutil.copy(a, path/"train"/"happy"/"copy.png")
-    shutil.copy(b, path/"train"/"sad"/"copy.png")
-    Image.fromarray((np.array(Image.open(c))*0.9).astype(np.uint8)).save(path/"train"/"happy"/"darker.png")
-    (path/"train"/"fear"/"short.png").write_bytes(d.read_bytes()[:200])
+    path = sample_faces(tmp_path / "faces", n=100)
+    a, b, c, d = sorted((path / "test" / "happy").glob("*.png"))[:4]
+    shutil.copy(a, path / "train" / "happy" / "copy.png")
+    shutil.copy(b, path / "train" / "sad" / "copy.png")
+    Image.fromarray((np.array(Image.open(c)) * 0.9).astype(np.uint8)).save(path / "train" / "happy" / "darker.png")
+    (path / "train" / "fear" / "short.png").write_bytes(d.read_bytes()[:200])
     return path
+
 
 def test_what_was_spoiled_is_found_and_nothing_else(spoiled):
     report = check_data(spoiled)
-    leaks = {frozenset((p.image_a.split("/")[-3:][0] + "/" + p.image_a.split("/")[-1], p.image_b.split("/")[-3:][0] + "/" + p.image_b.split("/")[-1])): (p.same, p.label_a == p.label_b) for p in report.leaks.itertuples()}
-    assert leaks == {frozenset(("test/happy_0000.png", "train/copy.png")): (True, True), frozenset(("test/happy_0001.png", "train/copy.png")): (True, False), frozenset(("test/happy_0002.png", "train/darker.png")): (False, True)}
-    assert list(report.broken) == [str(spoiled/"train"/"fear"/"short.png")] and "short.png" in report.broken[str(spoiled/"train"/"fear"/"short.png")]
+    leaks = {
+        frozenset(
+            (
+                p.image_a.split("/")[-3:][0] + "/" + p.image_a.split("/")[-1],
+                p.image_b.split("/")[-3:][0] + "/" + p.image_b.split("/")[-1],
+            )
+        ): (p.same, p.label_a == p.label_b)
+        for p in report.leaks.itertuples()
+    }
+    assert leaks == {
+        frozenset(("test/happy_0000.png", "train/copy.png")): (True, True),
+        frozenset(("test/happy_0001.png", "train/copy.png")): (True, False),
+        frozenset(("test/happy_0002.png", "train/darker.png")): (False, True),
+    }
+    assert (
+        list(report.broken) == [str(spoiled / "train" / "fear" / "short.png")]
+        and "short.png" in report.broken[str(spoiled / "train" / "fear" / "short.png")]
+    )
     summary = report.summary().set_index("splits").loc["test and train"]
     assert summary.tolist() == [2, 1, 1]
-    n = {s: len(list((spoiled/s).rglob("*.png"))) for s in ("train", "test")}
-    assert report.counts.loc["all"].to_dict() == {**n, "all": sum(n.values())} and report.counts.loc["happy", "test"] == len(list((spoiled/"test"/"happy").iterdir()))
+    n = {s: len(list((spoiled / s).rglob("*.png"))) for s in ("train", "test")}
+    assert report.counts.loc["all"].to_dict() == {**n, "all": sum(n.values())} and report.counts.loc[
+        "happy", "test"
+    ] == len(list((spoiled / "test" / "happy").iterdir()))
+
 
 def test_a_pair_of_splits_is_one_row_in_whatever_order_its_images_come(tmp_path):
-    files = sorted((sample_faces(tmp_path/"f", n=40)/"train"/"happy").glob("*.png"))[:2]
+    files = sorted((sample_faces(tmp_path / "f", n=40) / "train" / "happy").glob("*.png"))[:2]
     rows = [f"{files[0]},happy,train", f"{files[0]},happy,test", f"{files[1]},happy,test", f"{files[1]},happy,train"]
-    (tmp_path/"t.csv").write_text("image,label,split\n" + "\n".join(rows))
-    assert check_data(tmp_path/"t.csv").summary().values.tolist() == [["test and train", 2, 0, 0]]
+    (tmp_path / "t.csv").write_text("image,label,split\n" + "\n".join(rows))
+    assert check_data(tmp_path / "t.csv").summary().values.tolist() == [["test and train", 2, 0, 0]]
+
 
 def test_a_clean_set_has_no_pairs(tmp_path):
-    report = check_data(sample_faces(tmp_path/"f", n=60))
+    report = check_data(sample_faces(tmp_path / "f", n=60))
     assert not len(report.pairs) and not report.broken and not len(report.summary())
-    with pytest.raises(ValueError, match="no pairs to show"): show_pairs(report)
-    with pytest.raises(ValueError, match="expected a distance from 0 to 16 bits of 64, got 17"): check_data(tmp_path/"f", distance=17)
+    with pytest.raises(ValueError, match="no pairs to show"):
+        show_pairs(report)
+    with pytest.raises(ValueError, match="expected a distance from 0 to 16 bits of 64, got 17"):
+        check_data(tmp_path / "f", distance=17)
+
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 def test_near_pairs_are_those_of_a_plain_loop(rows):
     rng = np.random.default_rng(0)
     signs = np.where(rng.random((23, 16)) < 0.5, -1, 1).astype(np.float32)
-    plain = [(i, j, int((signs[i] != signs[j]).sum())) for i in range(23) for j in range(i+1, 23) if (signs[i] != signs[j]).sum() <= 4]
+    plain = [
+        (i, j, int((signs[i] != signs[j]).sum()))
+        for i in range(23)
+        for j in range(i + 1, 23)
+        if (signs[i] != signs[j]).sum() <= 4
+    ]
     assert sorted(_pairs_near(signs, 4, rows)) == plain and plain
     assert _pairs_exact("abcab") == [(0, 3, 0), (1, 4, 0)] and len(_pairs_exact("aaaa")) == 6
 
+
 def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
-    ecan_check([str(spoiled), "--out", str(tmp_path/"pairs.csv"), "--picture", str(tmp_path/"pairs.png")])
+    ecan_check([str(spoiled), "--out", str(tmp_path / "pairs.csv"), "--picture", str(tmp_path / "pairs.png")])
     printed = capsys.readouterr().out
     assert "1 broken images" in printed and "test and train" in printed and "short.png" in printed
-    table = pd.read_csv(tmp_path/"pairs.csv")
-    assert len(table[table.split_a != table.split_b]) == 3 and Image.open(tmp_path/"pairs.png").size[0] > 300
-    with pytest.raises(SystemExit) as e: ecan_check([str(spoiled), "--picture", "pairs.foo"])
+    table = pd.read_csv(tmp_path / "pairs.csv")
+    assert len(table[table.split_a != table.split_b]) == 3 and Image.open(tmp_path / "pairs.png").size[0] > 300
+    with pytest.raises(SystemExit) as e:
+        ecan_check([str(spoiled), "--picture", "pairs.foo"])
     assert e.value.code == 2 and "--picture: expected a name ending in .png, got pairs.foo" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as e: ecan_check([str(tmp_path/"nowhere")])
+    with pytest.raises(SystemExit) as e:
+        ecan_check([str(tmp_path / "nowhere")])
     assert e.value.code == 2 and "no such file or folder" in capsys.readouterr().err

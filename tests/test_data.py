@@ -16,17 +16,24 @@ from PIL import Image
 
 from ecan_fastai.data import FaceImage, TwoView, read_face
 
+
 def batch_of_one_picture(make_dls, workers):
     "Loader in which all items are the same picture, so that what differs is the draw"
     dls = make_dls(level="strong", size=48, num_workers=workers, bs=8)
     tl = dls.train_ds.tls[0]
-    tl.items = [tl.items[0]]*32
-    dls.train_ds.tls[1].items = [dls.train_ds.tls[1].items[0]]*32
+    tl.items = [tl.items[0]] * 32
+    dls.train_ds.tls[1].items = [dls.train_ds.tls[1].items[0]] * 32
     dls.train.n = 32
     return dls
 
-def epoch(dls): return [tuple(v.clone() for v in b[0]) for b in dls.train]
-def distinct(views): return len({v.cpu().numpy().tobytes() for v in views})
+
+def epoch(dls):
+    return [tuple(v.clone() for v in b[0]) for b in dls.train]
+
+
+def distinct(views):
+    return len({v.cpu().numpy().tobytes() for v in views})
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_seed(make_dls, workers):
@@ -34,14 +41,15 @@ def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_
     set_seed(3)
     first, second = epoch(dls), epoch(dls)
     q, k = [torch.cat(v) for v in zip(*first)]
-    assert len(q) == 32 and distinct([*q, *k]) == 64        # no two views alike: neither the pair's, nor two workers'
+    assert len(q) == 32 and distinct([*q, *k]) == 64  # no two views alike: neither the pair's, nor two workers'
     q2, k2 = [torch.cat(v) for v in zip(*second)]
-    assert distinct([*q, *k, *q2, *k2]) == 128               # nor two epochs'
+    assert distinct([*q, *k, *q2, *k2]) == 128  # nor two epochs'
     set_seed(3)
     again = torch.cat([b[0] for b in epoch(dls)])
     assert torch.equal(again, q)
     set_seed(4)
     assert not torch.equal(torch.cat([b[0] for b in epoch(dls)]), q)
+
 
 def test_draws_do_not_depend_on_the_number_of_workers(make_dls):
     passes = []
@@ -50,11 +58,22 @@ def test_draws_do_not_depend_on_the_number_of_workers(make_dls):
         dls.train.rng.seed(1)
         set_seed(5)
         passes.append([(torch.stack(list(x)), y) for _ in range(2) for x, y in dls.train])
-    for other in passes[1:]: assert len(other) == len(passes[0]) and all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(passes[0], other))
+    for other in passes[1:]:
+        assert len(other) == len(passes[0]) and all(
+            torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(passes[0], other)
+        )
+
 
 class TellsItsProcess(Transform):
     "Adds the process and draws of the global generators to an item"
-    def encodes(self, y:TensorCategory): return TensorCategory(torch.tensor([os.getpid(), random.getrandbits(30), int(np.random.randint(2**30)), int(torch.randint(2**30, ()))]))
+
+    def encodes(self, y: TensorCategory):
+        return TensorCategory(
+            torch.tensor(
+                [os.getpid(), random.getrandbits(30), int(np.random.randint(2**30)), int(torch.randint(2**30, ()))]
+            )
+        )
+
 
 def test_workers_and_passes_have_streams_of_their_own_and_a_pass_can_be_left_early(make_dls):
     dls = make_dls(num_workers=2)
@@ -63,70 +82,93 @@ def test_workers_and_passes_have_streams_of_their_own_and_a_pass_can_be_left_ear
     next(iter(dls.train))
     second, third = [torch.cat([y for _, y in dls.train]) for _ in range(2)]
     assert len(first) == len(second) == len(third) and os.getpid() not in first[:, 0]
-    for column in (1, 2, 3): assert len(set(torch.cat([first, second, third])[:, column].tolist())) == 3*len(first)
+    for column in (1, 2, 3):
+        assert len(set(torch.cat([first, second, third])[:, column].tolist())) == 3 * len(first)
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_passes_at_once_lose_nothing(make_dls, workers):
     train = make_dls(num_workers=workers).train
     train.shuffle = False
     pairs = list(zip(train, train))
-    assert len(pairs) == len(train) and all(torch.equal(a[1], b[1]) and not torch.equal(a[0][0], b[0][0]) for a, b in pairs)
+    assert len(pairs) == len(train) and all(
+        torch.equal(a[1], b[1]) and not torch.equal(a[0][0], b[0][0]) for a, b in pairs
+    )
+
 
 def test_a_pass_that_was_interrupted_leaves_the_loader_usable(make_dls):
     "Ctrl-C reaches the workers too: they die in the middle of a pass"
     train = make_dls(num_workers=2).train
     with pytest.raises((KeyboardInterrupt, RuntimeError)):
         for i, _ in enumerate(train):
-            for child in multiprocessing.active_children(): os.kill(child.pid, signal.SIGKILL)
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
             raise KeyboardInterrupt
-    assert sum(len(y) for _, y in train) == len(train)*16
+    assert sum(len(y) for _, y in train) == len(train) * 16
+
 
 def others(dls, kind):
     "Loaders of fastai's own over the same data"
-    if kind == "weighted": return dls.train.new(cls=WeightedDL, wgts=np.ones(len(dls.train_ds)))
-    if kind == "partial": return dls.train.new(cls=PartialDL, partial_n=32)
+    if kind == "weighted":
+        return dls.train.new(cls=WeightedDL, wgts=np.ones(len(dls.train_ds)))
+    if kind == "partial":
+        return dls.train.new(cls=PartialDL, partial_n=32)
     return dls.train.new(cls=TfmdDL)
+
 
 @pytest.mark.parametrize("kind", ["weighted", "partial", "plain"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_other_loaders_of_fastai_draw_anew_for_each_worker_and_pass(make_dls, kind, workers):
     dl = others(batch_of_one_picture(make_dls, workers), kind)
-    def one_pass(): return [v for (q, k), _ in dl for v in (*q, *k)]
+
+    def one_pass():
+        return [v for (q, k), _ in dl for v in (*q, *k)]
+
     set_seed(3)
     first, second = one_pass(), one_pass()
     assert len(first) == 64 and distinct(first + second) == 128
-    if workers == 0: return     # in one process the stream goes on from pass to pass
+    if workers == 0:
+        return  # in one process the stream goes on from pass to pass
     set_seed(3)
     again = one_pass()
     assert {v.numpy().tobytes() for v in again} == {v.numpy().tobytes() for v in first}
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draws_differ_on_fastais_own_way_through_the_data_too(make_dls, workers):
     dls = batch_of_one_picture(make_dls, workers)
     set_seed(3)
-    views = [v for _ in range(2) for (q, k), _ in TfmdDL.__iter__(dls.train) for v in (*q, *k)]     # as DistributedDL goes
+    views = [v for _ in range(2) for (q, k), _ in TfmdDL.__iter__(dls.train) for v in (*q, *k)]  # as DistributedDL goes
     assert len(views) == 128 and distinct(views) == 128
+
 
 def test_a_batch_of_one_item_again_and_again(make_dls):
     import matplotlib.pyplot as plt
-    make_dls().show_batch(unique=True, max_n=4)     # fastai asks for an endless pass over the first item
+
+    make_dls().show_batch(unique=True, max_n=4)  # fastai asks for an endless pass over the first item
     plt.close("all")
+
 
 def test_a_skipped_item_makes_its_batch_smaller(make_dls):
     dls = make_dls(bs=16)
     get, skipped = dls.train.create_item, []
+
     def skip_fives(i):
         if i % 5 == 0:
             skipped.append(i)
             raise SkipItemException
         return get(i)
+
     dls.train.create_item = skip_fives
-    assert sum(len(y) for _, y in dls.train) + len(skipped) == 16*len(dls.train) and skipped
+    assert sum(len(y) for _, y in dls.train) + len(skipped) == 16 * len(dls.train) and skipped
+
 
 def test_training_gives_pairs_and_evaluation_one_view(make_dls):
     dls = make_dls()
     x, y = dls.one_batch()
-    assert type(x) is TwoView and all(type(v) is FaceImage and v.dtype == torch.float32 and v.shape == (16, 1, 32, 32) for v in x)
+    assert type(x) is TwoView and all(
+        type(v) is FaceImage and v.dtype == torch.float32 and v.shape == (16, 1, 32, 32) for v in x
+    )
     for name in ("valid", "test"):
         v, _ = dls[name].one_batch()
         assert type(v) is FaceImage and v.shape[1:] == (1, 32, 32)
@@ -134,53 +176,72 @@ def test_training_gives_pairs_and_evaluation_one_view(make_dls):
     item = dls.train_ds[0][0]
     assert type(item) is TwoView and item[0].dtype == torch.uint8
 
+
 def test_evaluation_has_no_randomness(make_dls):
     dls = make_dls(level="strong", size=48)
     a, b = [torch.cat([x for x, _ in dls.valid]) for _ in range(2)]
     assert torch.equal(a, b) and a.shape[-1] == 40
 
+
 def test_normalisation_and_decode_round_trip(make_dls):
     dls = make_dls(level="none", size=48)
     x, y = dls.valid.one_batch()
     raw = read_face(dls.valid_ds.items[0].image, 1)[..., 0]
-    assert np.allclose(x[0, 0].cpu().numpy(), (raw/255-0.5)/0.25, atol=1e-5)
+    assert np.allclose(x[0, 0].cpu().numpy(), (raw / 255 - 0.5) / 0.25, atol=1e-5)
     decoded = dls.valid.decode((x, y))
-    assert type(decoded[0]) is FaceImage and (decoded[0][0, 0].numpy()-raw.astype(int)).__abs__().max() <= 1
+    assert type(decoded[0]) is FaceImage and (decoded[0][0, 0].numpy() - raw.astype(int)).__abs__().max() <= 1
     assert type(dls.train.decode(dls.one_batch())[0]) is TwoView
+
 
 def test_show_batch_draws_both_views_of_a_pair(make_dls):
     import matplotlib.pyplot as plt
-    for n_views, width in ((2, 2*32 + 1), (1, 32)):
+
+    for n_views, width in ((2, 2 * 32 + 1), (1, 32)):
         plt.close("all")
         make_dls(n_views=n_views).show_batch(max_n=4)
         shown = [ax.images[0].get_array().shape for ax in plt.gcf().axes if ax.images]
-        assert shown == [(32, width)]*4 and plt.gcf().axes[0].get_title()
+        assert shown == [(32, width)] * 4 and plt.gcf().axes[0].get_title()
     plt.close("all")
+
 
 def test_all_crops_and_several_evaluation_crops(make_dls):
     dls = make_dls(level="strong", size=48, all_crops=True, eval_crops="ten")
-    assert [v.shape for v in dls.one_batch()[0]] == [(16, 5, 1, 40, 40)]*2
+    assert [v.shape for v in dls.one_batch()[0]] == [(16, 5, 1, 40, 40)] * 2
     assert dls.valid.one_batch()[0].shape[1:] == (10, 1, 40, 40)
+
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_read_face_takes_every_form(tmp_path, channels):
     rgb = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
-    file = tmp_path/"gesicht ä.png"
+    file = tmp_path / "gesicht ä.png"
     ok, png = cv2.imencode(".png", rgb[..., ::-1])
     file.write_bytes(png.tobytes())
     expected = rgb if channels == 3 else cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)[..., None]
     for x in (file, str(file), png.tobytes(), rgb, Image.fromarray(rgb), torch.from_numpy(rgb).permute(2, 0, 1)):
         out = read_face(x, channels)
-        assert out.shape == (20, 30, channels) and np.abs(out.astype(int)-expected).max() <= 1
+        assert out.shape == (20, 30, channels) and np.abs(out.astype(int) - expected).max() <= 1
     grey = rgb[..., 0]
     for x in (grey, grey[..., None], Image.fromarray(grey), torch.from_numpy(grey), torch.from_numpy(grey)[None]):
         assert np.array_equal(read_face(x, 1)[..., 0], grey) and read_face(x, 3).shape == (20, 30, 3)
 
-@pytest.mark.parametrize("x,said", [(b"", "cannot decode"), (b"text", "cannot decode"), ("missing.png", "no such image file: missing.png"),
-                                    (np.zeros((4, 4), np.float32), "got float32"), (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"), (np.zeros((2, 4, 4, 3), np.uint8), r"\(2, 4, 4, 3\)")])
+
+@pytest.mark.parametrize(
+    "x,said",
+    [
+        (b"", "cannot decode"),
+        (b"text", "cannot decode"),
+        ("missing.png", "no such image file: missing.png"),
+        (np.zeros((4, 4), np.float32), "got float32"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"\(2, 4, 4, 3\)"),
+    ],
+)
 def test_read_face_names_what_is_wrong(x, said):
-    with pytest.raises((ValueError, FileNotFoundError), match=said): read_face(x)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read_face(x)
+
 
 def test_broken_file_is_named(tmp_path):
-    (tmp_path/"a.png").write_bytes(b"\x89PNG\r\n\x1a\n123")
-    with pytest.raises(ValueError, match="a.png.*broken .11 bytes"): read_face(tmp_path/"a.png")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n123")
+    with pytest.raises(ValueError, match="a.png.*broken .11 bytes"):
+        read_face(tmp_path / "a.png")

@@ -19,84 +19,186 @@ from ecan_fastai.readers.factory import read_faces
 
 QUICK = dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0)
 
-def quick_args(faces, out, *more): return ["--data", str(faces), "--out", str(out), *[a for k, v in QUICK.items() for a in ("--set", f"{k}={v}")], *more]
+
+def quick_args(faces, out, *more):
+    return [
+        "--data",
+        str(faces),
+        "--out",
+        str(out),
+        *[a for k, v in QUICK.items() for a in ("--set", f"{k}={v}")],
+        *more,
+    ]
+
 
 @pytest.mark.parametrize("kind", ["fer2013", "rafdb", "sample"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_a_list_of_valid_and_different_runs(name, kind):
     exp, runs = EXPERIMENTS[name], experiment_runs(name, "sample" if kind == "sample" else "x", kind)
     assert list(runs) == list(exp["runs"]) and exp["title"] and len({run_name(c) for c in runs.values()}) == len(runs)
-    for c in runs.values(): assert c.kind == kind
-    for paper in exp.get("paper", {}).values(): assert set(paper) <= set(runs) and all(len(v) == len(exp["measures"]) for v in paper.values())
-    if "axis" in exp: assert [getattr(c, exp["axis"]) for c in runs.values()] == [float(label) for label in runs]
+    for c in runs.values():
+        assert c.kind == kind
+    for paper in exp.get("paper", {}).values():
+        assert set(paper) <= set(runs) and all(len(v) == len(exp["measures"]) for v in paper.values())
+    if "axis" in exp:
+        assert [getattr(c, exp["axis"]) for c in runs.values()] == [float(label) for label in runs]
+
 
 def test_the_papers_numbers():
     "A few by hand, from Tables 2, 3 and 5"
-    assert EXPERIMENTS["table2"]["paper"]["fer2013"]["ECAN, strong"] == [73.73] and EXPERIMENTS["table2"]["paper"]["rafdb"]["baseline, none"] == [85.69]
-    assert EXPERIMENTS["table3"]["paper"]["rafdb"]["SupCon"] == [88.01, 79.45] and EXPERIMENTS["table5"]["paper"]["fer2013"]["baseline, cosine"] == [72.33, 71.57]
+    assert EXPERIMENTS["table2"]["paper"]["fer2013"]["ECAN, strong"] == [73.73] and EXPERIMENTS["table2"]["paper"][
+        "rafdb"
+    ]["baseline, none"] == [85.69]
+    assert EXPERIMENTS["table3"]["paper"]["rafdb"]["SupCon"] == [88.01, 79.45] and EXPERIMENTS["table5"]["paper"][
+        "fer2013"
+    ]["baseline, cosine"] == [72.33, 71.57]
+
 
 def test_equal_runs_have_equal_names_and_different_ones_do_not():
-    def name(**kw): return run_name(RunConfig("x", "fer2013", **kw).resolve())
+    def name(**kw):
+        return run_name(RunConfig("x", "fer2013", **kw).resolve())
+
     assert name() == name(l1=0.2, level="strong", workers=3, seed=5) == "ecan"
     assert name(l1=0) == name(l1=0.0) == "ecan-l1=0"
     assert name(l1=0.3, epochs=8) == "ecan-epochs=8-l1=0.3" and name(method="baseline") == "baseline"
     assert name(method="baseline", schedule="cosine") == "baseline-schedule=cosine"
-    assert name(pretrained="some/where/a.pth") == "ecan-pretrained=a.pth" and name(pretrained=True) == "ecan-pretrained=True"
+    assert (
+        name(pretrained="some/where/a.pth") == "ecan-pretrained=a.pth"
+        and name(pretrained=True) == "ecan-pretrained=True"
+    )
+
 
 def test_a_setting_that_a_method_does_not_use_makes_no_other_run():
-    a, b = [experiment_runs("table3", "x", "fer2013", **kw) for kw in ({}, dict(momentum=0.99, temperature=0.07, bank_groups=4))]
-    assert {k for k in a if run_name(a[k]) == run_name(b[k])} == {"cross-entropy"} and run_name(b["center"]) == "center-schedule=cosine-momentum=0.99"
+    a, b = [
+        experiment_runs("table3", "x", "fer2013", **kw)
+        for kw in ({}, dict(momentum=0.99, temperature=0.07, bank_groups=4))
+    ]
+    assert {k for k in a if run_name(a[k]) == run_name(b[k])} == {"cross-entropy"} and run_name(
+        b["center"]
+    ) == "center-schedule=cosine-momentum=0.99"
     assert b["cross-entropy"].momentum is None and b["SupCon"].bank_groups is None and b["ENSC"].bank_groups == 4
-    with pytest.raises(ValueError, match="temperature varies what makes no difference with method=center"): experiment_runs("temperature", "x", "fer2013", method="center")
+    with pytest.raises(ValueError, match="temperature varies what makes no difference with method=center"):
+        experiment_runs("temperature", "x", "fer2013", method="center")
+
 
 def test_a_sweep_keeps_what_it_chooses_by():
-    with pytest.raises(ValueError, match="train_all leaves no valid"): experiment_runs("figure3b", "x", "fer2013", train_all=True)
+    with pytest.raises(ValueError, match="train_all leaves no valid"):
+        experiment_runs("figure3b", "x", "fer2013", train_all=True)
+
 
 def test_table_shows_mean_deviation_and_number(tmp_path):
-    rows = [("cross-entropy", 0, "valid", .70, .60), ("cross-entropy", 1, "valid", .72, .64), ("center", 0, "valid", .5, .4), ("cross-entropy", 0, "test", .8, .7)]
-    table = experiment_table("table3", pd.DataFrame(rows, columns=["label", "seed", "split", "accuracy", "average_accuracy"]), "rafdb")
-    assert table.loc["cross-entropy", "valid: accuracy"] == f"71.00 ± {100*np.std([.7, .72], ddof=1):.2f} (2)" and table.loc["center", "valid: average accuracy"] == "40.00 (1)"
-    assert table.loc["SupCon", "valid: accuracy"] == "" and table.loc["SupCon", "paper: average accuracy"] == "79.45" and table.loc["cross-entropy", "test: accuracy"] == "80.00 (1)"
+    rows = [
+        ("cross-entropy", 0, "valid", 0.70, 0.60),
+        ("cross-entropy", 1, "valid", 0.72, 0.64),
+        ("center", 0, "valid", 0.5, 0.4),
+        ("cross-entropy", 0, "test", 0.8, 0.7),
+    ]
+    table = experiment_table(
+        "table3", pd.DataFrame(rows, columns=["label", "seed", "split", "accuracy", "average_accuracy"]), "rafdb"
+    )
+    assert (
+        table.loc["cross-entropy", "valid: accuracy"] == f"71.00 ± {100 * np.std([0.7, 0.72], ddof=1):.2f} (2)"
+        and table.loc["center", "valid: average accuracy"] == "40.00 (1)"
+    )
+    assert (
+        table.loc["SupCon", "valid: accuracy"] == ""
+        and table.loc["SupCon", "paper: average accuracy"] == "79.45"
+        and table.loc["cross-entropy", "test: accuracy"] == "80.00 (1)"
+    )
+
 
 def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "table3", {**EXPERIMENTS["table3"], "runs": {k: EXPERIMENTS["table3"]["runs"][k] for k in ("cross-entropy", "ENSC + MVA")}})
+    monkeypatch.setitem(
+        EXPERIMENTS,
+        "table3",
+        {
+            **EXPERIMENTS["table3"],
+            "runs": {k: EXPERIMENTS["table3"]["runs"][k] for k in ("cross-entropy", "ENSC + MVA")},
+        },
+    )
     ecan_reproduce(["table3", *quick_args(faces, tmp_path, "--seeds", "2")])
     said = capsys.readouterr().out
     assert said.count("starts") == 4
-    run = {m: [json.loads((tmp_path/"folder"/f"{p.name}"/"metrics.json").read_text()) for p in sorted((tmp_path/"folder").glob(f"{m}-*"))] for m in ("baseline", "ecan")}
-    written, = tmp_path.glob("table3-folder-*epochs=1*.csv")
+    run = {
+        m: [
+            json.loads((tmp_path / "folder" / f"{p.name}" / "metrics.json").read_text())
+            for p in sorted((tmp_path / "folder").glob(f"{m}-*"))
+        ]
+        for m in ("baseline", "ecan")
+    }
+    (written,) = tmp_path.glob("table3-folder-*epochs=1*.csv")
     table = pd.read_csv(written, index_col=0)
     for label, method in (("cross-entropy", "baseline"), ("ENSC + MVA", "ecan")):
         for split in ("valid", "test"):
-            a = [100*r["splits"][split]["average_accuracy"] for r in run[method]]
+            a = [100 * r["splits"][split]["average_accuracy"] for r in run[method]]
             assert table.loc[label, f"{split}: average accuracy"] == f"{np.mean(a):.2f} ± {np.std(a, ddof=1):.2f} (2)"
-    assert np.isfinite([r["splits"]["test"]["key_encoder_accuracy"] for r in run["ecan"]]).all() and isinstance(table.loc["ENSC + MVA", "test: accuracy with the key encoder"], str)
+    assert np.isfinite([r["splits"]["test"]["key_encoder_accuracy"] for r in run["ecan"]]).all() and isinstance(
+        table.loc["ENSC + MVA", "test: accuracy with the key encoder"], str
+    )
     lines = written.with_suffix(".md").read_text().splitlines()
-    assert all(said in lines[2] for said in ("epochs=1", "schedule=cosine", "without `valid`", "in evaluation: center", "Commits: "))
-    assert lines[0] == "# Losses (Table 3): folder" and len(lines) == 8 and all(l.count("|") == lines[4].count("|") for l in lines[4:])
+    assert all(
+        said in lines[2]
+        for said in ("epochs=1", "schedule=cosine", "without `valid`", "in evaluation: center", "Commits: ")
+    )
+    assert (
+        lines[0] == "# Losses (Table 3): folder"
+        and len(lines) == 8
+        and all(l.count("|") == lines[4].count("|") for l in lines[4:])
+    )
     # a second time: nothing runs, the same table
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "folder").rglob("*")}
     ecan_reproduce(["table3", *quick_args(faces, tmp_path, "--seeds", "2")])
-    assert "starts" not in capsys.readouterr().out and before == {f: f.stat().st_mtime_ns for f in (tmp_path/"folder").rglob("*")}
+    assert "starts" not in capsys.readouterr().out and before == {
+        f: f.stat().st_mtime_ns for f in (tmp_path / "folder").rglob("*")
+    }
     # records alone are enough for the table, and tell nothing of the machine's folders
-    again = experiment_table("table3", experiment_results("table3", tmp_path/"records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}), "folder")
-    assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(f.read_text() for f in (tmp_path/"records").rglob("*.json"))
+    again = experiment_table(
+        "table3",
+        experiment_results(
+            "table3", tmp_path / "records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}
+        ),
+        "folder",
+    )
+    assert again.fillna("").equals(table.fillna("").astype(str)) and str(tmp_path) not in "".join(
+        f.read_text() for f in (tmp_path / "records").rglob("*.json")
+    )
     # where the folders are gone, records count as runs
-    ecan_reproduce(["table3", *quick_args(faces, tmp_path/"elsewhere", "--seeds", "2", "--records", str(tmp_path/"records"))])
+    ecan_reproduce(
+        ["table3", *quick_args(faces, tmp_path / "elsewhere", "--seeds", "2", "--records", str(tmp_path / "records"))]
+    )
     said = capsys.readouterr().out
-    assert said.count("done, by its record") == 4 and "starts" not in said and pd.read_csv(tmp_path/"elsewhere"/written.name, index_col=0).equals(table)
-    (name, results, kind, settings), = recorded_experiments(tmp_path/"records")
-    assert experiment_table(name, results, kind).equals(again) and experiment_markdown(name, results, kind, **settings) == written.with_suffix(".md").read_text()
-    record = json.loads(next((tmp_path/"records").rglob("ecan*.json")).read_text())
-    assert len(record["history"]["accuracy"]) == 1 and record["environment"]["torch"] and record["config"]["seed"] in (0, 1) and record["seconds"]
+    assert (
+        said.count("done, by its record") == 4
+        and "starts" not in said
+        and pd.read_csv(tmp_path / "elsewhere" / written.name, index_col=0).equals(table)
+    )
+    ((name, results, kind, settings),) = recorded_experiments(tmp_path / "records")
+    assert (
+        experiment_table(name, results, kind).equals(again)
+        and experiment_markdown(name, results, kind, **settings) == written.with_suffix(".md").read_text()
+    )
+    record = json.loads(next((tmp_path / "records").rglob("ecan*.json")).read_text())
+    assert (
+        len(record["history"]["accuracy"]) == 1
+        and record["environment"]["torch"]
+        and record["config"]["seed"] in (0, 1)
+        and record["seconds"]
+    )
+
 
 def fake_record(records, cfg, seed=0, accuracy=0.5, **kw):
     "A record as `reproduce` writes it"
-    file = records/cfg.kind/f"{run_name(cfg)}-seed{seed}.json"
+    file = records / cfg.kind / f"{run_name(cfg)}-seed{seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = dict(config={**vars(cfg), "seed": seed}, images=dict(train=90, valid=10), environment=dict(commit="a"), splits=dict(valid=dict(accuracy=accuracy, average_accuracy=accuracy, n=10)))
+    record = dict(
+        config={**vars(cfg), "seed": seed},
+        images=dict(train=90, valid=10),
+        environment=dict(commit="a"),
+        splits=dict(valid=dict(accuracy=accuracy, average_accuracy=accuracy, n=10)),
+    )
     file.write_text(json.dumps({**record, **kw}))
     return file
+
 
 def test_records_of_another_run_or_other_data_are_refused(tmp_path):
     cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
@@ -104,91 +206,148 @@ def test_records_of_another_run_or_other_data_are_refused(tmp_path):
     assert len(experiment_results("affinity", tmp_path, "fer2013")) == 1
     other = experiment_runs("affinity", "x", "fer2013")["sum"]
     fake_record(tmp_path, other, images=dict(train=80, valid=10))
-    with pytest.raises(ValueError, match="is of other data than these runs: images .*80.* there, .*90.* here"): experiment_results("affinity", tmp_path, "fer2013")
+    with pytest.raises(ValueError, match="is of other data than these runs: images .*80.* there, .*90.* here"):
+        experiment_results("affinity", tmp_path, "fer2013")
     fake_record(tmp_path, other)
     record = json.loads(file.read_text())
-    file.write_text(json.dumps({**record, "config": {**record["config"], "epochs": 40}}))      # as if a preset had changed since
-    with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, and 200 is asked for"): experiment_results("affinity", tmp_path, "fer2013")
+    file.write_text(
+        json.dumps({**record, "config": {**record["config"], "epochs": 40}})
+    )  # as if a preset had changed since
+    with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, and 200 is asked for"):
+        experiment_results("affinity", tmp_path, "fer2013")
+
 
 def test_a_record_counts_as_a_run_only_of_the_same_data_and_settings(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
-    given = dict(seeds=1, out=tmp_path, records=tmp_path/"r", say=lambda s: None)
+    given = dict(seeds=1, out=tmp_path, records=tmp_path / "r", say=lambda s: None)
     counted = Counter(f.split for f in read_faces(faces, "folder"))
-    images = {"train": counted["train"]-10, "valid": 10, "test": counted["test"]}
-    files = [fake_record(tmp_path/"r", cfg, images=images) for cfg in experiment_runs("affinity", faces, "folder").values()]
-    assert list(reproduce("affinity", faces, **given)["valid: accuracy"]) == ["50.00 (1)"]*2
+    images = {"train": counted["train"] - 10, "valid": 10, "test": counted["test"]}
+    files = [
+        fake_record(tmp_path / "r", cfg, images=images) for cfg in experiment_runs("affinity", faces, "folder").values()
+    ]
+    assert list(reproduce("affinity", faces, **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
     record = json.loads(files[1].read_text())
     files[1].write_text(json.dumps({**record, "images": {**images, "test": 7}}))
-    with pytest.raises(ValueError, match="affinity_reduction=sum-seed0.json is of other data than this: images .*'test': 7"): reproduce("affinity", faces, **given)
+    with pytest.raises(
+        ValueError, match="affinity_reduction=sum-seed0.json is of other data than this: images .*'test': 7"
+    ):
+        reproduce("affinity", faces, **given)
     files[1].write_text(json.dumps({**record, "config": {**record["config"], "epochs": 3}}))
-    with pytest.raises(ValueError, match="is the record of a run with epochs 3, and 40 is asked for"): reproduce("affinity", faces, **given)
+    with pytest.raises(ValueError, match="is the record of a run with epochs 3, and 40 is asked for"):
+        reproduce("affinity", faces, **given)
+
 
 def test_a_picture_of_runs_needs_their_folders(faces, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: started.append(cfg.method))
     monkeypatch.setattr(experiments, "_save_record", lambda *a: None)
     monkeypatch.setattr(experiments, "experiment_figure", lambda *a: None)
-    for cfg in experiment_runs("figure7", faces, "folder").values(): fake_record(tmp_path/"r", cfg)
-    reproduce("figure7", faces, out=tmp_path, records=tmp_path/"r", say=lambda s: None)
+    for cfg in experiment_runs("figure7", faces, "folder").values():
+        fake_record(tmp_path / "r", cfg)
+    reproduce("figure7", faces, out=tmp_path, records=tmp_path / "r", say=lambda s: None)
     assert started == ["baseline", "ecan"]
 
+
 def test_records_of_a_gpu_make_tables_without_one(tmp_path):
-    for cfg in experiment_runs("affinity", "x", "fer2013", precision="bf16").values(): fake_record(tmp_path, cfg, resumed=[dict(commit="b")])
-    (tmp_path/"affinity.json").write_text(json.dumps(dict(name="affinity", kind="fer2013", settings=dict(precision="bf16"))))
-    (name, results, kind, settings), = recorded_experiments(tmp_path)
+    for cfg in experiment_runs("affinity", "x", "fer2013", precision="bf16").values():
+        fake_record(tmp_path, cfg, resumed=[dict(commit="b")])
+    (tmp_path / "affinity.json").write_text(
+        json.dumps(dict(name="affinity", kind="fer2013", settings=dict(precision="bf16")))
+    )
+    ((name, results, kind, settings),) = recorded_experiments(tmp_path)
     assert len(results) == 2 and "Commits: a, b." in experiment_markdown(name, results, kind, **settings)
 
+
 def test_method_as_a_setting_is_what_the_table_is_of(tmp_path):
-    for temperature, cfg in experiment_runs("temperature", "x", "fer2013").items(): fake_record(tmp_path, cfg, accuracy=0.9)
-    for temperature, cfg in experiment_runs("temperature", "x", "fer2013", method="supcon").items(): fake_record(tmp_path, cfg, accuracy=0.1)
-    table = experiment_table("temperature", experiment_results("temperature", tmp_path, "fer2013", method="supcon"), "fer2013")
+    for temperature, cfg in experiment_runs("temperature", "x", "fer2013").items():
+        fake_record(tmp_path, cfg, accuracy=0.9)
+    for temperature, cfg in experiment_runs("temperature", "x", "fer2013", method="supcon").items():
+        fake_record(tmp_path, cfg, accuracy=0.1)
+    table = experiment_table(
+        "temperature", experiment_results("temperature", tmp_path, "fer2013", method="supcon"), "fer2013"
+    )
     assert set(table["valid: accuracy"]) == {"10.00 (1)"}
+
 
 def test_a_sweep_is_drawn_from_records_alone(tmp_path):
     for cfg in experiment_runs("momentum", "x", "fer2013").values():
-        for seed in (0, 1): fake_record(tmp_path, cfg, seed, 0.5 + 0.1*seed)
-    ax, = experiment_figure("momentum", experiment_results("momentum", tmp_path, "fer2013"), "fer2013").axes
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.9", "0.99", "0.996", "0.999"] and ax.get_title() == "fer2013, valid, 2 seeds"
+        for seed in (0, 1):
+            fake_record(tmp_path, cfg, seed, 0.5 + 0.1 * seed)
+    (ax,) = experiment_figure("momentum", experiment_results("momentum", tmp_path, "fer2013"), "fer2013").axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == [
+        "0.9",
+        "0.99",
+        "0.996",
+        "0.999",
+    ] and ax.get_title() == "fer2013, valid, 2 seeds"
     assert experiment_figure("figure7", pd.DataFrame(columns=["label", "split"]), "fer2013") is None
+
 
 def test_the_results_page_shows_what_the_records_say():
     from fastcore.nbio import read_nb
     from test_package import ROOT
-    page = "".join("".join(o["data"].get("text/markdown", "")) for c in read_nb(ROOT/"nbs"/"14_results.ipynb").cells for o in c.get("outputs", []) if "data" in o)
-    for name, results, kind, settings in recorded_experiments(ROOT/"results"/"records"): assert experiment_markdown(name, results, kind, **settings).strip() in page
+
+    page = "".join(
+        "".join(o["data"].get("text/markdown", ""))
+        for c in read_nb(ROOT / "nbs" / "14_results.ipynb").cells
+        for o in c.get("outputs", [])
+        if "data" in o
+    )
+    for name, results, kind, settings in recorded_experiments(ROOT / "results" / "records"):
+        assert experiment_markdown(name, results, kind, **settings).strip() in page
+
 
 def test_two_commands_make_a_run_once(tmp_path, monkeypatch):
     made, said = [], []
+
     def slow(cfg, folder):
         made.append(folder)
         time.sleep(0.5)
-        folder.mkdir(), (folder/"config.json").write_text(json.dumps(dict(config=vars(cfg)))), (folder/"metrics.json").write_text("{}")
+        (
+            folder.mkdir(),
+            (folder / "config.json").write_text(json.dumps(dict(config=vars(cfg)))),
+            (folder / "metrics.json").write_text("{}"),
+        )
+
     monkeypatch.setattr(experiments, "start_run", slow)
     cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
-    threads = [threading.Thread(target=experiments._run, args=(cfg, tmp_path/"run", said.append)) for _ in range(2)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert made == [tmp_path/"run"] and said == ["run: starts", "run: another process is at it, waiting"]
+    threads = [threading.Thread(target=experiments._run, args=(cfg, tmp_path / "run", said.append)) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert made == [tmp_path / "run"] and said == ["run: starts", "run: another process is at it, waiting"]
+
 
 def test_classes_named_by_numbers_have_a_confusion_matrix(tmp_path):
-    (tmp_path/"config.json").write_text(json.dumps(dict(about=dict(vocab=["0", "1", "NA"]))))
-    pd.DataFrame(dict(image=["a", "b", "c"], label=["0", "1", "NA"], predicted=["0", "1", "1"])).to_csv(tmp_path/"predictions_test.csv", index=False)
-    ax, = experiments._confusions({"run": tmp_path}, "test").axes
+    (tmp_path / "config.json").write_text(json.dumps(dict(about=dict(vocab=["0", "1", "NA"]))))
+    pd.DataFrame(dict(image=["a", "b", "c"], label=["0", "1", "NA"], predicted=["0", "1", "1"])).to_csv(
+        tmp_path / "predictions_test.csv", index=False
+    )
+    (ax,) = experiments._confusions({"run": tmp_path}, "test").axes
     assert ax.get_title() == "run: 66.67 % on test, seed 0"
 
+
 def test_a_broken_run_folder_is_named(faces, tmp_path):
-    folder = tmp_path/"folder"/f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
+    folder = tmp_path / "folder" / f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
     folder.mkdir(parents=True)
-    (folder/"config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not the configuration of a run"): reproduce("affinity", faces, out=tmp_path, **QUICK)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+        reproduce("affinity", faces, out=tmp_path, **QUICK)
+
 
 def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}})
-    monkeypatch.setitem(EXPERIMENTS, "figure3b", {**EXPERIMENTS["figure3b"], "runs": {"0.7": {"l2": 0.7}, "0.2": {"l2": 0.2}}})
+    monkeypatch.setitem(
+        EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}}
+    )
+    monkeypatch.setitem(
+        EXPERIMENTS, "figure3b", {**EXPERIMENTS["figure3b"], "runs": {"0.7": {"l2": 0.7}, "0.2": {"l2": 0.2}}}
+    )
     ecan_reproduce(["affinity", *quick_args(faces, tmp_path), "--set", "schedule=cosine"])
     ecan_reproduce(["figure3b", *quick_args(faces, tmp_path)])
     assert capsys.readouterr().out.count("starts") == 2
     assert {f.suffix for f in tmp_path.glob("figure3b-folder*")} == {".md", ".csv", ".png"}
+
 
 @pytest.fixture
 def figures(monkeypatch):
@@ -197,44 +356,67 @@ def figures(monkeypatch):
     monkeypatch.setattr(experiments, "experiment_figure", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     return drawn
 
+
 def two_rows(name, monkeypatch):
     runs = EXPERIMENTS[name]["runs"]
     monkeypatch.setitem(EXPERIMENTS, name, {**EXPERIMENTS[name], "runs": {k: runs[k] for k in list(runs)[:2]}})
 
+
 def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figures, monkeypatch):
     two_rows("figure5", monkeypatch)
     reproduce("figure5", faces, out=tmp_path, **QUICK)
-    panels, n = figures[0].axes, len(list((faces/"test").rglob("*.png")))
-    assert [ax.get_title() for ax in panels] == ["cross-entropy", "center"] and all(sum(len(c.get_offsets()) for c in ax.collections) == n for ax in panels)
+    panels, n = figures[0].axes, len(list((faces / "test").rglob("*.png")))
+    assert [ax.get_title() for ax in panels] == ["cross-entropy", "center"] and all(
+        sum(len(c.get_offsets()) for c in ax.collections) == n for ax in panels
+    )
     assert len(list(tmp_path.glob("figure5-folder*.png"))) == 1
+
 
 def test_figure_6_counts_train(faces, tmp_path, figures):
     reproduce("figure6", faces, out=tmp_path)
-    ax, = figures[0].axes
-    assert not list(tmp_path.glob('*.md'))
-    assert {l.get_text(): int(t.get_text()) for l, t in zip(ax.get_xticklabels(), ax.texts)} == {c.name: len(list(c.iterdir())) for c in (faces/"train").iterdir()}
+    (ax,) = figures[0].axes
+    assert not list(tmp_path.glob("*.md"))
+    assert {l.get_text(): int(t.get_text()) for l, t in zip(ax.get_xticklabels(), ax.texts)} == {
+        c.name: len(list(c.iterdir())) for c in (faces / "train").iterdir()
+    }
+
 
 def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
     table = reproduce("figure7", faces, out=tmp_path, **QUICK)
-    assert [ax.get_title() for ax in figures[0].axes] == [f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test, seed 0" for label in ("baseline", "ECAN")]
+    assert [ax.get_title() for ax in figures[0].axes] == [
+        f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test, seed 0" for label in ("baseline", "ECAN")
+    ]
+
 
 def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, tmp_path):
     for name in ("figure5", "figure7"):
-        with pytest.raises(ValueError, match=f"{name} is drawn of a test split, and .* has none"): reproduce(name, faces/"train", out=tmp_path/"out", **QUICK)
+        with pytest.raises(ValueError, match=f"{name} is drawn of a test split, and .* has none"):
+            reproduce(name, faces / "train", out=tmp_path / "out", **QUICK)
     assert not list(tmp_path.rglob("config.json"))
+
 
 def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch):
     two_rows("affinity", monkeypatch)
     reproduce("affinity", faces, out=tmp_path, **QUICK)
-    with pytest.raises(ValueError, match=f"holds a run with data {faces}, and {faces/'train'} is asked for"): reproduce("affinity", faces/"train", out=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=f"holds a run with data {faces}, and {faces / 'train'} is asked for"):
+        reproduce("affinity", faces / "train", out=tmp_path, **QUICK)
     file = next(tmp_path.rglob("config.json"))
     file.write_text(file.read_text().replace('"l2": 0.7', '"l2": 0.6'))
-    with pytest.raises(ValueError, match="holds a run with l2 0.6, and 0.7 is asked for"): reproduce("affinity", faces, out=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="holds a run with l2 0.6, and 0.7 is asked for"):
+        reproduce("affinity", faces, out=tmp_path, **QUICK)
+
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on(faces, tmp_path):
-    args = [sys.executable, "-c", "import sys; from ecan_fastai.cli import ecan_reproduce; ecan_reproduce(sys.argv[1:])", "affinity",
-            *quick_args(faces, tmp_path), "--set", "epochs=6"]
+    args = [
+        sys.executable,
+        "-c",
+        "import sys; from ecan_fastai.cli import ecan_reproduce; ecan_reproduce(sys.argv[1:])",
+        "affinity",
+        *quick_args(faces, tmp_path),
+        "--set",
+        "epochs=6",
+    ]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     start = time.time()
     while not (done := [f for f in tmp_path.rglob("history.csv") if len(pd.read_csv(f)) >= 2]):
@@ -242,27 +424,48 @@ def test_a_killed_command_goes_on(faces, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (done[0].parent/"metrics.json").exists()
-    said = subprocess.run(args, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    assert not (done[0].parent / "metrics.json").exists()
+    said = subprocess.run(
+        args, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ).stdout
     assert said.count("goes on") == 1 and said.count("starts") == 1 and "written" in said
     assert all(len(pd.read_csv(f)) == 6 for f in tmp_path.rglob("history.csv"))
 
+
 def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
     from ecan_fastai.runs import start_run
-    def run(out, **kw): return start_run(RunConfig(str(faces), **{**QUICK, "epochs": 3}, **kw), tmp_path/out)
-    a, b = run("a"), run("b", watch_tests=True)
-    history = pd.read_csv(tmp_path/"b"/"history.csv")
-    best = b["splits"]["test"].pop("accuracy_of_best_epoch_chosen_on_this_split")
-    assert a["splits"] == b["splits"] and best == pytest.approx(history["test_accuracy"].max()) and history["test_accuracy"].iloc[-1] == pytest.approx(a["splits"]["test"]["accuracy"])
 
-@pytest.mark.parametrize("args,said", [
-    (["table9", "--data", "sample"], "no experiment 'table9'"), (["table3"], "--data is missing"), (["table3", "--data", "/nowhere"], "no such"),
-    (["table3", "--data", "sample", "--seeds", "0"], "at least one seed"), (["figure3a", "--data", "sample", "--set", "l1=0.3"], "varies l1 itself"),
-    (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"), (["table3", "--data", "sample", "--set", "epochs=many"], "epochs is a number"),
-    (["table3", "--data", "sample", "--set", "train_all=1"], "true or false")])
+    def run(out, **kw):
+        return start_run(RunConfig(str(faces), **{**QUICK, "epochs": 3}, **kw), tmp_path / out)
+
+    a, b = run("a"), run("b", watch_tests=True)
+    history = pd.read_csv(tmp_path / "b" / "history.csv")
+    best = b["splits"]["test"].pop("accuracy_of_best_epoch_chosen_on_this_split")
+    assert (
+        a["splits"] == b["splits"]
+        and best == pytest.approx(history["test_accuracy"].max())
+        and history["test_accuracy"].iloc[-1] == pytest.approx(a["splits"]["test"]["accuracy"])
+    )
+
+
+@pytest.mark.parametrize(
+    "args,said",
+    [
+        (["table9", "--data", "sample"], "no experiment 'table9'"),
+        (["table3"], "--data is missing"),
+        (["table3", "--data", "/nowhere"], "no such"),
+        (["table3", "--data", "sample", "--seeds", "0"], "at least one seed"),
+        (["figure3a", "--data", "sample", "--set", "l1=0.3"], "varies l1 itself"),
+        (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"),
+        (["table3", "--data", "sample", "--set", "epochs=many"], "epochs is a number"),
+        (["table3", "--data", "sample", "--set", "train_all=1"], "true or false"),
+    ],
+)
 def test_what_is_wrong_is_said(args, said, tmp_path, capsys):
-    with pytest.raises(SystemExit) as e: ecan_reproduce([*args, "--out", str(tmp_path/"out")])
+    with pytest.raises(SystemExit) as e:
+        ecan_reproduce([*args, "--out", str(tmp_path / "out")])
     assert e.value.code == 2 and said in capsys.readouterr().err
+
 
 def test_the_list(capsys):
     ecan_reproduce([])

@@ -14,36 +14,77 @@ from safetensors.torch import load_file, save_file
 
 from ecan_fastai.cli import ecan_evaluate, ecan_predict
 from ecan_fastai.config import RunConfig
-from ecan_fastai.sample import draw_face
 from ecan_fastai.inference import Predictor, shared_classes
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.runs import start_run
+from ecan_fastai.sample import draw_face
+
 
 @pytest.fixture(scope="module")
 def run(faces, tmp_path_factory):
     "A finished run with FiveCrop, evaluated on ten crops"
-    out = tmp_path_factory.mktemp("run")/"run"
-    start_run(RunConfig(str(faces), size=48, channels=1, recipe="fer2013", level="strong", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0, eval_crops="ten"), out)
+    out = tmp_path_factory.mktemp("run") / "run"
+    start_run(
+        RunConfig(
+            str(faces),
+            size=48,
+            channels=1,
+            recipe="fer2013",
+            level="strong",
+            epochs=1,
+            bs=16,
+            opt="adam",
+            momentum=0.9,
+            workers=0,
+            eval_crops="ten",
+        ),
+        out,
+    )
     return out
+
 
 @pytest.fixture(scope="module")
 def colour(faces, tmp_path_factory):
     "A finished run without FiveCrop, on pictures in colour"
-    out = tmp_path_factory.mktemp("colour")/"run"
-    start_run(RunConfig(str(faces), method="baseline", size=40, channels=3, recipe="rafdb", level="weak", epochs=1, bs=16, opt="adam", workers=0), out)
+    out = tmp_path_factory.mktemp("colour") / "run"
+    start_run(
+        RunConfig(
+            str(faces),
+            method="baseline",
+            size=40,
+            channels=3,
+            recipe="rafdb",
+            level="weak",
+            epochs=1,
+            bs=16,
+            opt="adam",
+            workers=0,
+        ),
+        out,
+    )
     return out
 
-def test_files(faces): return sorted((faces/"test").rglob("*.png"))
+
+def test_files(faces):
+    return sorted((faces / "test").rglob("*.png"))
+
+
 test_files.__test__ = False
+
 
 @pytest.mark.parametrize("kind", ["run", "colour"])
 def test_probabilities_are_those_of_the_runs_own_evaluation(kind, request):
     out = request.getfixturevalue(kind)
-    written = pd.read_csv(out/"predictions_test.csv")
+    written = pd.read_csv(out / "predictions_test.csv")
     predictor = Predictor(out)
     table = predictor.predict(list(written["image"]), bs=7)
-    assert np.allclose(table[predictor.vocab], written[[f"p_{v}" for v in predictor.vocab]], atol=2e-5) and list(table["label"]) == list(written["predicted"]) and list(table["image"]) == list(written["image"])
+    assert (
+        np.allclose(table[predictor.vocab], written[[f"p_{v}" for v in predictor.vocab]], atol=2e-5)
+        and list(table["label"]) == list(written["predicted"])
+        and list(table["image"]) == list(written["image"])
+    )
     assert np.allclose(table["probability"], table[predictor.vocab].max(1))
+
 
 @pytest.mark.parametrize("crops", ["center", "ten"])
 @pytest.mark.parametrize("maker", [ecan_learner, baseline_learner])
@@ -54,58 +95,100 @@ def test_a_learner_and_its_predictor_say_the_same(make_dls, maker, crops):
     probs, _ = learn.get_preds(dl=dls["test"])
     assert predictor.crops == crops and predictor.vocab == list(dls.vocab)
     assert np.allclose(predictor.probabilities([f.image for f in dls["test"].dataset.items]), probs, atol=1e-5)
-    with torch.no_grad(): learn.model.classifier.bias.fill_(7)      # a copy: what the learner does later changes nothing
+    with torch.no_grad():
+        learn.model.classifier.bias.fill_(7)  # a copy: what the learner does later changes nothing
     assert not (predictor.model.classifier.classifier.bias == 7).any()
+
 
 def test_the_key_encoder_of_a_learner(make_dls):
     learn = ecan_learner(make_dls())
-    with torch.no_grad(): learn.model.key_encoder.conv1.weight.mul_(2)
+    with torch.no_grad():
+        learn.model.key_encoder.conv1.weight.mul_(2)
     keys, queries = (Predictor.from_learner(learn, key=key) for key in (True, False))
-    assert torch.equal(keys.model.classifier.encoder.conv1.weight, 2*queries.model.classifier.encoder.conv1.weight)
+    assert torch.equal(keys.model.classifier.encoder.conv1.weight, 2 * queries.model.classifier.encoder.conv1.weight)
+
 
 def test_the_centre_among_ten_crops_is_the_centre(run, faces):
     ten, center = Predictor(run, "ten"), Predictor(run, "center")
-    logits = ten.logits(faces/"test")
+    logits = ten.logits(faces / "test")
     assert logits.shape == (len(test_files(faces)), 10, 7)
-    assert torch.allclose(logits[:, ten.center_view], center.logits(faces/"test")[:, 0], atol=1e-5)
+    assert torch.allclose(logits[:, ten.center_view], center.logits(faces / "test")[:, 0], atol=1e-5)
+
 
 def test_processes_that_read_change_nothing(run, faces):
     files, predictor = test_files(faces)[:20], Predictor(run)
     assert np.allclose(predictor.probabilities(files, bs=2, num_workers=2), predictor.probabilities(files), atol=1e-5)
 
+
 def test_other_loaders_are_refused(faces):
     from fastai.vision.all import ImageDataLoaders, Learner, Resize, nn
+
     dls = ImageDataLoaders.from_folder(faces, item_tfms=Resize(32), num_workers=0, bs=4, valid_pct=0.2)
-    with pytest.raises(ValueError, match="needs DataLoaders built on TwoViewBlock"): Predictor.from_learner(Learner(dls, nn.Identity(), loss_func=nn.MSELoss()))
+    with pytest.raises(ValueError, match="needs DataLoaders built on TwoViewBlock"):
+        Predictor.from_learner(Learner(dls, nn.Identity(), loss_func=nn.MSELoss()))
+
 
 def test_every_form_of_a_picture_gives_the_same(faces, run):
     predictor, file = Predictor(run), test_files(faces)[0]
     grey = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
     expected = predictor.probabilities(file)
     assert expected.shape == (1, 7) and expected.sum() == pytest.approx(1, abs=1e-5)
-    for x in (str(file), file.read_bytes(), grey, grey[..., None], np.repeat(grey[..., None], 3, -1), Image.fromarray(grey), torch.from_numpy(grey)[None], [grey], grey[None, ..., None]):
+    for x in (
+        str(file),
+        file.read_bytes(),
+        grey,
+        grey[..., None],
+        np.repeat(grey[..., None], 3, -1),
+        Image.fromarray(grey),
+        torch.from_numpy(grey)[None],
+        [grey],
+        grey[None, ..., None],
+    ):
         assert np.allclose(predictor.probabilities(x), expected, atol=1e-5)
-    for many in (L([file, file]), pd.Series([str(file)]*2), (file, grey)): assert np.allclose(predictor.probabilities(many), np.repeat(expected, 2, 0), atol=1e-5)
-    folder = predictor.predict(faces/"test")
-    assert list(folder["image"]) == list(map(str, test_files(faces))) and np.allclose(folder.iloc[[0]][predictor.vocab], expected, atol=1e-5)
+    for many in (L([file, file]), pd.Series([str(file)] * 2), (file, grey)):
+        assert np.allclose(predictor.probabilities(many), np.repeat(expected, 2, 0), atol=1e-5)
+    folder = predictor.predict(faces / "test")
+    assert list(folder["image"]) == list(map(str, test_files(faces))) and np.allclose(
+        folder.iloc[[0]][predictor.vocab], expected, atol=1e-5
+    )
+
 
 def test_pictures_of_another_size_are_resized(run):
     face = draw_face("happy", np.random.default_rng(0), 96, 1)
-    assert np.allclose(Predictor(run).probabilities(face), Predictor(run).probabilities(cv2.resize(face, (48, 48))), atol=1e-5)
+    assert np.allclose(
+        Predictor(run).probabilities(face), Predictor(run).probabilities(cv2.resize(face, (48, 48))), atol=1e-5
+    )
 
-@pytest.mark.parametrize("kind,crops,n,side", [("run", "center", 1, 48), ("run", "flip", 2, 48), ("run", "five", 5, 48), ("run", "ten", 10, 48), ("colour", "center", 1, 40), ("colour", "flip", 2, 40), ("colour", "five", 5, 48), ("colour", "ten", 10, 48)])
+
+@pytest.mark.parametrize(
+    "kind,crops,n,side",
+    [
+        ("run", "center", 1, 48),
+        ("run", "flip", 2, 48),
+        ("run", "five", 5, 48),
+        ("run", "ten", 10, 48),
+        ("colour", "center", 1, 40),
+        ("colour", "flip", 2, 40),
+        ("colour", "five", 5, 48),
+        ("colour", "ten", 10, 48),
+    ],
+)
 def test_views_are_those_of_the_evaluation_pipelines(kind, crops, n, side, request):
     from ecan_fastai.augment import eval_pipelines
+
     out = request.getfixturevalue(kind)
-    cfg = json.loads((out/"config.json").read_text())
+    cfg = json.loads((out / "config.json").read_text())
     predictor = Predictor(out, crops)
     img = np.random.default_rng(0).integers(0, 255, (60, 60, predictor.channels), np.uint8)
     views = predictor.model.views(predictor.pixels(img)[None])
     pipes = eval_pipelines(*(cfg["config"][k] for k in ("level", "recipe", "size")), crops)
     assert len(views) == len(pipes) == n and predictor.model.side == side
     for view, pipe in zip(views, pipes):
-        expected = (pipe(image=img)["image"].transpose(2, 0, 1)/255 - np.reshape(cfg["about"]["mean"], (-1, 1, 1)))/np.reshape(cfg["about"]["std"], (-1, 1, 1))
+        expected = (
+            pipe(image=img)["image"].transpose(2, 0, 1) / 255 - np.reshape(cfg["about"]["mean"], (-1, 1, 1))
+        ) / np.reshape(cfg["about"]["std"], (-1, 1, 1))
         assert view.shape[-1] == cfg["about"]["view_size"] and np.allclose(view[0], expected, atol=1e-5)
+
 
 def test_a_mirrored_picture_changes_nothing_under_flips(run):
     face = draw_face("fear", np.random.default_rng(1), 48, 1)
@@ -113,120 +196,167 @@ def test_a_mirrored_picture_changes_nothing_under_flips(run):
     assert np.allclose(flip.probabilities(face), flip.probabilities(face[:, ::-1].copy()), atol=1e-5)
     assert not np.allclose(center.probabilities(face), center.probabilities(face[:, ::-1].copy()), atol=1e-5)
 
+
 def test_features_are_the_encoders(faces, run):
     predictor = Predictor(run, "center")
-    z = predictor.features(faces/"test")
+    z = predictor.features(faces / "test")
     assert z.shape == (len(test_files(faces)), 512)
-    with torch.no_grad(): probs = predictor.model.classifier.classifier(torch.from_numpy(z)).softmax(1)
-    assert np.allclose(probs, predictor.probabilities(faces/"test"), atol=1e-5)
+    with torch.no_grad():
+        probs = predictor.model.classifier.classifier(torch.from_numpy(z)).softmax(1)
+    assert np.allclose(probs, predictor.probabilities(faces / "test"), atol=1e-5)
+
 
 def test_a_run_is_opened_without_running_code(run, tmp_path):
-    code = ("import sys\nfrom ecan_fastai.inference import Predictor\nseen = []\nsys.addaudithook(lambda event, args: seen.append(str(args)) if event == 'pickle.find_class' else None)\n"
-            "Predictor(sys.argv[1])\nsys.exit(' '.join(seen) or 0)")
-    copy = tmp_path/"stranger"
+    code = (
+        "import sys\nfrom ecan_fastai.inference import Predictor\nseen = []\nsys.addaudithook(lambda event, args: "
+        "seen.append(str(args)) if event == 'pickle.find_class' else None)\n"
+        "Predictor(sys.argv[1])\nsys.exit(' '.join(seen) or 0)"
+    )
+    copy = tmp_path / "stranger"
     copy.mkdir()
-    for name in ("config.json", "model.safetensors"): shutil.copy(run/name, copy/name)     # nothing else is needed
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, copy / name)  # nothing else is needed
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
+
 def test_damaged_runs_are_named(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not the folder of a finished run: no config.json"): Predictor(tmp_path)
-    shutil.copy(run/"config.json", tmp_path/"config.json")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors in it"): Predictor(tmp_path)
-    (tmp_path/"model.safetensors").write_bytes(b"123")
-    with pytest.raises(ValueError, match="model.safetensors is broken"): Predictor(tmp_path)
-    weights = load_file(run/"model.safetensors")
-    save_file({k: v for k, v in weights.items() if k != "classifier.bias"}, tmp_path/"model.safetensors")
-    with pytest.raises(ValueError, match="does not fit its config.json"): Predictor(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not the folder of a finished run: no config.json"):
+        Predictor(tmp_path)
+    shutil.copy(run / "config.json", tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="no model.safetensors in it"):
+        Predictor(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError, match="model.safetensors is broken"):
+        Predictor(tmp_path)
+    weights = load_file(run / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "classifier.bias"}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit its config.json"):
+        Predictor(tmp_path)
     for text in ("{}", "[]", '{"config": {"arch": "resnet18"}, "about": {}}', "{"):
-        (tmp_path/"config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json is not the configuration of a run"): Predictor(tmp_path)
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+            Predictor(tmp_path)
     for device in ("gpu", "cuda:7"):
-        with pytest.raises(ValueError, match=f"no such device here: {device}"): Predictor(run, device=device)
-    with pytest.raises(ValueError, match="unknown evaluation crops 'six'"): Predictor(run, "six")
+        with pytest.raises(ValueError, match=f"no such device here: {device}"):
+            Predictor(run, device=device)
+    with pytest.raises(ValueError, match="unknown evaluation crops 'six'"):
+        Predictor(run, "six")
+
 
 def test_bad_pictures_are_named(run, tmp_path):
     predictor = Predictor(run)
-    (tmp_path/"a.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match="a.jpg: not an image"): predictor.predict(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such image file: .*b.jpg"): predictor.predict(tmp_path/"b.jpg")
-    (tmp_path/"empty").mkdir()
-    with pytest.raises(ValueError, match="no images found under"): predictor.predict(tmp_path/"empty")
-    with pytest.raises(ValueError, match="no pictures to predict"): predictor.predict([])
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="a.jpg: not an image"):
+        predictor.predict(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such image file: .*b.jpg"):
+        predictor.predict(tmp_path / "b.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images found under"):
+        predictor.predict(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no pictures to predict"):
+        predictor.predict([])
 
 
 # Measuring
 
+
 def test_evaluation_equals_the_runs_own(faces, run):
-    own, again = json.loads((run/"metrics.json").read_text())["splits"]["test"], Predictor(run).evaluate(faces)
+    own, again = json.loads((run / "metrics.json").read_text())["splits"]["test"], Predictor(run).evaluate(faces)
     assert set(again["splits"]) == {"test"} and again["left_out"] == {} and again["unseen"] == []
-    for k in ("accuracy", "average_accuracy", "macro_f1", "n"): assert again["splits"]["test"][k] == pytest.approx(own[k])
-    assert Predictor(run).evaluate(faces, splits=["train"])["splits"]["train"]["n"] == len(list((faces/"train").rglob("*.png")))
-    with pytest.raises(ValueError, match="no split 'dev' in .*, the splits are test, train"): Predictor(run).evaluate(faces, splits=["dev"])
+    for k in ("accuracy", "average_accuracy", "macro_f1", "n"):
+        assert again["splits"]["test"][k] == pytest.approx(own[k])
+    assert Predictor(run).evaluate(faces, splits=["train"])["splits"]["train"]["n"] == len(
+        list((faces / "train").rglob("*.png"))
+    )
+    with pytest.raises(ValueError, match="no split 'dev' in .*, the splits are test, train"):
+        Predictor(run).evaluate(faces, splits=["dev"])
+
 
 def test_classes_are_matched_by_meaning(faces, run, tmp_path):
-    for new, old in (("Happiness", "happy"), ("anger", "angry"), ("contempt", "fear")): shutil.copytree(faces/"test"/old, tmp_path/"d"/"test"/new)
-    shutil.copytree(faces/"train"/"happy", tmp_path/"d"/"train"/"Happiness")
-    record = Predictor(run).evaluate(tmp_path/"d")
-    assert record["classes"] == {"Happiness": "happy", "anger": "angry"} and record["left_out"] == {"contempt": len(list((faces/"test"/"fear").iterdir()))} and "sad" in record["unseen"]
-    table = Predictor(run).predict(faces/"test"/"happy")
+    for new, old in (("Happiness", "happy"), ("anger", "angry"), ("contempt", "fear")):
+        shutil.copytree(faces / "test" / old, tmp_path / "d" / "test" / new)
+    shutil.copytree(faces / "train" / "happy", tmp_path / "d" / "train" / "Happiness")
+    record = Predictor(run).evaluate(tmp_path / "d")
+    assert (
+        record["classes"] == {"Happiness": "happy", "anger": "angry"}
+        and record["left_out"] == {"contempt": len(list((faces / "test" / "fear").iterdir()))}
+        and "sad" in record["unseen"]
+    )
+    table = Predictor(run).predict(faces / "test" / "happy")
     assert record["splits"]["test"]["per_class"]["happy"]["recall"] == pytest.approx((table["label"] == "happy").mean())
-    with pytest.raises(ValueError, match="knows none of the data's classes: it has angry"): shared_classes(["angry"], ["cat"])
+    with pytest.raises(ValueError, match="knows none of the data's classes: it has angry"):
+        shared_classes(["angry"], ["cat"])
 
 
 # Export
+
 
 @pytest.mark.parametrize("kind,crops", [("run", "center"), ("run", "ten"), ("colour", "five")])
 def test_onnx_gives_the_same_for_any_number_of_pictures(kind, crops, request, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     predictor = Predictor(request.getfixturevalue(kind), crops)
-    file = predictor.export(tmp_path/"m.onnx")
+    file = predictor.export(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(str(file))
-    assert [i.name for i in session.get_inputs()] == ["pixels"] and [o.name for o in session.get_outputs()] == ["probabilities"]
+    assert [i.name for i in session.get_inputs()] == ["pixels"] and [o.name for o in session.get_outputs()] == [
+        "probabilities"
+    ]
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["labels"]) == predictor.vocab and int(about["side"]) == predictor.model.side
     rng = np.random.default_rng(0)
     for n in (1, 2, 5):
         x = rng.integers(0, 255, (n, predictor.channels, predictor.model.side, predictor.model.side), np.uint8)
-        with torch.no_grad(): expected = predictor.model(torch.from_numpy(x)).numpy()
+        with torch.no_grad():
+            expected = predictor.model(torch.from_numpy(x)).numpy()
         assert np.allclose(session.run(None, {"pixels": x})[0], expected, atol=1e-5)
-    assert file.stat().st_size < 60*2**20
+    assert file.stat().st_size < 60 * 2**20
+
 
 def test_torch_export_gives_the_same(run, tmp_path):
     predictor = Predictor(run, "five")
-    program = torch.export.load(predictor.export(tmp_path/"m.pt2")).module()
+    program = torch.export.load(predictor.export(tmp_path / "m.pt2")).module()
     for n in (1, 3):
         x = torch.randint(0, 255, (n, 1, 48, 48), dtype=torch.uint8)
-        with torch.no_grad(): assert torch.allclose(program(x), predictor.model(x), atol=1e-6)
-    with pytest.raises(ValueError, match="expected a name ending in .onnx or .pt2, got .*m.tflite"): predictor.export(tmp_path/"m.tflite")
+        with torch.no_grad():
+            assert torch.allclose(program(x), predictor.model(x), atol=1e-6)
+    with pytest.raises(ValueError, match="expected a name ending in .onnx or .pt2, got .*m.tflite"):
+        predictor.export(tmp_path / "m.tflite")
 
 
 # Console
 
+
 def fails(capsys, script, *args):
-    with pytest.raises(SystemExit) as e: script(list(map(str, args)))
+    with pytest.raises(SystemExit) as e:
+        script(list(map(str, args)))
     said = capsys.readouterr().err.strip()
     assert e.value.code == 2 and "Traceback" not in said
     return said
+
 
 def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     a, b = test_files(faces)[:2]
     ecan_predict(list(map(str, (run, a, b))))
     printed = capsys.readouterr().out
     assert str(a) in printed and str(b) in printed and "probability" in printed
-    ecan_predict(list(map(str, (run, faces/"test", "--out", tmp_path/"p.csv"))))
-    ecan_predict(list(map(str, (run, faces/"test", "--out", tmp_path/"p.json"))))
-    table, records = pd.read_csv(tmp_path/"p.csv"), json.loads((tmp_path/"p.json").read_text())
-    assert len(table) == len(records) == len(test_files(faces)) and records[0]["label"] == table["label"][0] and set(Predictor(run).vocab) < set(table.columns)
+    ecan_predict(list(map(str, (run, faces / "test", "--out", tmp_path / "p.csv"))))
+    ecan_predict(list(map(str, (run, faces / "test", "--out", tmp_path / "p.json"))))
+    table, records = pd.read_csv(tmp_path / "p.csv"), json.loads((tmp_path / "p.json").read_text())
+    assert (
+        len(table) == len(records) == len(test_files(faces))
+        and records[0]["label"] == table["label"][0]
+        and set(Predictor(run).vocab) < set(table.columns)
+    )
     assert "expected a name ending in .csv or .json, got p.txt" in fails(capsys, ecan_predict, run, a, "--out", "p.txt")
-    assert "no such folder" in fails(capsys, ecan_predict, run, a, "--out", tmp_path/"x"/"p.csv")
-    assert "no such image file" in fails(capsys, ecan_predict, run, tmp_path/"none.png")
+    assert "no such folder" in fails(capsys, ecan_predict, run, a, "--out", tmp_path / "x" / "p.csv")
+    assert "no such image file" in fails(capsys, ecan_predict, run, tmp_path / "none.png")
     assert "is not the folder of a finished run" in fails(capsys, ecan_predict, tmp_path, a)
 
+
 def test_ecan_evaluate_prints_and_writes(faces, run, tmp_path, capsys):
-    ecan_evaluate(list(map(str, (run, faces, "--out", tmp_path/"e.json"))))
-    own = json.loads((run/"metrics.json").read_text())["splits"]["test"]
+    ecan_evaluate(list(map(str, (run, faces, "--out", tmp_path / "e.json"))))
+    own = json.loads((run / "metrics.json").read_text())["splits"]["test"]
     printed = capsys.readouterr().out
-    assert f"{100*own['accuracy']:.2f}%" in printed and "classes of both: angry, disgust" in printed
-    assert json.loads((tmp_path/"e.json").read_text())["splits"]["test"]["accuracy"] == pytest.approx(own["accuracy"])
+    assert f"{100 * own['accuracy']:.2f}%" in printed and "classes of both: angry, disgust" in printed
+    assert json.loads((tmp_path / "e.json").read_text())["splits"]["test"]["accuracy"] == pytest.approx(own["accuracy"])
     assert "no split 'dev'" in fails(capsys, ecan_evaluate, run, faces, "--split", "dev")

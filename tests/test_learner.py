@@ -19,6 +19,7 @@ from ecan_fastai.model import FaceClassifier
 
 MAKERS = [ecan_learner, baseline_learner]
 
+
 @pytest.fixture
 def make(make_dls, tmp_path):
     def _make(maker=ecan_learner, **kwargs):
@@ -28,7 +29,9 @@ def make(make_dls, tmp_path):
         learn.remove_cb(learn.progress)
         learn.logger = lambda row: None
         return learn
+
     return _make
+
 
 def load(path):
     with warnings.catch_warnings():
@@ -38,42 +41,54 @@ def load(path):
 
 # The paper's optimizer
 
+
 def test_paper_optimizer_is_torchs_sgd():
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in range(2)]
+    nets = [
+        torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        for _ in range(2)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
     data = torch.utils.data.TensorDataset(x, y)
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
+
     dls = DataLoaders(*[DataLoader(list(data), bs=16) for _ in range(2)])
     learn = Learner(dls, nets[0], loss_func=CrossEntropyLossFlat(), **paper_opt)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3)
     opt = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(3):
         for xb, yb in torch.utils.data.DataLoader(data, batch_size=16):
             torch.nn.functional.cross_entropy(nets[1](xb), yb).backward()
             opt.step(), opt.zero_grad()
-    for a, b in zip(*[n.parameters() for n in nets]): assert torch.allclose(a, b, atol=1e-6)
+    for a, b in zip(*[n.parameters() for n in nets]):
+        assert torch.allclose(a, b, atol=1e-6)
+
 
 def test_one_cycle_leaves_the_papers_momentum_alone(make):
     learn = make(baseline_learner)
     learn.fit_one_cycle(1)
     assert set(np.round(learn.recorder.hps["mom"], 9)) == {0.9} and max(learn.recorder.hps["lr"]) > 0.08
 
+
 def test_cosine_schedule():
     rate = cosine_with_warmup(0.1, 200)
-    assert rate(0.) == 0 and rate(0.0025) == pytest.approx(0.05) and rate(0.5) == pytest.approx(0.05)
-    assert rate(0.5) == rate(0.5+0.9/200) > rate(0.5+1/200)          # one step an epoch
-    assert rate(1-0.5/200) == pytest.approx(0.1*(1+np.cos(np.pi*199/200))/2)
+    assert rate(0.0) == 0 and rate(0.0025) == pytest.approx(0.05) and rate(0.5) == pytest.approx(0.05)
+    assert rate(0.5) == rate(0.5 + 0.9 / 200) > rate(0.5 + 1 / 200)  # one step an epoch
+    assert rate(1 - 0.5 / 200) == pytest.approx(0.1 * (1 + np.cos(np.pi * 199 / 200)) / 2)
+
 
 def test_fit_cosine_sets_the_rate_of_every_batch(make):
     learn = make(baseline_learner)
     learn.fit_cosine(4, 0.08)
     n, lrs = len(learn.dls.train), learn.recorder.lrs
-    assert np.allclose(lrs[:n], [0.08*i/n for i in range(n)]) and np.allclose(lrs[2*n:3*n], 0.04)
+    assert np.allclose(lrs[:n], [0.08 * i / n for i in range(n)]) and np.allclose(lrs[2 * n : 3 * n], 0.04)
+
 
 # What fastai's users do
+
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_everything_that_a_learner_does(maker, make, tmp_path):
@@ -84,14 +99,16 @@ def test_everything_that_a_learner_does(maker, make, tmp_path):
     learn.lr_find(num_it=6, show_plot=False, suggest_funcs=SuggestionMethod.Minimum)
     assert len(learn.validate()) == 4
     probs, y = learn.get_preds()
-    assert probs.shape == (len(learn.dls.valid_ds), 7) and torch.allclose(probs.sum(1), torch.ones(len(probs)), atol=1e-5)
+    assert probs.shape == (len(learn.dls.valid_ds), 7) and torch.allclose(
+        probs.sum(1), torch.ones(len(probs)), atol=1e-5
+    )
     assert learn.get_preds(with_loss=True)[2].shape == (len(probs),)
     assert learn.tta(n=2)[0].shape == probs.shape
     file = learn.dls.valid_ds.items[0].image
     for item in (file, str(file), learn.dls.valid_ds.items[0]):
         label, index, p = learn.predict(item)
         assert label == learn.dls.vocab[index] and torch.allclose(p, probs[0], atol=1e-5)
-    test = learn.dls.test_dl([file]*3)
+    test = learn.dls.test_dl([file] * 3)
     assert torch.allclose(learn.get_preds(dl=test)[0][2], probs[0], atol=1e-5)
     learn.show_results(max_n=4), learn.dls.show_batch(max_n=4)
     assert "Total params" in str(learn.summary())
@@ -101,25 +118,36 @@ def test_everything_that_a_learner_does(maker, make, tmp_path):
     learn.load("here")
     assert torch.allclose(learn.get_preds()[0], probs, atol=1e-6)
 
+
 @pytest.mark.parametrize("maker", MAKERS)
 def test_export_predicts_the_same_and_holds_only_what_inference_needs(maker, make, tmp_path):
     learn = make(maker, dls=dict(level="strong", size=48))
     learn.fit(1, 0.01)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     learn.export("e.pkl")
-    plain = load(tmp_path/"e.pkl")
-    assert type(plain) is Learner and type(plain.model) is FaceClassifier and not [c for c in plain.cbs if "ecan_fastai" in type(c).__module__ and "Crops" not in type(c).__name__]
+    plain = load(tmp_path / "e.pkl")
+    assert (
+        type(plain) is Learner
+        and type(plain.model) is FaceClassifier
+        and not [c for c in plain.cbs if "ecan_fastai" in type(c).__module__ and "Crops" not in type(c).__name__]
+    )
     file = learn.dls.valid_ds.items[0].image
-    assert plain.predict(file)[0] == learn.predict(file)[0] and torch.allclose(plain.predict(file)[2], learn.predict(file)[2], atol=1e-6)
+    assert plain.predict(file)[0] == learn.predict(file)[0] and torch.allclose(
+        plain.predict(file)[2], learn.predict(file)[2], atol=1e-6
+    )
     files = [f.image for f in learn.dls.valid_ds.items]
-    assert torch.allclose(plain.get_preds(dl=plain.dls.test_dl(files, num_workers=0))[0], learn.get_preds()[0], atol=1e-6)
+    assert torch.allclose(
+        plain.get_preds(dl=plain.dls.test_dl(files, num_workers=0))[0], learn.get_preds()[0], atol=1e-6
+    )
     assert all(torch.equal(v, learn.model.state_dict()[k]) for k, v in before.items())
-    learn.fit(1, 0.01)      # and training goes on
+    learn.fit(1, 0.01)  # and training goes on
+
 
 def test_export_is_smaller_by_key_encoder_and_bank(make, tmp_path):
     learn = make()
     learn.export("e.pkl"), learn.save("m", with_opt=False)
-    assert (tmp_path/"e.pkl").stat().st_size < 0.55*(tmp_path/"models"/"m.pth").stat().st_size
+    assert (tmp_path / "e.pkl").stat().st_size < 0.55 * (tmp_path / "models" / "m.pth").stat().st_size
+
 
 def test_save_and_load_keep_bank_keys_and_centres(make):
     learn = make(bank_groups=3)
@@ -130,17 +158,26 @@ def test_save_and_load_keep_bank_keys_and_centres(make):
     a, b = learn.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a) and len(other.model.bank) == 48 and other.model.bank.y.sum() > 0
 
+
 # Parameter groups
+
 
 def test_key_encoder_is_in_no_group_and_stays_without_gradient(make):
     learn = make()
     learn.fit(1, 0.01)
     learn.freeze()
-    assert [p.requires_grad for p in (learn.model.encoder.conv1.weight, learn.model.classifier.weight, learn.model.centers)] == [False, True, True]
+    assert [
+        p.requires_grad for p in (learn.model.encoder.conv1.weight, learn.model.classifier.weight, learn.model.centers)
+    ] == [False, True, True]
     learn.unfreeze()
-    assert learn.model.encoder.conv1.weight.requires_grad and not any(p.requires_grad for p in learn.model.key_encoder.parameters())
+    assert learn.model.encoder.conv1.weight.requires_grad and not any(
+        p.requires_grad for p in learn.model.key_encoder.parameters()
+    )
     groups = face_splitter(learn.model)
-    assert len(groups) == 2 and sum(len(g) for g in groups) == sum(1 for p in learn.model.parameters() if p.requires_grad)
+    assert len(groups) == 2 and sum(len(g) for g in groups) == sum(
+        1 for p in learn.model.parameters() if p.requires_grad
+    )
+
 
 def test_frozen_encoder_stays_and_centres_train(make):
     learn = make()
@@ -149,34 +186,58 @@ def test_frozen_encoder_stays_and_centres_train(make):
     learn.fit(1, 0.01)
     assert torch.equal(conv, learn.model.encoder.conv1.weight) and not torch.equal(centers, learn.model.centers)
 
+
 # The factory
+
 
 def test_settings_arrive(make):
     learn = make(l1=0.1, l2=0.3, n_groups=3, temperature=0.2, momentum=0.5, bank_groups=2, opt_func=Adam, lr=1e-3)
-    assert (learn.loss_func.l1, learn.loss_func.l2, learn.loss_func.n_groups, learn.loss_func.temperature) == (0.1, 0.3, 3, 0.2)
-    assert learn.momentum_update.momentum == 0.5 and learn.model.bank.size == 32 and learn.opt_func is Adam and learn.lr == 1e-3
-    assert learn.moms == (0.95, 0.85, 0.95) and learn.wd_bn_bias is False      # fastai's own, not those of the paper's SGD
+    assert (learn.loss_func.l1, learn.loss_func.l2, learn.loss_func.n_groups, learn.loss_func.temperature) == (
+        0.1,
+        0.3,
+        3,
+        0.2,
+    )
+    assert (
+        learn.momentum_update.momentum == 0.5
+        and learn.model.bank.size == 32
+        and learn.opt_func is Adam
+        and learn.lr == 1e-3
+    )
+    assert learn.moms == (0.95, 0.85, 0.95) and learn.wd_bn_bias is False  # fastai's own, not those of the paper's SGD
     assert make(lr=0.05).wd == 5e-4 and make(lr=0.05).lr == 0.05
     assert make(loss_func=ECANLoss(l2=0)).loss_func.l2 == 0
-    assert make(dls=dict(level="strong", size=48, all_crops=True)).model.bank.size == 16*16*5
+    assert make(dls=dict(level="strong", size=48, all_crops=True)).model.bank.size == 16 * 16 * 5
+
 
 def test_metrics_are_scikit_learns(make):
     learn = make(baseline_learner)
     probs, y = learn.get_preds()
-    expected = [accuracy_score(y, probs.argmax(1)), balanced_accuracy_score(y, probs.argmax(1)), f1_score(y, probs.argmax(1), average="macro")]
+    expected = [
+        accuracy_score(y, probs.argmax(1)),
+        balanced_accuracy_score(y, probs.argmax(1)),
+        f1_score(y, probs.argmax(1), average="macro"),
+    ]
     assert np.allclose(learn.validate()[1:], expected)
 
+
 def test_one_view_is_refused(make_dls):
-    with pytest.raises(ValueError, match="needs two views.*n_views=2"): ecan_learner(make_dls(n_views=1))
+    with pytest.raises(ValueError, match="needs two views.*n_views=2"):
+        ecan_learner(make_dls(n_views=1))
+
 
 def test_what_a_model_does_not_take_is_told_before_training(make_dls):
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take pictures of shape \(1, 32, 32\)"): ecan_learner(make_dls(), "vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match="batch size of at least 2, got 1"): baseline_learner(make_dls(n_views=1, bs=1))
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take pictures of shape \(1, 32, 32\)"):
+        ecan_learner(make_dls(), "vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match="batch size of at least 2, got 1"):
+        baseline_learner(make_dls(n_views=1, bs=1))
+
 
 def test_colour_pictures(make):
     learn = make(dls=dict(channels=3))
     learn.fit(1, 0.01)
     assert learn.model.encoder.conv1.in_channels == 3
+
 
 def test_all_crops_train_and_several_crops_evaluate(make):
     for maker in MAKERS:
@@ -185,33 +246,48 @@ def test_all_crops_train_and_several_crops_evaluate(make):
         assert learn.get_preds()[0].shape == (len(learn.dls.valid_ds), 7)
         assert learn.get_preds(ds_idx=0)[0].shape == (len(learn.dls.train_ds), 7)
 
+
 @pytest.mark.slow
 def test_ecan_learns_the_sample(tmp_path):
     from ecan_fastai.loaders import ExpressionDataLoaders
     from ecan_fastai.sample import sample_faces
+
     set_seed(0)
-    dls = ExpressionDataLoaders.from_folder(sample_faces(tmp_path/"f", n=700, test_pct=0.4), size=48, channels=1, level="weak", recipe="fer2013", bs=16, num_workers=0)
+    dls = ExpressionDataLoaders.from_folder(
+        sample_faces(tmp_path / "f", n=700, test_pct=0.4),
+        size=48,
+        channels=1,
+        level="weak",
+        recipe="fer2013",
+        bs=16,
+        num_workers=0,
+    )
     learn = ecan_learner(dls, momentum=0.9, opt_func=Adam, lr=2e-3, moms=(0.95, 0.85, 0.95), wd=1e-2, wd_bn_bias=False)
     untrained = learn.validate(dl=dls["test"])[1]
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(10)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(10)
     assert untrained < 0.5 and learn.validate(dl=dls["test"])[1] > 0.75
+
 
 # Layout and precision
 
+
 def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
-    values,steps = [],[]
+    values, steps = [], []
     for cbs in ([], [ChannelsLast()]):
         learn = make(cbs=cbs)
         start = torch.cat([p.detach().flatten() for p in learn.model.encoder.parameters()])  # a copy
         learn.fit(1, 1e-4)  # a higher rate lets rounding grow
         steps.append(torch.cat([p.detach().flatten() for p in learn.model.encoder.parameters()]) - start)
         values.append(learn.recorder.values[0][:2] + [v.item() for v in learn.loss_func.parts.values()])
-    for encoder in (learn.model.encoder, learn.model.key_encoder): assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for encoder in (learn.model.encoder, learn.model.key_encoder):
+        assert encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert np.allclose(*values, rtol=1e-3)
-    assert steps[0].norm() > 0 and (steps[0]-steps[1]).norm() < 0.01*steps[0].norm()
+    assert steps[0].norm() > 0 and (steps[0] - steps[1]).norm() < 0.01 * steps[0].norm()
     learn.export("e.pkl")
     img = learn.dls.valid_ds.items[0].image
-    assert torch.allclose(load(tmp_path/"e.pkl").predict(img)[2], learn.predict(img)[2], atol=1e-6)
+    assert torch.allclose(load(tmp_path / "e.pkl").predict(img)[2], learn.predict(img)[2], atol=1e-6)
+
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -219,15 +295,35 @@ def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
 def test_mixed_precision_on_a_gpu(make, precision):
     learn = make(dls=dict(device="cuda"), bank_groups=3).to_channelslast(amp_mode=precision)
     learn.fit(1, 0.01)
-    assert learn.model.bank.z.dtype == torch.float32 and learn.model.bank.full and np.isfinite(learn.recorder.values[0]).all()
+    assert (
+        learn.model.bank.z.dtype == torch.float32
+        and learn.model.bank.full
+        and np.isfinite(learn.recorder.values[0]).all()
+    )
 
 
 # What a user of fastai types
 
-def timm_fn(): from timm.models.resnet import resnet10t; return resnet10t
-def torchvision_fn(): from torchvision.models import resnet18; return resnet18
-def pooled(): return torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-def maps(): return torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3, stride=2), torch.nn.ReLU())
+
+def timm_fn():
+    from timm.models.resnet import resnet10t
+
+    return resnet10t
+
+
+def torchvision_fn():
+    from torchvision.models import resnet18
+
+    return resnet18
+
+
+def pooled():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def maps():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3, stride=2), torch.nn.ReLU())
+
 
 @pytest.mark.parametrize("arch,d", [(timm_fn, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6)])
 def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
@@ -236,43 +332,85 @@ def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
     learn.fit(1)
     assert len(learn.get_preds()[0]) == len(learn.dls.valid_ds)
 
-@pytest.mark.parametrize("kwargs,said", [
-    (dict(arch=3), "name of a timm model, a function that makes a model, or a module, got 3"),
-    (dict(arch=torch.nn.Linear(3, 3)), r"Linear does not take an image of shape \(1, 1, 64, 64\)"),
-    (dict(arch=torch.nn.Flatten(0)), r"got \(4096,\) from Flatten"),
-    (dict(arch=torch.nn.Conv2d(1, 4, 3), pretrained=True), "pretrained=True has no effect with a module"),
-    (dict(loss_func=CrossEntropyLossFlat()), "trains with an ECANLoss, got CrossEntropyLossFlat: use baseline_learner"),
-    (dict(loss_func=ECANLoss(), l1=0.2, temperature=0.2), "l1, temperature has no effect beside loss_func")])
+
+@pytest.mark.parametrize(
+    "kwargs,said",
+    [
+        (dict(arch=3), "name of a timm model, a function that makes a model, or a module, got 3"),
+        (dict(arch=torch.nn.Linear(3, 3)), r"Linear does not take an image of shape \(1, 1, 64, 64\)"),
+        (dict(arch=torch.nn.Flatten(0)), r"got \(4096,\) from Flatten"),
+        (dict(arch=torch.nn.Conv2d(1, 4, 3), pretrained=True), "pretrained=True has no effect with a module"),
+        (
+            dict(loss_func=CrossEntropyLossFlat()),
+            "trains with an ECANLoss, got CrossEntropyLossFlat: use baseline_learner",
+        ),
+        (dict(loss_func=ECANLoss(), l1=0.2, temperature=0.2), "l1, temperature has no effect beside loss_func"),
+    ],
+)
 def test_what_cannot_be_used_is_told_at_once(make, kwargs, said):
-    with pytest.raises(ValueError, match=said): make(**kwargs)
+    with pytest.raises(ValueError, match=said):
+        make(**kwargs)
+
 
 def test_an_unknown_argument_is_no_argument(make):
-    with pytest.raises(TypeError, match="lerning_rate"): make(lerning_rate=1)
+    with pytest.raises(TypeError, match="lerning_rate"):
+        make(lerning_rate=1)
+
 
 def test_the_rate_follows_the_batch_size(make):
-    for maker in MAKERS: assert make(maker).lr == pytest.approx(0.1*16/256)
+    for maker in MAKERS:
+        assert make(maker).lr == pytest.approx(0.1 * 16 / 256)
     assert make(lr=0.3).lr == 0.3 and make(opt_func=Adam).lr == 1e-3
+
 
 def test_fastais_own_loaders_train_a_baseline(faces, tmp_path):
     from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms
-    dls = ImageDataLoaders.from_folder(faces, valid="test", item_tfms=Resize(32), batch_tfms=aug_transforms(), bs=16, num_workers=0)
+
+    dls = ImageDataLoaders.from_folder(
+        faces, valid="test", item_tfms=Resize(32), batch_tfms=aug_transforms(), bs=16, num_workers=0
+    )
     learn = baseline_learner(dls, path=tmp_path, lr=1e-3)
     assert learn.model.encoder.conv1.in_channels == 3
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
     assert len(learn.get_preds()[0]) == len(dls.valid_ds)
-    with pytest.raises(ValueError, match="two views of every training face"): ecan_learner(dls)
+    with pytest.raises(ValueError, match="two views of every training face"):
+        ecan_learner(dls)
+
 
 def other_targets(faces, kind):
-    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, MultiCategoryBlock, RegressionBlock, Resize, get_image_files
-    block, target = dict(several=((MultiCategoryBlock,), lambda f: [f.parent.name]), number=((RegressionBlock,), lambda f: 1.),
-                         two=((CategoryBlock, CategoryBlock), None))[kind]
-    getters = dict(get_y=target) if target else dict(getters=[lambda f: f, *[lambda f: f.parent.name]*2])
+    from fastai.vision.all import (
+        CategoryBlock,
+        DataBlock,
+        ImageBlock,
+        MultiCategoryBlock,
+        RegressionBlock,
+        Resize,
+        get_image_files,
+    )
+
+    block, target = dict(
+        several=((MultiCategoryBlock,), lambda f: [f.parent.name]),
+        number=((RegressionBlock,), lambda f: 1.0),
+        two=((CategoryBlock, CategoryBlock), None),
+    )[kind]
+    getters = dict(get_y=target) if target else dict(getters=[lambda f: f, *[lambda f: f.parent.name] * 2])
     made = DataBlock((ImageBlock, *block), get_items=get_image_files, item_tfms=Resize(32), n_inp=1, **getters)
     return made.dataloaders(faces, bs=4, num_workers=0)
 
-@pytest.mark.parametrize("kind,said", [("several", "target of type TensorMultiCategory"), ("number", "expected one class an image"), ("two", "take one target")])
+
+@pytest.mark.parametrize(
+    "kind,said",
+    [
+        ("several", "target of type TensorMultiCategory"),
+        ("number", "expected one class an image"),
+        ("two", "take one target"),
+    ],
+)
 def test_other_targets_are_refused(faces, kind, said):
-    with pytest.raises(ValueError, match=said): baseline_learner(other_targets(faces, kind))
+    with pytest.raises(ValueError, match=said):
+        baseline_learner(other_targets(faces, kind))
+
 
 def test_weights_go_to_another_batch_size_and_the_bank_fills_again(make, tmp_path):
     first = make(lr=1e-3)
@@ -280,23 +418,32 @@ def test_weights_go_to_another_batch_size_and_the_bank_fills_again(make, tmp_pat
     first.save("first")
     second = make(dls=dict(bs=8), lr=1e-3)
     second.load("first", with_opt=False)
-    assert not len(second.model.bank) and second.model.bank.size == first.model.bank.size//2
+    assert not len(second.model.bank) and second.model.bank.size == first.model.bank.size // 2
     for part in ("encoder", "key_encoder", "classifier"):
-        for a, b in zip(getattr(first.model, part).state_dict().values(), getattr(second.model, part).state_dict().values()): assert torch.equal(a, b)
+        for a, b in zip(
+            getattr(first.model, part).state_dict().values(), getattr(second.model, part).state_dict().values()
+        ):
+            assert torch.equal(a, b)
     second.fit(1)
-    assert second.model.bank.full or len(second.model.bank) >= len(second.dls.train)*8
+    assert second.model.bank.full or len(second.model.bank) >= len(second.dls.train) * 8
     # a file of `save` with its optimizer is a start for an encoder, too
-    third = make(pretrained=tmp_path/"models"/"first.pth")
+    third = make(pretrained=tmp_path / "models" / "first.pth")
     assert torch.equal(third.model.encoder.conv1.weight, first.model.encoder.conv1.weight)
+
 
 def pretend_hub(monkeypatch, error=None):
     "timm's weights without a network: random ones, or an error"
     import timm
+
     create = timm.create_model
+
     def fake(arch, pretrained=False, **kwargs):
-        if pretrained and error: raise error
+        if pretrained and error:
+            raise error
         return create(arch, pretrained=False, **kwargs)
+
     monkeypatch.setattr(timm, "create_model", fake)
+
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_timms_weights_bring_timms_statistics(make, monkeypatch, channels):
@@ -304,15 +451,27 @@ def test_timms_weights_bring_timms_statistics(make, monkeypatch, channels):
     learn = make(arch="tf_efficientnet_lite0", pretrained=True, dls=dict(channels=channels))
     norm = [t for t in learn.dls.valid.after_batch.fs if hasattr(t, "mean")][0]
     expected = learn.model.encoder.pretrained_cfg["mean"]
-    assert norm.mean.flatten().tolist() == pytest.approx(list(expected)[:channels]) and tuple(norm.mean.shape) == (1, channels, 1, 1)
+    assert norm.mean.flatten().tolist() == pytest.approx(list(expected)[:channels]) and tuple(norm.mean.shape) == (
+        1,
+        channels,
+        1,
+        1,
+    )
     own = make(arch="tf_efficientnet_lite0", dls=dict(channels=channels))
-    assert [t for t in own.dls.valid.after_batch.fs if hasattr(t, "mean")][0].mean.flatten().tolist() != norm.mean.flatten().tolist() or channels == 1
+    assert [t for t in own.dls.valid.after_batch.fs if hasattr(t, "mean")][
+        0
+    ].mean.flatten().tolist() != norm.mean.flatten().tolist() or channels == 1
+
 
 def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):
     pretend_hub(monkeypatch, OSError("no route to host"))
-    with pytest.raises(ValueError, match=r"cannot load timm's weights of resnet18 \(no route to host\): use pretrained=PATH"): make(pretrained=True)
+    with pytest.raises(
+        ValueError, match=r"cannot load timm's weights of resnet18 \(no route to host\): use pretrained=PATH"
+    ):
+        make(pretrained=True)
+
 
 def test_an_export_keeps_the_users_metrics(make, tmp_path):
     learn = make(metrics=[error_rate], lr=1e-3)
     learn.export("mine.pkl")
-    assert [m.name for m in load(tmp_path/"mine.pkl").metrics] == ["error_rate"]
+    assert [m.name for m in load(tmp_path / "mine.pkl").metrics] == ["error_rate"]

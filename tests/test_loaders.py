@@ -8,316 +8,489 @@ import pytest
 import torch
 
 from ecan_fastai.loaders import *
+from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.readers.fer2013 import *
 from ecan_fastai.readers.folder import *
 from ecan_fastai.readers.records import *
-from ecan_fastai.sample import *
 from ecan_fastai.readers.records import Face
-from ecan_fastai.readers.factory import detect_kind
+from ecan_fastai.sample import *
 
 FAST = dict(bs=8, num_workers=0, device="cpu")
 
-def folder_dls(path, **kw): return ExpressionDataLoaders.from_folder(path, **{**dict(size=32, channels=1), **FAST, **kw})
+
+def folder_dls(path, **kw):
+    return ExpressionDataLoaders.from_folder(path, **{**dict(size=32, channels=1), **FAST, **kw})
+
+
 def put(file, img=None):
     file.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(file), np.full((48, 48), 90, np.uint8) if img is None else img)
+
+
 def tree(path, n=6, classes=("happy", "sad")):
     for c in classes:
-        for i in range(n): put(path/c/f"{i}.png")
+        for i in range(n):
+            put(path / c / f"{i}.png")
     return path
 
 
 # Drawn faces
 
-def digest(path): return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.rglob("*.png"))}
+
+def digest(path):
+    return {str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(path.rglob("*.png"))}
+
 
 def test_sample_is_the_same_from_the_same_seed(tmp_path):
-    a, b, c = [digest(sample_faces(tmp_path/k, n=40, seed=s)) for k, s in (("a", 0), ("b", 0), ("c", 1))]
+    a, b, c = [digest(sample_faces(tmp_path / k, n=40, seed=s)) for k, s in (("a", 0), ("b", 0), ("c", 1))]
     assert a == b and a.keys() == c.keys() and not set(a.values()) & set(c.values())
     assert len(set(a.values())) == len(a)
 
+
 def test_sample_has_all_classes_as_unequal_as_rafdb(faces):
-    counts = {s: {c.name: len(list(c.iterdir())) for c in (faces/s).iterdir()} for s in ("train", "test")}
-    for c in counts.values(): assert set(c) == set(EXPRESSIONS) and min(c.values()) >= 2 and max(c, key=c.get) == "happy"
-    assert counts["train"]["happy"] > 10*counts["train"]["fear"]
+    counts = {s: {c.name: len(list(c.iterdir())) for c in (faces / s).iterdir()} for s in ("train", "test")}
+    for c in counts.values():
+        assert set(c) == set(EXPRESSIONS) and min(c.values()) >= 2 and max(c, key=c.get) == "happy"
+    assert counts["train"]["happy"] > 10 * counts["train"]["fear"]
+
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_drawn_faces_vary(channels):
     a, b = [draw_face("happy", np.random.default_rng(i), 48, channels) for i in (0, 1)]
-    assert a.shape == (48, 48, channels) and a.dtype == np.uint8 and np.abs(a.astype(int)-b).mean() > 5
+    assert a.shape == (48, 48, channels) and a.dtype == np.uint8 and np.abs(a.astype(int) - b).mean() > 5
+
 
 def test_sample_again_is_found_and_other_content_is_refused(tmp_path):
-    path = sample_faces(tmp_path/"s", n=40)
+    path = sample_faces(tmp_path / "s", n=40)
     before = {f: f.stat().st_mtime_ns for f in path.rglob("*.png")}
     sample_faces(path, n=40)
     assert before == {f: f.stat().st_mtime_ns for f in path.rglob("*.png")}
-    with pytest.raises(ValueError, match="other settings"): sample_faces(path, n=41)
-    (tmp_path/"mine").mkdir()
-    (tmp_path/"mine"/"thesis.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"mine")
+    with pytest.raises(ValueError, match="other settings"):
+        sample_faces(path, n=41)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        sample_faces(tmp_path / "mine")
+
 
 def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch):
     from ecan_fastai import sample
-    def stop(*args): raise KeyboardInterrupt
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(sample.cv2, "imwrite", stop)
-        with pytest.raises(KeyboardInterrupt): sample_faces(tmp_path/"s", n=40)
-    with pytest.raises(ValueError, match="is not empty"): sample_faces(tmp_path/"s", n=41)
-    a, b = sample_faces(tmp_path/"s", n=40), sample_faces(tmp_path/"whole", n=40)
-    assert {f.relative_to(a): f.read_bytes() for f in a.rglob("*") if f.is_file()} == {f.relative_to(b): f.read_bytes() for f in b.rglob("*") if f.is_file()}
+        with pytest.raises(KeyboardInterrupt):
+            sample_faces(tmp_path / "s", n=40)
+    with pytest.raises(ValueError, match="is not empty"):
+        sample_faces(tmp_path / "s", n=41)
+    a, b = sample_faces(tmp_path / "s", n=40), sample_faces(tmp_path / "whole", n=40)
+    assert {f.relative_to(a): f.read_bytes() for f in a.rglob("*") if f.is_file()} == {
+        f.relative_to(b): f.read_bytes() for f in b.rglob("*") if f.is_file()
+    }
 
 
 # Splits
+
 
 def test_splits_are_stratified_seeded_and_disjoint(faces):
     dls = folder_dls(faces, valid_pct=0.2)
     assert dls.split_names == ("train", "valid", "test")
     names = [set(map(str, dl.dataset.items)) for dl in dls]
-    assert not names[0] & names[1] and not names[0] & names[2] and len(names[0])+len(names[1]) == len(list((faces/"train").rglob("*.png")))
-    share = {l: sum(f.label == l for f in dls.valid_ds.items)/sum(f.label == l for f in (*dls.train_ds.items, *dls.valid_ds.items)) for l in ("happy", "neutral", "sad")}
-    assert all(abs(s-0.2) < 0.04 for s in share.values())
-    assert names[1] == set(map(str, folder_dls(faces, valid_pct=0.2).valid_ds.items)) != set(map(str, folder_dls(faces, valid_pct=0.2, seed=1).valid_ds.items))
+    assert (
+        not names[0] & names[1]
+        and not names[0] & names[2]
+        and len(names[0]) + len(names[1]) == len(list((faces / "train").rglob("*.png")))
+    )
+    share = {
+        l: sum(f.label == l for f in dls.valid_ds.items)
+        / sum(f.label == l for f in (*dls.train_ds.items, *dls.valid_ds.items))
+        for l in ("happy", "neutral", "sad")
+    }
+    assert all(abs(s - 0.2) < 0.04 for s in share.values())
+    assert (
+        names[1]
+        == set(map(str, folder_dls(faces, valid_pct=0.2).valid_ds.items))
+        != set(map(str, folder_dls(faces, valid_pct=0.2, seed=1).valid_ds.items))
+    )
+
 
 def test_train_all_trains_on_the_tenth_and_calls_it_seen(faces):
     dls = folder_dls(faces, train_all=True)
-    assert dls.split_names == ("train", "valid_seen", "test") and len(dls.train_ds) == len(list((faces/"train").rglob("*.png")))
+    assert dls.split_names == ("train", "valid_seen", "test") and len(dls.train_ds) == len(
+        list((faces / "train").rglob("*.png"))
+    )
     assert set(map(str, dls.valid_ds.items)) == set(map(str, folder_dls(faces).valid_ds.items))
+
 
 def test_splits_by_name(faces):
     dls = folder_dls(faces)
     assert dls["test"] is dls[2] and dls["train"] is dls.train
-    with pytest.raises(ValueError, match="no split 'dev', the splits are train, valid, test"): dls["dev"]
+    with pytest.raises(ValueError, match="no split 'dev', the splits are train, valid, test"):
+        dls["dev"]
+
 
 def test_batch_size_follows_small_data(tmp_path):
-    rng, f = np.random.default_rng(0), lambda n: [Face(rng.integers(0, 255, (8, 8), np.uint8), "ab"[i % 2]) for i in range(n)]
-    sizes = {n: ExpressionDataLoaders.from_faces(f(n), size=8, channels=1, num_workers=0, valid_pct=0.5).train.bs for n in (10, 128, 1000, 4096, 6000)}
+    rng, f = (
+        np.random.default_rng(0),
+        lambda n: [Face(rng.integers(0, 255, (8, 8), np.uint8), "ab"[i % 2]) for i in range(n)],
+    )
+    sizes = {
+        n: ExpressionDataLoaders.from_faces(f(n), size=8, channels=1, num_workers=0, valid_pct=0.5).train.bs
+        for n in (10, 128, 1000, 4096, 6000)
+    }
     assert sizes == {10: 4, 128: 8, 1000: 32, 4096: 256, 6000: 256}
+
 
 def test_labels_are_names_and_match_their_pictures(faces):
     dls = folder_dls(faces)
     for dl in dls:
-        for item, (_, y) in zip(dl.dataset.items, dl.dataset): assert dls.vocab[y] == item.label == item.image.parent.name
+        for item, (_, y) in zip(dl.dataset.items, dl.dataset):
+            assert dls.vocab[y] == item.label == item.image.parent.name
+
 
 def test_a_valid_folder_is_used(tmp_path):
-    tree(tmp_path/"train"), tree(tmp_path/"val", 2), tree(tmp_path/"night", 3)
+    tree(tmp_path / "train"), tree(tmp_path / "val", 2), tree(tmp_path / "night", 3)
     dls = folder_dls(tmp_path)
     assert dls.split_names == ("train", "valid", "night") and [len(d.dataset) for d in dls] == [12, 4, 6]
 
 
 # Folders: what can be wrong
 
+
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder: .*nowhere"): folder_dls(tmp_path/"nowhere")
-    with pytest.raises(ValueError, match="no images found under"): folder_dls(tmp_path)
-    (tmp_path/"a.txt").write_text("x")
-    with pytest.raises(ValueError, match="expected a folder, got the file"): folder_dls(tmp_path/"a.txt")
+    with pytest.raises(FileNotFoundError, match="no such folder: .*nowhere"):
+        folder_dls(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no images found under"):
+        folder_dls(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="expected a folder, got the file"):
+        folder_dls(tmp_path / "a.txt")
+
 
 def test_a_class_folder_without_image(tmp_path):
-    (tree(tmp_path)/"fear").mkdir()
-    with pytest.raises(ValueError, match="class folder .*fear has no image"): folder_dls(tmp_path)
+    (tree(tmp_path) / "fear").mkdir()
+    with pytest.raises(ValueError, match="class folder .*fear has no image"):
+        folder_dls(tmp_path)
+
 
 def test_broken_images_are_reported_together_and_can_be_skipped(tmp_path):
     tree(tmp_path)
-    (tmp_path/"happy"/"zero.png").write_bytes(b"")
-    (tmp_path/"sad"/"cut.jpg").write_bytes(b"\xff\xd8\xff\xe0nonsense")
-    with pytest.raises(ValueError, match="2 of 14 images cannot be used.*(cut.jpg.*zero.png|zero.png.*cut.jpg)"): folder_dls(tmp_path)
-    with pytest.warns(UserWarning, match="going on without 2 of 14 images"): dls = folder_dls(tmp_path, skip_broken=True)
-    assert len(dls.train_ds)+len(dls.valid_ds) == 12
+    (tmp_path / "happy" / "zero.png").write_bytes(b"")
+    (tmp_path / "sad" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0nonsense")
+    with pytest.raises(ValueError, match="2 of 14 images cannot be used.*(cut.jpg.*zero.png|zero.png.*cut.jpg)"):
+        folder_dls(tmp_path)
+    with pytest.warns(UserWarning, match="going on without 2 of 14 images"):
+        dls = folder_dls(tmp_path, skip_broken=True)
+    assert len(dls.train_ds) + len(dls.valid_ds) == 12
+
 
 def test_a_label_outside_the_vocabulary(tmp_path):
-    tree(tmp_path/"train"), tree(tmp_path/"test", 2, ("happy", "contempt"))
-    with pytest.raises(ValueError, match=r"contempt.*label 'contempt' is not in the vocabulary \(happy, sad\)"): folder_dls(tmp_path)
-    with pytest.raises(ValueError, match="'sad' is not in the vocabulary"): folder_dls(tmp_path/"train", vocab=["happy", "angry"])
+    tree(tmp_path / "train"), tree(tmp_path / "test", 2, ("happy", "contempt"))
+    with pytest.raises(ValueError, match=r"contempt.*label 'contempt' is not in the vocabulary \(happy, sad\)"):
+        folder_dls(tmp_path)
+    with pytest.raises(ValueError, match="'sad' is not in the vocabulary"):
+        folder_dls(tmp_path / "train", vocab=["happy", "angry"])
+
 
 def test_one_class_is_refused_and_two_work(tmp_path):
-    with pytest.raises(ValueError, match="at least 2 classes, got only 'happy'"): folder_dls(tree(tmp_path/"one", classes=["happy"]))
-    assert list(folder_dls(tree(tmp_path/"two")).vocab) == ["happy", "sad"]
+    with pytest.raises(ValueError, match="at least 2 classes, got only 'happy'"):
+        folder_dls(tree(tmp_path / "one", classes=["happy"]))
+    assert list(folder_dls(tree(tmp_path / "two")).vocab) == ["happy", "sad"]
+
 
 def test_one_image_in_a_class_stays_in_train(tmp_path):
-    tree(tmp_path), put(tmp_path/"fear"/"only.png")
-    with pytest.warns(UserWarning, match="class 'fear' has only one training image"): dls = folder_dls(tmp_path)
-    assert sum(f.label == "fear" for f in dls.train_ds.items) == 1 and not any(f.label == "fear" for f in dls.valid_ds.items)
+    tree(tmp_path), put(tmp_path / "fear" / "only.png")
+    with pytest.warns(UserWarning, match="class 'fear' has only one training image"):
+        dls = folder_dls(tmp_path)
+    assert sum(f.label == "fear" for f in dls.train_ds.items) == 1 and not any(
+        f.label == "fear" for f in dls.valid_ds.items
+    )
+
 
 def test_nothing_to_validate_on(tmp_path):
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no class has a second training image"): folder_dls(tree(tmp_path, 1), bs=1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no class has a second training image"):
+        folder_dls(tree(tmp_path, 1), bs=1)
+
 
 def test_the_folder_where_fastai_saves_models_is_no_class(tmp_path):
-    (tree(tmp_path)/"models").mkdir()
+    (tree(tmp_path) / "models").mkdir()
     assert list(folder_dls(tmp_path).vocab) == ["happy", "sad"]
 
-@pytest.mark.parametrize("kw,said", [(dict(bs=500), "batch size 500 is larger than the training split of"), (dict(bs=0), "above 0"), (dict(size=4), "size must be at least 8 pixels, got 4"), (dict(channels=2), "channels must be 1 or 3"),
-                                     (dict(valid_pct=0), "valid_pct"), (dict(n_views=3), "n_views must be 1 or 2"), (dict(level="huge"), "unknown augmentation level"), (dict(image_size=50), "expected 50x50 pixels, got 48x48")])
+
+@pytest.mark.parametrize(
+    "kw,said",
+    [
+        (dict(bs=500), "batch size 500 is larger than the training split of"),
+        (dict(bs=0), "above 0"),
+        (dict(size=4), "size must be at least 8 pixels, got 4"),
+        (dict(channels=2), "channels must be 1 or 3"),
+        (dict(valid_pct=0), "valid_pct"),
+        (dict(n_views=3), "n_views must be 1 or 2"),
+        (dict(level="huge"), "unknown augmentation level"),
+        (dict(image_size=50), "expected 50x50 pixels, got 48x48"),
+    ],
+)
 def test_wrong_arguments_are_named(faces, kw, said):
-    with pytest.raises(ValueError, match=said): folder_dls(faces, **kw)
+    with pytest.raises(ValueError, match=said):
+        folder_dls(faces, **kw)
+
 
 def test_train_split_must_exist():
-    with pytest.raises(ValueError, match="no face in a train split, got the splits test"): ExpressionDataLoaders.from_faces([Face(np.zeros((8, 8), np.uint8), "happy", "test")])
+    with pytest.raises(ValueError, match="no face in a train split, got the splits test"):
+        ExpressionDataLoaders.from_faces([Face(np.zeros((8, 8), np.uint8), "happy", "test")])
 
 
 # Tables
 
+
 @pytest.fixture
 def table(faces):
-    files = sorted((faces/"train").rglob("*.png"))
+    files = sorted((faces / "train").rglob("*.png"))
     return pd.DataFrame(dict(image=[str(f.relative_to(faces)) for f in files], label=[f.parent.name for f in files]))
 
+
 def test_table_and_folder_give_the_same(faces, table, tmp_path):
-    table.to_csv(tmp_path/"t.csv", index=False)
+    table.to_csv(tmp_path / "t.csv", index=False)
     kw = dict(size=48, channels=1, level="none", recipe="fer2013", **FAST)
-    a, b = ExpressionDataLoaders.from_df(table, faces, **kw), ExpressionDataLoaders.from_csv(tmp_path/"t.csv", faces, **kw)
+    a, b = (
+        ExpressionDataLoaders.from_df(table, faces, **kw),
+        ExpressionDataLoaders.from_csv(tmp_path / "t.csv", faces, **kw),
+    )
     assert list(a.vocab) == sorted(EXPRESSIONS)
-    for x, y in zip(a.valid, b.valid): assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+    for x, y in zip(a.valid, b.valid):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
+
 
 def test_table_with_splits_and_arrays():
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(face=[rng.integers(0, 255, (40, 40), np.uint8) for _ in range(20)], mood=["glad", "gloomy"]*10, part=["train"]*12+["val"]*4+["mine"]*4))
-    dls = ExpressionDataLoaders.from_df(df, image_col="face", label_col="mood", split_col="part", size=32, channels=1, **FAST)
+    df = pd.DataFrame(
+        dict(
+            face=[rng.integers(0, 255, (40, 40), np.uint8) for _ in range(20)],
+            mood=["glad", "gloomy"] * 10,
+            part=["train"] * 12 + ["val"] * 4 + ["mine"] * 4,
+        )
+    )
+    dls = ExpressionDataLoaders.from_df(
+        df, image_col="face", label_col="mood", split_col="part", size=32, channels=1, **FAST
+    )
     assert dls.split_names == ("train", "valid", "mine") and [len(d.dataset) for d in dls] == [12, 4, 4]
+
 
 def test_table_mistakes(faces, table, tmp_path):
     make = lambda df, **kw: ExpressionDataLoaders.from_df(df, faces, size=32, channels=1, **FAST, **kw)
-    with pytest.raises(ValueError, match="no column 'mood', its columns are image, label"): make(table, label_col="mood")
-    with pytest.raises(ValueError, match="row 3 of the table has no label"): make(table.assign(label=table.label.where(table.index != 3)))
-    with pytest.raises(ValueError, match="row 0 of the table: expected a path or an array"): make(table.assign(image=5))
-    with pytest.raises(ValueError, match="no such image file: .*gone.png"): make(pd.concat([table, pd.DataFrame(dict(image=["gone.png"], label=["happy"]))]))
-    with pytest.raises(FileNotFoundError, match="no such file: .*none.csv"): ExpressionDataLoaders.from_csv(tmp_path/"none.csv")
-    (tmp_path/"empty.csv").write_text("")
-    with pytest.raises(ValueError, match="empty.csv is not a comma-separated table"): ExpressionDataLoaders.from_csv(tmp_path/"empty.csv")
+    with pytest.raises(ValueError, match="no column 'mood', its columns are image, label"):
+        make(table, label_col="mood")
+    with pytest.raises(ValueError, match="row 3 of the table has no label"):
+        make(table.assign(label=table.label.where(table.index != 3)))
+    with pytest.raises(ValueError, match="row 0 of the table: expected a path or an array"):
+        make(table.assign(image=5))
+    with pytest.raises(ValueError, match="no such image file: .*gone.png"):
+        make(pd.concat([table, pd.DataFrame(dict(image=["gone.png"], label=["happy"]))]))
+    with pytest.raises(FileNotFoundError, match="no such file: .*none.csv"):
+        ExpressionDataLoaders.from_csv(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ValueError, match="empty.csv is not a comma-separated table"):
+        ExpressionDataLoaders.from_csv(tmp_path / "empty.csv")
 
 
 # FER2013
 
+
 def fer_rows(train=21, test=7):
     rows = []
     for usage, n in (("Training", train), ("PublicTest", test), ("PrivateTest", test)):
-        for i in range(n): rows.append((i % 7, usage, draw_face(FER2013_IDS[i % 7], np.random.default_rng([len(rows)]))[..., 0]))
+        for i in range(n):
+            rows.append((i % 7, usage, draw_face(FER2013_IDS[i % 7], np.random.default_rng([len(rows)]))[..., 0]))
     return rows
+
 
 def write_csv(file, rows, icml=False, **changed):
     df = pd.DataFrame([dict(emotion=e, pixels=" ".join(map(str, p.ravel())), Usage=u) for e, u, p in rows])
-    for k, (row, v) in changed.items(): df[k] = [v if i == row else x for i, x in enumerate(df[k])]
-    if icml: df = df[["emotion", "Usage", "pixels"]].rename(columns={"Usage": " Usage", "pixels": " pixels"})
+    for k, (row, v) in changed.items():
+        df[k] = [v if i == row else x for i, x in enumerate(df[k])]
+    if icml:
+        df = df[["emotion", "Usage", "pixels"]].rename(columns={"Usage": " Usage", "pixels": " pixels"})
     df.to_csv(file, index=False)
     return file
 
+
 def write_folders(path, rows):
-    for i, (e, usage, p) in enumerate(rows): put(path/("train" if usage == "Training" else "test")/FER2013_IDS[e]/f"{usage}_{i}.png", p)
+    for i, (e, usage, p) in enumerate(rows):
+        put(path / ("train" if usage == "Training" else "test") / FER2013_IDS[e] / f"{usage}_{i}.png", p)
     return path
+
 
 def fer(path, **kw):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ExpressionDataLoaders.from_fer2013(path, level="none", **FAST, **kw)
 
+
 def test_the_three_forms_of_fer2013_are_the_same(tmp_path):
     rows = fer_rows()
-    (tmp_path/"d").mkdir()
-    forms = [fer(write_csv(tmp_path/"fer2013.csv", rows)), fer(write_csv(tmp_path/"d"/"icml_face_data.csv", rows, icml=True).parent), fer(write_folders(tmp_path/"f", rows))]
+    (tmp_path / "d").mkdir()
+    forms = [
+        fer(write_csv(tmp_path / "fer2013.csv", rows)),
+        fer(write_csv(tmp_path / "d" / "icml_face_data.csv", rows, icml=True).parent),
+        fer(write_folders(tmp_path / "f", rows)),
+    ]
     for dls in forms:
         assert dls.split_names == ("train", "valid", "PublicTest", "PrivateTest") and tuple(dls.vocab) == EXPRESSIONS
         for split in ("PublicTest", "PrivateTest"):
             got = {x.numpy().tobytes(): dls.vocab[y] for x, y in dls[split].dataset}
             assert got == {p.tobytes(): FER2013_IDS[e] for e, u, p in rows if u == split}
 
+
 def test_fer2013_counts_are_compared_with_the_published_ones(tmp_path):
     with pytest.warns(UserWarning, match="this FER2013 differs from the published one: train angry 3 instead of 3995"):
-        ExpressionDataLoaders.from_fer2013(write_csv(tmp_path/"fer2013.csv", fer_rows()), **FAST)
+        ExpressionDataLoaders.from_fer2013(write_csv(tmp_path / "fer2013.csv", fer_rows()), **FAST)
     assert [sum(c.values()) for c in FER2013_COUNTS.values()] == [28709, 3589, 3589]
 
-@pytest.mark.parametrize("changed,said", [
-    (dict(emotion=(2, 7)), "line 4: expected an emotion from 0 to 6, got 7"), (dict(pixels=(0, "1 2 3")), "line 2: expected 2304 pixels, got 3"),
-    (dict(pixels=(1, "1 2 x")), "line 3: pixels are not numbers"), (dict(pixels=(1, " ".join(["256"]*2304))), "line 3: expected pixels from 0 to 255"), (dict(Usage=(5, "Test")), "line 7: expected a Usage of Training, PublicTest, PrivateTest, got 'Test'")])
+
+@pytest.mark.parametrize(
+    "changed,said",
+    [
+        (dict(emotion=(2, 7)), "line 4: expected an emotion from 0 to 6, got 7"),
+        (dict(pixels=(0, "1 2 3")), "line 2: expected 2304 pixels, got 3"),
+        (dict(pixels=(1, "1 2 x")), "line 3: pixels are not numbers"),
+        (dict(pixels=(1, " ".join(["256"] * 2304))), "line 3: expected pixels from 0 to 255"),
+        (dict(Usage=(5, "Test")), "line 7: expected a Usage of Training, PublicTest, PrivateTest, got 'Test'"),
+    ],
+)
 def test_fer2013_csv_mistakes_name_the_line(tmp_path, changed, said):
-    with pytest.raises(ValueError, match=said): fer(write_csv(tmp_path/"fer2013.csv", fer_rows(7, 7), **changed))
+    with pytest.raises(ValueError, match=said):
+        fer(write_csv(tmp_path / "fer2013.csv", fer_rows(7, 7), **changed))
+
 
 def test_fer2013_layout_mistakes(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file or folder"): fer(tmp_path/"x")
-    with pytest.raises(ValueError, match="is not FER2013: expected train/ and test/"): fer(tmp_path)
-    (tmp_path/"bad.csv").write_text("emotion,Usage\n1,Training\n")
-    with pytest.raises(ValueError, match="bad.csv has no column 'pixels', expected emotion, pixels and Usage"): fer(tmp_path/"bad.csv")
-    f = write_folders(tmp_path/"f", fer_rows(7, 7))
-    put(f/"test"/"happy"/"Validation_1.png")
-    with pytest.raises(ValueError, match="Validation_1.png: expected a name that begins with PublicTest_ or PrivateTest_"): fer(f)
-    (f/"test"/"happy"/"Validation_1.png").unlink()
-    put(f/"train"/"happy"/"Training_big.png", np.zeros((50, 60), np.uint8))
-    with pytest.raises(ValueError, match="Training_big.png: expected 48x48 pixels, got 60x50"): fer(f)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        fer(tmp_path / "x")
+    with pytest.raises(ValueError, match="is not FER2013: expected train/ and test/"):
+        fer(tmp_path)
+    (tmp_path / "bad.csv").write_text("emotion,Usage\n1,Training\n")
+    with pytest.raises(ValueError, match="bad.csv has no column 'pixels', expected emotion, pixels and Usage"):
+        fer(tmp_path / "bad.csv")
+    f = write_folders(tmp_path / "f", fer_rows(7, 7))
+    put(f / "test" / "happy" / "Validation_1.png")
+    with pytest.raises(
+        ValueError, match="Validation_1.png: expected a name that begins with PublicTest_ or PrivateTest_"
+    ):
+        fer(f)
+    (f / "test" / "happy" / "Validation_1.png").unlink()
+    put(f / "train" / "happy" / "Training_big.png", np.zeros((50, 60), np.uint8))
+    with pytest.raises(ValueError, match="Training_big.png: expected 48x48 pixels, got 60x50"):
+        fer(f)
+
 
 def test_kinds_are_detected(tmp_path, faces):
     rows = fer_rows(7, 7)
-    assert detect_kind(write_csv(tmp_path/"any.csv", rows, icml=True)) == "fer2013"
-    assert detect_kind(write_folders(tmp_path/"f", rows)) == "fer2013"
+    assert detect_kind(write_csv(tmp_path / "any.csv", rows, icml=True)) == "fer2013"
+    assert detect_kind(write_folders(tmp_path / "f", rows)) == "fer2013"
     assert detect_kind(faces) == "folder"
-    (tmp_path/"t.csv").write_text("image,label\na.png,happy\n")
-    assert detect_kind(tmp_path/"t.csv") == "csv"
-    (tmp_path/"t.txt").write_text("x")
-    with pytest.raises(ValueError, match="expected a folder or a .csv file"): detect_kind(tmp_path/"t.txt")
-    with pytest.raises(ValueError, match="unknown kind of data 'jaffe'"): ExpressionDataLoaders.from_path(faces, "jaffe")
+    (tmp_path / "t.csv").write_text("image,label\na.png,happy\n")
+    assert detect_kind(tmp_path / "t.csv") == "csv"
+    (tmp_path / "t.txt").write_text("x")
+    with pytest.raises(ValueError, match="expected a folder or a .csv file"):
+        detect_kind(tmp_path / "t.txt")
+    with pytest.raises(ValueError, match="unknown kind of data 'jaffe'"):
+        ExpressionDataLoaders.from_path(faces, "jaffe")
 
 
 # fastai's arguments work, and anything else is told
+
 
 def loaders(faces, **kwargs):
     settings = dict(size=32, channels=1, recipe="fer2013", level="none", **FAST)
     return ExpressionDataLoaders.from_folder(faces, **{**settings, **kwargs})
 
-@pytest.mark.parametrize("wrong,near", [("lvl", "level"), ("num_worker", "num_workers"), ("validpct", "valid_pct"), ("zzzz", None)])
+
+@pytest.mark.parametrize(
+    "wrong,near", [("lvl", "level"), ("num_worker", "num_workers"), ("validpct", "valid_pct"), ("zzzz", None)]
+)
 def test_an_argument_that_is_none_is_named_with_the_nearest(faces, wrong, near):
-    with pytest.raises(TypeError, match=f"no argument '{wrong}'" + (f", did you mean '{near}'" if near else "$")): loaders(faces, **{wrong: 1})
+    with pytest.raises(TypeError, match=f"no argument '{wrong}'" + (f", did you mean '{near}'" if near else "$")):
+        loaders(faces, **{wrong: 1})
+
 
 def test_a_test_split_may_be_validated_on(faces):
     plain, own = loaders(faces), loaders(faces, valid="test")
     assert own.split_names == ("train", "valid") and len(own.valid_ds) == len(plain["test"].dataset)
-    assert len(own.train_ds) == len(plain.train_ds)+len(plain.valid_ds)
-    with pytest.raises(ValueError, match="no split 'tset' to validate on, the splits are train, test"): loaders(faces, valid="tset")
+    assert len(own.train_ds) == len(plain.train_ds) + len(plain.valid_ds)
+    with pytest.raises(ValueError, match="no split 'tset' to validate on, the splits are train, test"):
+        loaders(faces, valid="tset")
+
 
 def test_item_transforms_see_the_decoded_image(faces):
     from fastai.vision.all import PILImage, Resize, Transform
+
     sizes = []
+
     class Look(Transform):
         split_idx, order = 0, 2
-        def encodes(self, x:PILImage):
+
+        def encodes(self, x: PILImage):
             sizes.append((x.size, x.mode))
             return x
+
     dls = loaders(faces, item_tfms=[Resize(16), Look()])
     sizes.clear()
     assert dls.train_ds[0][0][0].shape == (1, 32, 32) and sizes == [((16, 16), "L")]
     small = dls.train_ds[0][0][0].float()
     dls.valid_ds[0]
-    assert sizes == [((16, 16), "L")]*2      # none for validation: of the training split alone
+    assert sizes == [((16, 16), "L")] * 2  # none for validation: of the training split alone
     assert not torch.equal(small, loaders(faces).train_ds[0][0][0].float())
+
 
 def test_random_batch_transforms_draw_for_each_view(faces):
     from fastai.vision.all import RandTransform, TensorImage, set_seed
+
     class Shift(RandTransform):
-        def __init__(self): super().__init__(p=1.)
+        def __init__(self):
+            super().__init__(p=1.0)
+
         def before_call(self, b, split_idx):
             super().before_call(b, split_idx)
             self.by = torch.rand(1).item()
-        def encodes(self, x:TensorImage): return x + self.by
+
+        def encodes(self, x: TensorImage):
+            return x + self.by
+
     set_seed(0)
     (q, k), y = loaders(faces, batch_tfms=Shift(), shuffle=False).train.one_batch()
     (q0, k0), y0 = loaders(faces, shuffle=False).train.one_batch()
-    by = [(a-b).flatten() for a, b in ((q, q0), (k, k0))]
-    assert all(torch.allclose(d, d[0], atol=1e-4) and d[0] > 0 for d in by) and abs(by[0][0]-by[1][0]) > 1e-3 and torch.equal(y, y0)
+    by = [(a - b).flatten() for a, b in ((q, q0), (k, k0))]
+    assert (
+        all(torch.allclose(d, d[0], atol=1e-4) and d[0] > 0 for d in by)
+        and abs(by[0][0] - by[1][0]) > 1e-3
+        and torch.equal(y, y0)
+    )
     assert type(q) is type(q0)
+
 
 def test_aug_transforms_of_fastai_work_on_pairs(faces):
     from fastai.vision.all import aug_transforms
+
     dls = loaders(faces, batch_tfms=aug_transforms())
     (q, k), y = dls.one_batch()
     assert q.shape == k.shape == (8, 1, 32, 32) and not torch.allclose(q, k) and len(y) == 8
     assert dls.valid.one_batch()[0].shape[1:] == (1, 32, 32)
 
+
 def test_a_test_loader_takes_labels_from_class_folders_and_records(faces):
-    dls, files = loaders(faces), sorted((faces/"test").rglob("*.png"))[::9]
+    dls, files = loaders(faces), sorted((faces / "test").rglob("*.png"))[::9]
     for items in (files, list(map(str, files)), [Face(f, f.parent.name, "x", "x") for f in files]):
         x, y = [torch.cat(part) for part in zip(*dls.test_dl(items, with_labels=True))]
         assert [dls.vocab[i] for i in y] == [f.parent.name for f in files] and x.shape == (len(files), 1, 32, 32)
     assert len(next(iter(dls.test_dl(files)))) == 1
-    with pytest.raises(ValueError, match="in a folder named after its class"): dls.test_dl([faces/"loose.png"], with_labels=True)
+    with pytest.raises(ValueError, match="in a folder named after its class"):
+        dls.test_dl([faces / "loose.png"], with_labels=True)
+
 
 def test_a_grid_has_the_asked_rows_and_columns(faces):
     import matplotlib.pyplot as plt
+
     dls = loaders(faces)
     for kwargs, n in ((dict(nrows=1, ncols=3, max_n=3), 3), (dict(nrows=2, max_n=4), 4), (dict(max_n=5), 6)):
         plt.close("all")

@@ -10,52 +10,73 @@ import ecan_fastai
 
 ROOT = Path(__file__).parent.parent
 
+
 def settings():
     ini = ConfigParser(delimiters=["="])
-    ini.read(ROOT/"settings.ini")
+    ini.read(ROOT / "settings.ini")
     return ini["DEFAULT"]
+
 
 def test_version_stands_once():
     assert ecan_fastai.__version__ == settings()["version"]
-    assert f"## {ecan_fastai.__version__}" in (ROOT/"CHANGELOG.md").read_text()
+    assert f"## {ecan_fastai.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
 
 def test_description_is_the_same_in_both_places():
-    assert re.search(r'^description = "(.*)"$', (ROOT/"pyproject.toml").read_text(), re.M)[1] == settings()["description"]
+    assert (
+        re.search(r'^description = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+        == settings()["description"]
+    )
+
 
 def test_setup_knows_the_repositorys_address():
-    assert re.search(r'^pages = "(.*?)"', (ROOT/"setup.py").read_text(), re.M)[1] == re.search(r'^Repository = "(.*)"$', (ROOT/"pyproject.toml").read_text(), re.M)[1]
+    assert (
+        re.search(r'^pages = "(.*?)"', (ROOT / "setup.py").read_text(), re.M)[1]
+        == re.search(r'^Repository = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    )
+
 
 def test_public_names():
-    from ecan_fastai.callbacks import MemoryBankUpdate, MomentumUpdate
-    from ecan_fastai.data import TwoView, TwoViewBlock
     from ecan_fastai.loaders import ExpressionDataLoaders
-    from ecan_fastai.sample import sample_faces
-    from ecan_fastai.learner import baseline_learner, ecan_learner
-    from ecan_fastai.losses import (AffinityLoss, CenterLoss, ECANLoss, ENSCLoss, ESCLoss, MVALoss, SupConLoss, affinity_loss, center_loss, ensc_loss, esc_loss, mva_loss, mva_weight,
-                                    selfcon_loss, supcon_loss)
-    from ecan_fastai.model import ECANModel, MemoryBank
+
     assert all(callable(getattr(ExpressionDataLoaders, f"from_{k}")) for k in ("folder", "df", "csv", "fer2013"))
 
+
 def test_all_gives_everything_to_a_notebook():
-    code = "from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert ecan_learner and check_data and Predictor and read_faces and ExpressionDataLoaders and TwoView and ECANLoss and Learner and train_pipeline"
+    names = "ecan_learner check_data Predictor read_faces ExpressionDataLoaders TwoView ECANLoss Learner RunConfig"
+    code = f"from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert {' and '.join(names.split())}"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
 
 def test_readme_and_index_say_the_same():
     from fastcore.nbio import read_nb
-    cells = [c.source for c in read_nb(ROOT/"nbs"/"index.ipynb").cells if c.cell_type == "markdown"]
-    readme = (ROOT/"README.md").read_text()
-    for cell in cells: assert re.sub(r"\]\((?!http)", "](nbs/", cell).strip() in readme
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme): assert (ROOT/link).exists()
 
-def run(code): return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    cells = [c.source for c in read_nb(ROOT / "nbs" / "index.ipynb").cells if c.cell_type == "markdown"]
+    readme = (ROOT / "README.md").read_text()
+    for cell in cells:
+        assert re.sub(r"\]\((?!http)", "](nbs/", cell).strip() in readme
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
+        assert (ROOT / link).exists()
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+
 
 def test_import_asks_no_network():
-    done = run("import sys\nseen = []\nsys.addaudithook(lambda event, args: seen.append(event) if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto') else None)\n"
-               "import ecan_fastai.all\nsys.exit(' '.join(seen) or 0)")
+    done = run(
+        "import sys\nseen = []\nsys.addaudithook(lambda event, args: seen.append(event) if event in "
+        "('socket.connect', 'socket.getaddrinfo', 'socket.sendto') else None)\n"
+        "import ecan_fastai.all\nsys.exit(' '.join(seen) or 0)"
+    )
     assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.parametrize("args", [["--help"], ["sample", "--epochs", "0"], ["sample", "--level", "fierce"]])
 def test_help_and_wrong_arguments_are_answered_before_the_libraries_are_imported(args):
-    done = run(f"import sys\nfrom ecan_fastai.cli import ecan_train\ntry: ecan_train({args})\nexcept SystemExit: pass\nsys.exit(' '.join(m for m in ('torch', 'numpy', 'fastai') if m in sys.modules) or 0)")
+    done = run(
+        f"import sys\nfrom ecan_fastai.cli import ecan_train\ntry: ecan_train({args})\nexcept SystemExit: "
+        "pass\nsys.exit(' '.join(m for m in ('torch', 'numpy', 'fastai') if m in sys.modules) or 0)"
+    )
     assert done.returncode == 0, done.stderr
     assert "ecan_train" in done.stdout + done.stderr

@@ -17,84 +17,157 @@ from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
 from ecan_fastai.inference import Predictor
-from ecan_fastai.metrics import split_metrics
 from ecan_fastai.layers import fast_precision
+from ecan_fastai.metrics import split_metrics
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
+
 def config(faces, **kw):
-    settings = {**dict(kind="folder", size=32, channels=1, recipe="fer2013", level="weak", epochs=2, bs=16, opt="adam", momentum=0.9, workers=0), **kw}
+    settings = {
+        **dict(
+            kind="folder",
+            size=32,
+            channels=1,
+            recipe="fer2013",
+            level="weak",
+            epochs=2,
+            bs=16,
+            opt="adam",
+            momentum=0.9,
+            workers=0,
+        ),
+        **kw,
+    }
     return RunConfig(str(faces), **{k: v for k, v in settings.items() if k not in UNUSED[kw.get("method", "ecan")]})
+
 
 def fails(capsys, *args):
     "What `ecan_train` says on its way out"
-    with pytest.raises(SystemExit) as e: ecan_train(list(map(str, args)))
+    with pytest.raises(SystemExit) as e:
+        ecan_train(list(map(str, args)))
     said = capsys.readouterr().err.strip()
     assert e.value.code == 2 and "Traceback" not in said
     return said
 
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_folder_holds_everything(faces, tmp_path, method):
-    record = start_run(config(faces, method=method), tmp_path/"run")
-    out = tmp_path/"run"
-    assert {f.name for f in out.iterdir()} == {"config.json", "history.csv", "metrics.json", "predictions_valid.csv", "predictions_test.csv", "confusion_valid.png", "confusion_test.png",
-                                               "curves.png", "model.safetensors", "export.pkl", "checkpoint.pth"}
-    assert record == json.loads((out/"metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
-    about = json.loads((out/"config.json").read_text())
+    record = start_run(config(faces, method=method), tmp_path / "run")
+    out = tmp_path / "run"
+    assert {f.name for f in out.iterdir()} == {
+        "config.json",
+        "history.csv",
+        "metrics.json",
+        "predictions_valid.csv",
+        "predictions_test.csv",
+        "confusion_valid.png",
+        "confusion_test.png",
+        "curves.png",
+        "model.safetensors",
+        "export.pkl",
+        "checkpoint.pth",
+    }
+    assert record == json.loads((out / "metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
+    about = json.loads((out / "config.json").read_text())
     cosines = ["cos_within", "cos_between"]
-    parts = dict(ecan=["ce", "ensc", "mva", "alpha", *cosines], baseline=[], center=["ce", "center"], supcon=["ce", "supcon", *cosines], ensc=["ce", "ensc", *cosines])[method]
-    history = pd.read_csv(out/"history.csv")
-    assert list(history.columns) == ["epoch", "train_loss", "valid_loss", "accuracy", "balanced_accuracy_score", "f1_score", *parts, "seconds"] and list(history.epoch) == [0, 1]
+    parts = dict(
+        ecan=["ce", "ensc", "mva", "alpha", *cosines],
+        baseline=[],
+        center=["ce", "center"],
+        supcon=["ce", "supcon", *cosines],
+        ensc=["ce", "ensc", *cosines],
+    )[method]
+    history = pd.read_csv(out / "history.csv")
+    assert list(history.columns) == [
+        "epoch",
+        "train_loss",
+        "valid_loss",
+        "accuracy",
+        "balanced_accuracy_score",
+        "f1_score",
+        *parts,
+        "seconds",
+    ] and list(history.epoch) == [0, 1]
     assert ("alpha" in record) == (method == "ecan")
     assert ("mean_cosines" in record) == (method in ("ecan", "supcon", "ensc"))
-    if "mean_cosines" in record: assert record["mean_cosines"]["within"]["last"] == history["cos_within"].iloc[-1]
+    if "mean_cosines" in record:
+        assert record["mean_cosines"]["within"]["last"] == history["cos_within"].iloc[-1]
     assert about["config"]["precision"] == fast_precision("cpu") and about["config"]["precision"] != "auto"
     # predictions, metrics, weights and exported learner agree
-    table = pd.read_csv(out/"predictions_test.csv")
+    table = pd.read_csv(out / "predictions_test.csv")
     vocab = about["about"]["vocab"]
     probs = table[[f"p_{v}" for v in vocab]].to_numpy()
     y, p = [vocab.index(l) for l in table.label], [vocab.index(l) for l in table.predicted]
     assert list(probs.argmax(1)) == p and all(l in f for l, f in zip(table.label, table.image))
-    m = {k: v for k, v in record["splits"]["test"].items() if k not in ("per_class", "eval_crops", "key_encoder_accuracy")}
+    m = {
+        k: v
+        for k, v in record["splits"]["test"].items()
+        if k not in ("per_class", "eval_crops", "key_encoder_accuracy")
+    }
     assert m == pytest.approx(split_metrics(y, p, vocab))
     model = FaceClassifier.create("resnet18", 7, 1)
-    model.load_state_dict(load_file(out/"model.safetensors"))
-    plain = load_learner(out/"export.pkl")
-    for a, b in zip(model.state_dict().values(), plain.model.state_dict().values()): assert torch.equal(a, b)
+    model.load_state_dict(load_file(out / "model.safetensors"))
+    plain = load_learner(out / "export.pkl")
+    for a, b in zip(model.state_dict().values(), plain.model.state_dict().values()):
+        assert torch.equal(a, b)
     assert np.allclose(plain.predict(table.image[0])[2], probs[0], atol=1e-4)
 
+
 def test_same_seed_same_run(faces, tmp_path):
-    a, b, c = [start_run(config(faces, seed=s, epochs=1), tmp_path/k)["splits"] for k, s in (("a", 1), ("b", 1), ("c", 2))]
+    a, b, c = [
+        start_run(config(faces, seed=s, epochs=1), tmp_path / k)["splits"] for k, s in (("a", 1), ("b", 1), ("c", 2))
+    ]
     assert a == b != c
+
 
 def start_and_stop(cfg, out, monkeypatch):
     "A run that is interrupted after its second epoch"
+
     class Stop(runs.RunState):
         def after_epoch(self):
             super().after_epoch()
-            if self.epoch == 1: raise KeyboardInterrupt
+            if self.epoch == 1:
+                raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(runs, "RunState", Stop)
-        with pytest.raises(KeyboardInterrupt): start_run(cfg, out)
+        with pytest.raises(KeyboardInterrupt):
+            start_run(cfg, out)
 
-@pytest.mark.parametrize("options", [dict(workers=0), dict(workers=2, schedule="cosine"), dict(workers=0, balance="sampler", precision="bf16"), dict(workers=2, balance="positives", key_eval=True, watch_tests=True)])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(workers=0),
+        dict(workers=2, schedule="cosine"),
+        dict(workers=0, balance="sampler", precision="bf16"),
+        dict(workers=2, balance="positives", key_eval=True, watch_tests=True),
+    ],
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, options):
     cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 48, **options})
-    whole = start_run(cfg(), tmp_path/"whole")
-    start_and_stop(cfg(), tmp_path/"cut", monkeypatch)
-    assert not (tmp_path/"cut"/"metrics.json").exists() and len(pd.read_csv(tmp_path/"cut"/"history.csv")) == 2
+    whole = start_run(cfg(), tmp_path / "whole")
+    start_and_stop(cfg(), tmp_path / "cut", monkeypatch)
+    assert not (tmp_path / "cut" / "metrics.json").exists() and len(pd.read_csv(tmp_path / "cut" / "history.csv")) == 2
     torch.manual_seed(99), np.random.seed(99)
-    resumed = resume_run(tmp_path/"cut")
+    resumed = resume_run(tmp_path / "cut")
     assert resumed["splits"] == whole["splits"]
-    drop = lambda p: pd.read_csv(p/"history.csv").drop(columns="seconds")
-    pd.testing.assert_frame_equal(drop(tmp_path/"cut"), drop(tmp_path/"whole"))
-    a, b = [torch.load(tmp_path/k/"checkpoint.pth", weights_only=True)["model"] for k in ("cut", "whole")]
+    drop = lambda p: pd.read_csv(p / "history.csv").drop(columns="seconds")
+    pd.testing.assert_frame_equal(drop(tmp_path / "cut"), drop(tmp_path / "whole"))
+    a, b = [torch.load(tmp_path / k / "checkpoint.pth", weights_only=True)["model"] for k in ("cut", "whole")]
     assert all(torch.equal(a[k], b[k]) for k in a) and int(a["bank.filled"]) == len(a["bank.z"])
+
 
 def test_a_checkpoint_is_read_onto_the_device_of_the_data(faces, tmp_path):
     start_run(config(faces, epochs=1), tmp_path)
-    state = runs._read_checkpoint(tmp_path, torch.device("meta"))       # stands in for a GPU
-    assert {t.device.type for s in state["opt"]["state"] for t in s.values() if torch.is_tensor(t)} == {t.device.type for t in state["model"].values()} == {"meta"}
+    state = runs._read_checkpoint(tmp_path, torch.device("meta"))  # stands in for a GPU
+    assert (
+        {t.device.type for s in state["opt"]["state"] for t in s.values() if torch.is_tensor(t)}
+        == {t.device.type for t in state["model"].values()}
+        == {"meta"}
+    )
+
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -103,109 +176,231 @@ def test_a_run_is_resumed_on_a_gpu(faces, tmp_path, monkeypatch, precision):
     start_and_stop(config(faces, epochs=3, precision=precision), tmp_path, monkeypatch)
     assert resume_run(tmp_path)["epochs"] == 3
 
+
 def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monkeypatch):
     import timm
+
     create, seen = timm.create_model, []
     monkeypatch.setattr(timm, "create_model", lambda arch, pretrained=False, **kw: create(arch, pretrained=False, **kw))
     cfg = config(faces, method="baseline", arch="tf_efficientnet_lite0", pretrained=True)
-    monkeypatch.setattr(runs.RunState, "after_epoch", lambda self, f=runs.RunState.after_epoch: (f(self), self.epoch == 0 and not seen and (_ for _ in ()).throw(KeyboardInterrupt)))
-    with pytest.raises(KeyboardInterrupt): start_run(cfg, tmp_path/"run")
-    mean = json.loads((tmp_path/"run"/"config.json").read_text())["about"]["mean"]
+    monkeypatch.setattr(
+        runs.RunState,
+        "after_epoch",
+        lambda self, f=runs.RunState.after_epoch: (
+            f(self),
+            self.epoch == 0 and not seen and (_ for _ in ()).throw(KeyboardInterrupt),
+        ),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        start_run(cfg, tmp_path / "run")
+    mean = json.loads((tmp_path / "run" / "config.json").read_text())["about"]["mean"]
     learner = runs.run_learner
+
     def look(cfg, dls, out):
         seen.append([t.mean.item() for dl in dls.loaders for t in dl.after_batch.fs if hasattr(t, "mean")])
         return learner(cfg, dls, out)
+
     monkeypatch.setattr(runs, "run_learner", look)
-    resume_run(tmp_path/"run")
+    resume_run(tmp_path / "run")
     expected = create("tf_efficientnet_lite0").pretrained_cfg["mean"]
-    assert mean == pytest.approx([sum(expected)/3]) and seen == [pytest.approx(mean*len(seen[0]))]
+    assert mean == pytest.approx([sum(expected) / 3]) and seen == [pytest.approx(mean * len(seen[0]))]
+
 
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path)
-    (tmp_path/"history.csv").unlink()
+        with pytest.raises(KeyboardInterrupt):
+            start_run(config(faces, epochs=1), tmp_path)
+    (tmp_path / "history.csv").unlink()
     resume_run(tmp_path)
-    assert list(pd.read_csv(tmp_path/"history.csv").epoch) == [0]
+    assert list(pd.read_csv(tmp_path / "history.csv").epoch) == [0]
+
 
 def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         m.setattr(runs, "_commit", lambda: "a")
-        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            start_run(config(faces, epochs=1), tmp_path)
         m.setattr(runs, "_commit", lambda: "b")
         for _ in range(2):
-            with pytest.raises(KeyboardInterrupt): resume_run(tmp_path)
+            with pytest.raises(KeyboardInterrupt):
+                resume_run(tmp_path)
     monkeypatch.setattr(runs, "_commit", lambda: "c")
     record = resume_run(tmp_path)
-    assert [e["commit"] for e in [record["environment"], *record["resumed"]]] == ["a", "b", "c"] and record["environment"]["device"] not in ("cpu: x86_64", "cpu: ")
+    assert [e["commit"] for e in [record["environment"], *record["resumed"]]] == ["a", "b", "c"] and record[
+        "environment"
+    ]["device"] not in ("cpu: x86_64", "cpu: ")
 
-@pytest.mark.parametrize("options,where", [
-    (dict(l1=0.3), lambda l: l.loss_func.l1), (dict(l2=0.4), lambda l: l.loss_func.l2), (dict(n_groups=3), lambda l: l.loss_func.n_groups), (dict(temperature=0.3), lambda l: l.loss_func.temperature),
-    (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction), (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact), (dict(anchors_only=True), lambda l: l.loss_func.anchors_only), (dict(key_eval=True), lambda l: l.model.key_eval),
-    (dict(momentum=0.7), lambda l: l.momentum_update.momentum), (dict(bank_groups=3), lambda l: l.model.bank.size/l.dls.bs), (dict(lr=0.03), lambda l: l.lr), (dict(wd=0.02), lambda l: l.wd),
-    (dict(center_features=True), lambda l: l.loss_func.center_features), (dict(label_smoothing=0.2), lambda l: l.loss_func.label_smoothing),
-    (dict(method="baseline", label_smoothing=0.2), lambda l: l.loss_func.func.label_smoothing), (dict(small_size=24, small_pct=0.5), lambda l: l.progressive_resize.pct),
-    (dict(precision="bf16"), lambda l: isinstance(l.mixed_precision, CPUMixedPrecision) == (l.dls.device.type == "cpu") and l.mixed_precision.amp_mode.value), (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]), (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature), (dict(method="center", l2=0.1), lambda l: l.loss_func.l2)])
+
+@pytest.mark.parametrize(
+    "options,where",
+    [
+        (dict(l1=0.3), lambda l: l.loss_func.l1),
+        (dict(l2=0.4), lambda l: l.loss_func.l2),
+        (dict(n_groups=3), lambda l: l.loss_func.n_groups),
+        (dict(temperature=0.3), lambda l: l.loss_func.temperature),
+        (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction),
+        (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact),
+        (dict(anchors_only=True), lambda l: l.loss_func.anchors_only),
+        (dict(key_eval=True), lambda l: l.model.key_eval),
+        (dict(momentum=0.7), lambda l: l.momentum_update.momentum),
+        (dict(bank_groups=3), lambda l: l.model.bank.size / l.dls.bs),
+        (dict(lr=0.03), lambda l: l.lr),
+        (dict(wd=0.02), lambda l: l.wd),
+        (dict(center_features=True), lambda l: l.loss_func.center_features),
+        (dict(label_smoothing=0.2), lambda l: l.loss_func.label_smoothing),
+        (dict(method="baseline", label_smoothing=0.2), lambda l: l.loss_func.func.label_smoothing),
+        (dict(small_size=24, small_pct=0.5), lambda l: l.progressive_resize.pct),
+        (
+            dict(precision="bf16"),
+            lambda l: (
+                isinstance(l.mixed_precision, CPUMixedPrecision) == (l.dls.device.type == "cpu")
+                and l.mixed_precision.amp_mode.value
+            ),
+        ),
+        (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]),
+        (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature),
+        (dict(method="center", l2=0.1), lambda l: l.loss_func.l2),
+    ],
+)
 def test_settings_arrive(faces, tmp_path, options, where):
     cfg = config(faces, **options).resolve()
     assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
 
+
 def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
-    one, ten = [start_run(config(faces, epochs=1, level="strong", size=48, eval_crops=c), tmp_path/c)["splits"]["test"] for c in ("center", "ten")]
+    one, ten = [
+        start_run(config(faces, epochs=1, level="strong", size=48, eval_crops=c), tmp_path / c)["splits"]["test"]
+        for c in ("center", "ten")
+    ]
     assert one["ten_crops_accuracy"] == ten["accuracy"] and "ten_crops_accuracy" not in ten
-    assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path/"weak")["splits"]["test"]
+    assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path / "weak")["splits"]["test"]
+
 
 def test_pictures_from_a_table_and_an_architecture_of_this_package_go_the_whole_way(tmp_path):
     "fer2013.csv holds pixels instead of files"
     g = np.random.default_rng(0)
-    rows = [(i % 7, " ".join(map(str, g.integers(0, 256, 48*48))), usage) for usage, n in (("Training", 70), ("PublicTest", 14), ("PrivateTest", 14)) for i in range(n)]
-    pd.DataFrame(rows, columns=["emotion", "pixels", "Usage"]).to_csv(tmp_path/"fer2013.csv", index=False)
-    splits = start_run(RunConfig(str(tmp_path/"fer2013.csv"), method="baseline", arch="resnet18_cifar", epochs=1, bs=8, workers=0), tmp_path/"run")["splits"]
-    assert {0 <= m["ten_crops_accuracy"] <= 1 for m in splits.values()} == {True} and set(splits) == {"valid", "PublicTest", "PrivateTest"}
-    assert Predictor(tmp_path/"run").model.classifier.encoder.conv1.kernel_size == (3, 3)
+    rows = [
+        (i % 7, " ".join(map(str, g.integers(0, 256, 48 * 48))), usage)
+        for usage, n in (("Training", 70), ("PublicTest", 14), ("PrivateTest", 14))
+        for i in range(n)
+    ]
+    pd.DataFrame(rows, columns=["emotion", "pixels", "Usage"]).to_csv(tmp_path / "fer2013.csv", index=False)
+    splits = start_run(
+        RunConfig(str(tmp_path / "fer2013.csv"), method="baseline", arch="resnet18_cifar", epochs=1, bs=8, workers=0),
+        tmp_path / "run",
+    )["splits"]
+    assert {0 <= m["ten_crops_accuracy"] <= 1 for m in splits.values()} == {True} and set(splits) == {
+        "valid",
+        "PublicTest",
+        "PrivateTest",
+    }
+    assert Predictor(tmp_path / "run").model.classifier.encoder.conv1.kernel_size == (3, 3)
 
-@pytest.mark.parametrize("method,terms", [("ecan", ["ensc", "mva", .2, .7]), ("ensc", ["ensc", "mva", .2, 0]), ("supcon", ["supcon", "mva", .2, 0]), ("center", ["ensc", "center", 0, .003])])
+
+@pytest.mark.parametrize(
+    "method,terms",
+    [
+        ("ecan", ["ensc", "mva", 0.2, 0.7]),
+        ("ensc", ["ensc", "mva", 0.2, 0]),
+        ("supcon", ["supcon", "mva", 0.2, 0]),
+        ("center", ["ensc", "center", 0, 0.003]),
+    ],
+)
 def test_methods_are_the_rows_of_table_3(faces, tmp_path, method, terms):
     cfg = config(faces, method=method).resolve()
     loss = runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path).loss_func
     assert [loss.contrast, loss.compact, loss.l1, loss.l2] == terms
 
+
 def test_a_setting_that_decides_nothing_is_told_and_not_recorded():
-    with pytest.warns(UserWarning, match="l1 has no effect with method center; ignored"): cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
+    with pytest.warns(UserWarning, match="l1 has no effect with method center; ignored"):
+        cfg = RunConfig("x", "folder", "center", l1=0.5).resolve()
     assert cfg.l1 is None and cfg.temperature is None and cfg.l2 == 0.003
     for method in ("center", "baseline"):
-        with pytest.warns(UserWarning, match=f"anchors_only has no effect with method {method}"): assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
+        with pytest.warns(UserWarning, match=f"anchors_only has no effect with method {method}"):
+            assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
+
 
 def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): start_run(config(faces, epochs=1), tmp_path/"run")
-    assert resume_run(tmp_path/"run")["splits"] == start_run(config(faces, epochs=1), tmp_path/"other")["splits"]
+        with pytest.raises(KeyboardInterrupt):
+            start_run(config(faces, epochs=1), tmp_path / "run")
+    assert resume_run(tmp_path / "run")["splits"] == start_run(config(faces, epochs=1), tmp_path / "other")["splits"]
+
 
 def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
-    out = tmp_path/"run"
-    cmd = [sys.executable, "-c", "from ecan_fastai.cli import ecan_train; ecan_train()", str(faces), "--out", str(out), "--epochs", "500", "--bs", "16", "--size", "32",
-           "--channels", "1", "--level", "weak", "--opt", "adam", "--momentum", "0.9", "--workers", "0"]
-    process = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = tmp_path / "run"
+    cmd = [
+        sys.executable,
+        "-c",
+        "from ecan_fastai.cli import ecan_train; ecan_train()",
+        str(faces),
+        "--out",
+        str(out),
+        "--epochs",
+        "500",
+        "--bs",
+        "16",
+        "--size",
+        "32",
+        "--channels",
+        "1",
+        "--level",
+        "weak",
+        "--opt",
+        "adam",
+        "--momentum",
+        "0.9",
+        "--workers",
+        "0",
+    ]
+    process = subprocess.Popen(
+        cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     for _ in range(1200):
-        if (out/"history.csv").exists(): break
+        if (out / "history.csv").exists():
+            break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130 and f"--resume {out}" in stderr and "Traceback" not in stderr
-    assert len(pd.read_csv(out/"history.csv")) == torch.load(out/"checkpoint.pth", weights_only=True)["epochs"] >= 1
+    assert len(pd.read_csv(out / "history.csv")) == torch.load(out / "checkpoint.pth", weights_only=True)["epochs"] >= 1
+
 
 def test_what_was_not_given_is_written_down(faces, tmp_path):
-    start_run(config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32), tmp_path/"run")
-    written = json.loads((tmp_path/"run"/"config.json").read_text())["config"]
-    assert all(v is not None for v in written.values()) and written["workers"] >= 1 and written["recipe"] == "rafdb" and written["level"] == "strong"
+    start_run(config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32), tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (
+        all(v is not None for v in written.values())
+        and written["workers"] >= 1
+        and written["recipe"] == "rafdb"
+        and written["level"] == "strong"
+    )
+
 
 def test_presets():
-    assert {k: getattr(RunConfig("sample").resolve(), k) for k in ("kind", "epochs", "bs", "size", "opt", "level")} == dict(kind="sample", epochs=12, bs=32, size=48, opt="adam", level="weak")
+    assert {
+        k: getattr(RunConfig("sample").resolve(), k) for k in ("kind", "epochs", "bs", "size", "opt", "level")
+    } == dict(kind="sample", epochs=12, bs=32, size=48, opt="adam", level="weak")
     fer = RunConfig("x", kind="fer2013").resolve()
-    assert (fer.epochs, fer.level, fer.recipe, fer.opt, fer.momentum, fer.l1, fer.l2, fer.n_groups) == (200, "strong", "fer2013", "paper", 0.999, 0.2, 0.7, 5)
-    assert RunConfig("x", kind="folder").resolve().epochs == 40 and RunConfig("x", kind="folder", method="center").resolve().l2 == 0.003
+    assert (fer.epochs, fer.level, fer.recipe, fer.opt, fer.momentum, fer.l1, fer.l2, fer.n_groups) == (
+        200,
+        "strong",
+        "fer2013",
+        "paper",
+        0.999,
+        0.2,
+        0.7,
+        5,
+    )
+    assert (
+        RunConfig("x", kind="folder").resolve().epochs == 40
+        and RunConfig("x", kind="folder", method="center").resolve().l2 == 0.003
+    )
+
 
 def test_the_tuned_preset_gives_way_to_what_is_typed():
     tuned = RunConfig("x", "fer2013", preset="tuned").resolve()
@@ -214,16 +409,22 @@ def test_the_tuned_preset_gives_way_to_what_is_typed():
     assert (typed.arch, typed.center_features, typed.epochs, typed.level) == ("resnet18", False, 3, tuned.level)
     paper = RunConfig("x", "fer2013").resolve()
     assert (paper.arch, paper.center_features, paper.label_smoothing, paper.epochs) == ("resnet18", False, 0, 200)
-    with pytest.raises(ValueError, match="preset tuned is for data of kind fer2013 or ferplus, and x is of kind folder"): RunConfig("x", "folder", preset="tuned").resolve()
+    with pytest.raises(
+        ValueError, match="preset tuned is for data of kind fer2013 or ferplus, and x is of kind folder"
+    ):
+        RunConfig("x", "folder", preset="tuned").resolve()
+
 
 def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
     cfg = config(faces, bs=None, opt="paper").resolve()
     dls = runs.run_loaders(cfg, tmp_path)
     runs.run_learner(cfg, dls, tmp_path)
-    assert cfg.bs == dls.bs == 8 and cfg.lr == pytest.approx(0.1*8/256) and cfg.wd == 5e-4
+    assert cfg.bs == dls.bs == 8 and cfg.lr == pytest.approx(0.1 * 8 / 256) and cfg.wd == 5e-4
+
 
 def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
     import timm
+
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda arch, pretrained, **kw: create(arch, pretrained=False, **kw))
     for method in ("ecan", "baseline"):
@@ -231,39 +432,75 @@ def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
         learn = runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)
         assert learn.model.encoder.conv1.weight.requires_grad
 
+
 def test_short_runs_are_told(faces, tmp_path):
-    with pytest.warns(UserWarning, match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000: 100 % of it"):
-        start_run(config(faces, epochs=1, momentum=0.999), tmp_path/"run")
+    with pytest.warns(
+        UserWarning,
+        match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000: 100 % of it",
+    ):
+        start_run(config(faces, epochs=1, momentum=0.999), tmp_path / "run")
+
 
 def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
-    run = tmp_path/"old"
-    run.mkdir(), (run/"config.json").write_text("{}")
-    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: give another folder with --out, or go on with it by --resume {run}"
-    (run/"metrics.json").write_text("{}")
-    assert fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a finished run: give another folder with --out"
-    assert fails(capsys, tmp_path/"nowhere") == f"ecan_train: error: no such file or folder: {tmp_path/'nowhere'}"
-    assert fails(capsys, "--resume", tmp_path) == f"ecan_train: error: {tmp_path} holds no run to resume: expected config.json in it"
+    run = tmp_path / "old"
+    run.mkdir(), (run / "config.json").write_text("{}")
+    assert (
+        fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: "
+        f"give another folder with --out, or go on with it by --resume {run}"
+    )
+    (run / "metrics.json").write_text("{}")
+    assert (
+        fails(capsys, faces, "--out", run)
+        == f"ecan_train: error: {run} already holds a finished run: give another folder with --out"
+    )
+    assert fails(capsys, tmp_path / "nowhere") == f"ecan_train: error: no such file or folder: {tmp_path / 'nowhere'}"
+    assert (
+        fails(capsys, "--resume", tmp_path)
+        == f"ecan_train: error: {tmp_path} holds no run to resume: expected config.json in it"
+    )
     assert "DATA is missing" in fails(capsys)
     assert "--resume takes the whole configuration" in fails(capsys, "--resume", run, "--epochs", 3)
     assert "invalid choice: 'mixup'" in fails(capsys, faces, "--method", "mixup")
-    assert "timm has no model 'resnet-18'" in fails(capsys, faces, "--arch", "resnet-18", "--out", tmp_path/"new", "--workers", 0)
+    assert "timm has no model 'resnet-18'" in fails(
+        capsys, faces, "--arch", "resnet-18", "--out", tmp_path / "new", "--workers", 0
+    )
     assert "kind sample draws its own faces" in fails(capsys, faces, "--kind", "sample")
     assert "learning rate must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
-    (tmp_path/"bin.csv").write_bytes(b"\xff\xfe\x00\x80")
-    assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path/"bin.csv")
-    assert "does not take pictures of shape" in fails(capsys, faces, "--arch", "vit_tiny_patch16_224", "--size", 32, "--bs", 8, "--out", tmp_path/"new", "--workers", 0)
+    (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
+    assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
+    assert "does not take pictures of shape" in fails(
+        capsys,
+        faces,
+        "--arch",
+        "vit_tiny_patch16_224",
+        "--size",
+        32,
+        "--bs",
+        8,
+        "--out",
+        tmp_path / "new",
+        "--workers",
+        0,
+    )
     assert "epochs must be at least 1, got 0" in fails(capsys, faces, "--epochs", 0)
-    if not torch.cuda.is_available(): assert "precision fp16 is not for a device of type cpu: use fp32 or bf16" in fails(capsys, faces, "--precision", "fp16")
-    assert not (tmp_path/"new").exists()
+    if not torch.cuda.is_available():
+        assert "precision fp16 is not for a device of type cpu: use fp32 or bf16" in fails(
+            capsys, faces, "--precision", "fp16"
+        )
+    assert not (tmp_path / "new").exists()
+
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
-    (tmp_path/"config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{")
     assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
-    (tmp_path/"config.json").write_text('{"config": {"data": "x", "colour": 1}}')
+    (tmp_path / "config.json").write_text('{"config": {"data": "x", "colour": 1}}')
     assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
-    (tmp_path/"checkpoint.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="checkpoint.pth is broken"): runs._read_checkpoint(tmp_path, "cpu")
+    (tmp_path / "checkpoint.pth").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="checkpoint.pth is broken"):
+        runs._read_checkpoint(tmp_path, "cpu")
+
 
 def test_a_finished_run_is_not_resumed(tmp_path):
-    (tmp_path/"config.json").write_text("{}"), (tmp_path/"metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match="is finished: its results are in metrics.json"): resume_run(tmp_path)
+    (tmp_path / "config.json").write_text("{}"), (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="is finished: its results are in metrics.json"):
+        resume_run(tmp_path)

@@ -6,31 +6,48 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from ecan_fastai import runs
 from ecan_fastai.config import RunConfig
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.model import ECANModel, FaceClassifier, load_encoder
-from ecan_fastai import runs
 from ecan_fastai.runs import resume_run, start_run
+
 
 def face_network():
     "A face-recognition network as it is passed around: torchvision's names, another head"
     torch.manual_seed(3)
     return torchvision.models.resnet18(num_classes=100)
 
+
 def checkpoint(tmp_path, net, wrap="state_dict", prefix="module."):
     state = {prefix + k: v for k, v in net.state_dict().items()}
-    torch.save({wrap: state, "epoch": 7} if wrap else state, tmp_path/"net.pth")
-    return tmp_path/"net.pth"
+    torch.save({wrap: state, "epoch": 7} if wrap else state, tmp_path / "net.pth")
+    return tmp_path / "net.pth"
 
-@pytest.mark.parametrize("wrap,prefix", [(None, ""), ("state_dict", ""), ("state_dict", "module."), ("model_state_dict", "module.encoder."), ("model", "backbone."), ("net", "encoder_q.")])
+
+@pytest.mark.parametrize(
+    "wrap,prefix",
+    [
+        (None, ""),
+        ("state_dict", ""),
+        ("state_dict", "module."),
+        ("model_state_dict", "module.encoder."),
+        ("model", "backbone."),
+        ("net", "encoder_q."),
+    ],
+)
 def test_wrappers_prefixes_and_heads_are_seen_through(tmp_path, capsys, wrap, prefix):
     net = face_network().eval()
     model = FaceClassifier.create("resnet18", 7, 3, pretrained=checkpoint(tmp_path, net, wrap, prefix)).eval()
     said = capsys.readouterr().out
-    assert "resnet18: 120 of 120 tensors matched" in said and f"left out there: {prefix}fc.weight, {prefix}fc.bias" in said
+    assert (
+        "resnet18: 120 of 120 tensors matched" in said and f"left out there: {prefix}fc.weight, {prefix}fc.bias" in said
+    )
     x = torch.randn(2, 3, 48, 48)
     net.fc = torch.nn.Identity()
-    with torch.no_grad(): assert torch.allclose(model.encoder(x), net(x), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model.encoder(x), net(x), atol=1e-5)
+
 
 def test_a_colour_stem_answers_grey_pictures_as_before_and_back(tmp_path):
     net, grey = face_network().eval(), torch.randn(2, 1, 48, 48)
@@ -38,78 +55,148 @@ def test_a_colour_stem_answers_grey_pictures_as_before_and_back(tmp_path):
     net.fc = torch.nn.Identity()
     with torch.no_grad():
         assert torch.allclose(model.encoder(grey), net(grey.repeat(1, 3, 1, 1)), atol=1e-4)
-        save_file(model.state_dict(), tmp_path/"grey.safetensors")
-        back = FaceClassifier.create("resnet18", 7, 3, pretrained=tmp_path/"grey.safetensors").eval()
+        save_file(model.state_dict(), tmp_path / "grey.safetensors")
+        back = FaceClassifier.create("resnet18", 7, 3, pretrained=tmp_path / "grey.safetensors").eval()
         assert torch.allclose(back.encoder(grey.repeat(1, 3, 1, 1)), model.encoder(grey), atol=1e-4)
+
 
 def test_both_encoders_start_from_the_file(tmp_path):
     model = ECANModel("resnet18", 7, 1, pretrained=checkpoint(tmp_path, face_network()))
-    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), model.key_encoder.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), model.key_encoder.state_dict().values())
+    )
     assert not torch.equal(model.encoder.conv1.weight, ECANModel("resnet18", 7, 1).encoder.conv1.weight)
+
 
 def test_too_few_matches_are_refused_and_nothing_is_loaded(tmp_path):
     encoder = FaceClassifier.create("resnet34", 7, 3).encoder
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     net = {k: v for k, v in face_network().state_dict().items() if k.startswith(("layer1", "conv1", "bn1"))}
-    torch.save(net, tmp_path/"part.pth")
-    with pytest.raises(ValueError, match="of 216 tensors matched those of .*part.pth; expected at least half to match"): load_encoder(encoder, tmp_path/"part.pth")
+    torch.save(net, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="of 216 tensors matched those of .*part.pth; expected at least half to match"):
+        load_encoder(encoder, tmp_path / "part.pth")
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
-    torch.save({"a": torch.zeros(3)}, tmp_path/"other.pth")
-    with pytest.raises(ValueError, match="^0 of 216"): load_encoder(encoder, tmp_path/"other.pth")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="^0 of 216"):
+        load_encoder(encoder, tmp_path / "other.pth")
+
 
 def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_path, capsys):
     encoder = FaceClassifier.create("resnet18", 7, 3).encoder
-    torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), tmp_path/"deep.pth")
-    with pytest.raises(ValueError, match="120 of 120 tensors matched .*deep.pth; left out there: .* and 94 more; expected .* nothing but a head to be left out"): load_encoder(encoder, tmp_path/"deep.pth")
+    torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(
+        ValueError,
+        match="120 of 120 tensors matched .*deep.pth; left out there: .* and 94 more; "
+        "expected .* nothing but a head to be left out",
+    ):
+        load_encoder(encoder, tmp_path / "deep.pth")
     query, key = face_network(), torchvision.models.resnet18(num_classes=100)
-    torch.save({"state_dict": {f"module.encoder_{name}.{k}": v for name, net in (("q", query), ("k", key)) for k, v in net.state_dict().items()}}, tmp_path/"moco.pth")
-    assert "under module.encoder_q." in load_encoder(encoder, tmp_path/"moco.pth") and torch.equal(encoder.conv1.weight, query.conv1.weight)
+    torch.save(
+        {
+            "state_dict": {
+                f"module.encoder_{name}.{k}": v
+                for name, net in (("q", query), ("k", key))
+                for k, v in net.state_dict().items()
+            }
+        },
+        tmp_path / "moco.pth",
+    )
+    assert "under module.encoder_q." in load_encoder(encoder, tmp_path / "moco.pth") and torch.equal(
+        encoder.conv1.weight, query.conv1.weight
+    )
+
 
 class Harmful:
-    def __reduce__(self): return print, ("harm done",)
+    def __reduce__(self):
+        return print, ("harm done",)
+
 
 def test_files_that_are_no_weights_are_named_and_run_no_code(tmp_path, capsys):
     encoder = FaceClassifier.create("resnet18", 7, 3).encoder
-    with pytest.raises(FileNotFoundError, match="no such file: .*none.pth"): load_encoder(encoder, tmp_path/"none.pth")
-    with pytest.raises(FileNotFoundError, match="is not the folder of a finished run"): load_encoder(encoder, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file: .*none.pth"):
+        load_encoder(encoder, tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match="is not the folder of a finished run"):
+        load_encoder(encoder, tmp_path)
     for name in ("a.pth", "a.safetensors"):
         for content in (b"nonsense", b"", b"read me", b"hello", b"a,b", b"state"):
-            (tmp_path/name).write_bytes(content)
-            with pytest.raises(ValueError, match=f"{name} is no file of weights"): load_encoder(encoder, tmp_path/name)
-    torch.save({"state_dict": Harmful()}, tmp_path/"bad.pth")
-    with pytest.raises(ValueError, match="bad.pth is no file of weights, or needs code to load"): load_encoder(encoder, tmp_path/"bad.pth")
-    torch.save([1, 2], tmp_path/"list.pth")
-    with pytest.raises(ValueError, match="list.pth holds no named tensors, but list"): load_encoder(encoder, tmp_path/"list.pth")
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} is no file of weights"):
+                load_encoder(encoder, tmp_path / name)
+    torch.save({"state_dict": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="bad.pth is no file of weights, or needs code to load"):
+        load_encoder(encoder, tmp_path / "bad.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth holds no named tensors, but list"):
+        load_encoder(encoder, tmp_path / "list.pth")
     assert "harm done" not in capsys.readouterr().out
 
-@pytest.mark.parametrize("method,maker", [("ecan", ecan_learner), ("baseline", baseline_learner), ("ecan", baseline_learner)])
+
+@pytest.mark.parametrize(
+    "method,maker", [("ecan", ecan_learner), ("baseline", baseline_learner), ("ecan", baseline_learner)]
+)
 def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys, method, maker):
-    from ecan_fastai.loaders import ExpressionDataLoaders; from ecan_fastai.readers.folder import folder_faces
     from dataclasses import replace
-    start_run(RunConfig(str(faces), method=method, size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0), tmp_path/"run")
+
+    from ecan_fastai.loaders import ExpressionDataLoaders
+    from ecan_fastai.readers.folder import folder_faces
+
+    start_run(
+        RunConfig(
+            str(faces),
+            method=method,
+            size=32,
+            channels=1,
+            recipe="fer2013",
+            level="weak",
+            epochs=1,
+            bs=16,
+            opt="adam",
+            momentum=0.9,
+            workers=0,
+        ),
+        tmp_path / "run",
+    )
     moods = [replace(f, label="good" if f.label == "happy" else "bad") for f in folder_faces(faces)]
-    dls = ExpressionDataLoaders.from_faces(moods, size=32, channels=1, recipe="fer2013", level="weak", bs=16, num_workers=0, device="cpu", n_views=2 if maker is ecan_learner else 1)
-    learn = maker(dls, pretrained=tmp_path/"run", path=tmp_path)
+    dls = ExpressionDataLoaders.from_faces(
+        moods,
+        size=32,
+        channels=1,
+        recipe="fer2013",
+        level="weak",
+        bs=16,
+        num_workers=0,
+        device="cpu",
+        n_views=2 if maker is ecan_learner else 1,
+    )
+    learn = maker(dls, pretrained=tmp_path / "run", path=tmp_path)
     assert "120 of 120 tensors matched" in capsys.readouterr().out
     start = learn.model.encoder.conv1.weight.clone()
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
     learn.fit(1, 0.01)
-    assert torch.equal(start, learn.model.encoder.conv1.weight) and learn.model.classifier.out_features == 2      # frozen at first
+    assert (
+        torch.equal(start, learn.model.encoder.conv1.weight) and learn.model.classifier.out_features == 2
+    )  # frozen at first
     learn.fine_tune(1, 0.01)
     assert not torch.equal(start, learn.model.encoder.conv1.weight)
 
+
 def test_a_run_starts_from_another_and_resumes_without_it(faces, tmp_path, monkeypatch):
     common = dict(size=32, channels=1, recipe="fer2013", level="weak", bs=16, opt="adam", momentum=0.9, workers=0)
-    start_run(RunConfig(str(faces), epochs=1, **common), tmp_path/"first")
-    second = RunConfig(str(faces), epochs=2, pretrained=str(tmp_path/"first"), **common)
+    start_run(RunConfig(str(faces), epochs=1, **common), tmp_path / "first")
+    second = RunConfig(str(faces), epochs=2, pretrained=str(tmp_path / "first"), **common)
+
     class Stop(runs.RunState):
         def after_epoch(self):
             super().after_epoch()
             raise KeyboardInterrupt
+
     with monkeypatch.context() as m:
         m.setattr(runs, "RunState", Stop)
-        with pytest.raises(KeyboardInterrupt): start_run(second, tmp_path/"second")
-    shutil.rmtree(tmp_path/"first")
-    assert resume_run(tmp_path/"second")["epochs"] == 2
-    assert json.loads((tmp_path/"second"/"config.json").read_text())["config"]["pretrained"] == str(tmp_path/"first")
+        with pytest.raises(KeyboardInterrupt):
+            start_run(second, tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+    assert resume_run(tmp_path / "second")["epochs"] == 2
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["config"]["pretrained"] == str(
+        tmp_path / "first"
+    )

@@ -17,51 +17,82 @@ from .records import Face, existing_folder, first_existing, name_of_id, read_csv
 # %% ../../nbs/03e_affectnet.ipynb #dfbe5390
 AFFECTNET_IDS = dict(enumerate(("neutral", "happy", "sad", "surprise", "fear", "disgust", "angry", "contempt")))
 
-AFFECTNET_COUNTS = {"train": dict(neutral=74874, happy=134415, sad=25459, surprise=14090, fear=6378, disgust=3803, angry=24882, contempt=3750),
-                    "val_set": {v: 500 for v in AFFECTNET_IDS.values()}}
-_AFFECTNET_SETS,_AFFECTNET_CSVS = {"train_set": "train", "val_set": "val_set"},{"training.csv": "train", "validation.csv": "val_set"}
+AFFECTNET_COUNTS = {
+    "train": dict(
+        neutral=74874, happy=134415, sad=25459, surprise=14090, fear=6378, disgust=3803, angry=24882, contempt=3750
+    ),
+    "val_set": {v: 500 for v in AFFECTNET_IDS.values()},
+}
+_AFFECTNET_SETS, _AFFECTNET_CSVS = (
+    {"train_set": "train", "val_set": "val_set"},
+    {"training.csv": "train", "validation.csv": "val_set"},
+)
+
 
 def is_affectnet(
-    path # A folder
-)->bool:
+    path,  # A folder
+) -> bool:
     "Whether AffectNet lies at `path`"
-    return any((Path(path)/name).exists() for name in ("train_set/annotations", "val_set/annotations", "training.csv"))
+    return any(
+        (Path(path) / name).exists() for name in ("train_set/annotations", "val_set/annotations", "training.csv")
+    )
 
 # %% ../../nbs/03e_affectnet.ipynb #fea36f85
 def _affectnet_npy(path):
     faces = []
-    for folder,split in _AFFECTNET_SETS.items():
-        images = existing_folder(path/folder/"images")
-        for file in sorted(existing_folder(path/folder/"annotations").glob("*_exp.npy")):
-            image = images/f"{file.name.removesuffix('_exp.npy')}.jpg"
-            try: label = str(np.load(file))
-            except (ValueError, EOFError, OSError) as e: raise ValueError(f"{file} is not an annotation: {e}") from e
+    for folder, split in _AFFECTNET_SETS.items():
+        images = existing_folder(path / folder / "images")
+        for file in sorted(existing_folder(path / folder / "annotations").glob("*_exp.npy")):
+            image = images / f"{file.name.removesuffix('_exp.npy')}.jpg"
+            try:
+                label = str(np.load(file))
+            except (ValueError, EOFError, OSError) as e:
+                raise ValueError(f"{file} is not an annotation: {e}") from e
             faces.append(Face(image, name_of_id(label, AFFECTNET_IDS, file), split, str(image)))
-        if not any(f.split == split for f in faces): raise ValueError(f"{path/folder/'annotations'} has no file <id>_exp.npy")
+        if not any(f.split == split for f in faces):
+            raise ValueError(f"{path / folder / 'annotations'} has no file <id>_exp.npy")
     return faces
 
 # %% ../../nbs/03e_affectnet.ipynb #43909ebc
 def _affectnet_csv(path):
-    faces,images = [],first_existing(path, "Manually_Annotated_Images", "Manually_Annotated/Manually_Annotated_Images")
-    for name,split in _AFFECTNET_CSVS.items():
-        df = read_csv(path/name)
+    faces, images = (
+        [],
+        first_existing(path, "Manually_Annotated_Images", "Manually_Annotated/Manually_Annotated_Images"),
+    )
+    for name, split in _AFFECTNET_CSVS.items():
+        df = read_csv(path / name)
         missing = [c for c in ("subDirectory_filePath", "expression") if c not in df]
-        if missing: raise ValueError(f"{path/name} has no column {' and '.join(map(repr, missing))}")
-        for i,(file,label) in enumerate(zip(df["subDirectory_filePath"], df["expression"]), start=2):
-            if label in (8, 9, 10): continue
-            faces.append(Face(images/file, name_of_id(label, AFFECTNET_IDS, f"{path/name}, line {i}"), split, str(images/file)))
+        if missing:
+            raise ValueError(f"{path / name} has no column {' and '.join(map(repr, missing))}")
+        for i, (file, label) in enumerate(zip(df["subDirectory_filePath"], df["expression"]), start=2):
+            if label in (8, 9, 10):
+                continue
+            faces.append(
+                Face(
+                    images / file,
+                    name_of_id(label, AFFECTNET_IDS, f"{path / name}, line {i}"),
+                    split,
+                    str(images / file),
+                )
+            )
     return faces
 
 # %% ../../nbs/03e_affectnet.ipynb #3bc5ffa9
 def affectnet_faces(
-    path, # Folder with train_set/ and val_set/, or with training.csv and validation.csv
-    contempt:bool=True # Keep class 7
-)->list: # `Face` records of train (287,651 published) and val_set (4,000, or 3,999 as folders)
+    path,  # Folder with train_set/ and val_set/, or with training.csv and validation.csv
+    contempt: bool = True,  # Keep class 7
+) -> list:  # `Face` records of train (287,651 published) and val_set (4,000, or 3,999 as folders)
     "Faces of AffectNet; warns where the counts are not the published ones"
     path = existing_folder(path)
     expected = AFFECTNET_COUNTS
-    if (path/"train_set").is_dir(): faces,expected = _affectnet_npy(path),{**expected, "val_set": {**expected["val_set"], "contempt": 499}}
-    elif (path/"training.csv").exists(): faces = _affectnet_csv(path)
-    else: raise ValueError(f"{path} is not AffectNet: expected train_set/ and val_set/ with images/ and annotations/, or training.csv and validation.csv")
+    if (path / "train_set").is_dir():
+        faces, expected = _affectnet_npy(path), {**expected, "val_set": {**expected["val_set"], "contempt": 499}}
+    elif (path / "training.csv").exists():
+        faces = _affectnet_csv(path)
+    else:
+        raise ValueError(
+            f"{path} is not AffectNet: expected train_set/ and val_set/ with images/ and annotations/, or "
+            "training.csv and validation.csv"
+        )
     warn_counts(faces, expected, "AffectNet")
     return [f for f in faces if contempt or f.label != "contempt"]

@@ -11,7 +11,15 @@ __all__ = ['CKPLUS_COUNTS', 'CKPLUS_SETTINGS', 'is_ckplus', 'ckplus_faces']
 import re
 from pathlib import Path
 
-from .records import Face, class_folders, existing_folder, expression_name, first_existing, split_by_group, warn_counts
+from ecan_fastai.readers.records import (
+    Face,
+    class_folders,
+    existing_folder,
+    expression_name,
+    first_existing,
+    split_by_group,
+    warn_counts,
+)
 
 # %% ../../nbs/03g_ckplus.ipynb #fdc74c51
 CKPLUS_COUNTS = dict(angry=135, contempt=54, disgust=177, fear=75, happy=207, sad=84, surprise=249)
@@ -19,22 +27,25 @@ CKPLUS_COUNTS = dict(angry=135, contempt=54, disgust=177, fear=75, happy=207, sa
 _CKPLUS_NAME = re.compile(r"S\d{3}_\d{3}_\d{8}$")
 CKPLUS_SETTINGS = dict(size=48, channels=1, recipe="fer2013")  # of its loaders
 
+
 def is_ckplus(
-    path # A folder
-)->bool:
+    path,  # A folder
+) -> bool:
     "Whether CK+48 lies at `path`"
-    return (Path(path)/"CK+48").exists() or Path(path).name == "CK+48"
+    return (Path(path) / "CK+48").exists() or Path(path).name == "CK+48"
 
 # %% ../../nbs/03g_ckplus.ipynb #fa1f7111
 def ckplus_faces(
-    path, # The folder CK+48, or one with it inside
-    fold:int=0 # Which tenth of the subjects is the test split
-)->list: # `Face` records of train, valid and test
+    path,  # The folder CK+48, or one with it inside
+    fold: int = 0,  # Which tenth of the subjects is the test split
+) -> list:  # `Face` records of train, valid and test
     "Faces of CK+48 (981 published), split by subject"
     path = first_existing(existing_folder(path), "CK+48")
     faces = [Face(f.image, expression_name(f.label), "train", f.name) for f in class_folders(path, "train")]
     for f in faces:
-        if not _CKPLUS_NAME.match(Path(f.image).stem): raise ValueError(f"{f}: expected a name like S010_004_00000017.png, whose beginning is the subject")
-    if not faces: raise ValueError(f"{path} is not CK+48: expected class folders with files like S010_004_00000017.png")
+        if not _CKPLUS_NAME.match(Path(f.image).stem):
+            raise ValueError(f"{f}: expected a name like S010_004_00000017.png, whose beginning is the subject")
+    if not faces:
+        raise ValueError(f"{path} is not CK+48: expected class folders with files like S010_004_00000017.png")
     warn_counts(faces, {"train": CKPLUS_COUNTS}, "CK+48")
     return split_by_group(faces, [Path(f.image).name.split("_")[0] for f in faces], fold)

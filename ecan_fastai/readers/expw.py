@@ -11,7 +11,15 @@ __all__ = ['EXPW_IDS', 'EXPW_COUNTS', 'EXPW_SETTINGS', 'is_expw', 'expw_faces']
 from pathlib import Path
 
 from ..data import PhotoCrop
-from .records import EXPRESSIONS, Face, existing_folder, first_existing, name_of_id, split_by_group, warn_counts
+from ecan_fastai.readers.records import (
+    EXPRESSIONS,
+    Face,
+    existing_folder,
+    first_existing,
+    name_of_id,
+    split_by_group,
+    warn_counts,
+)
 
 # %% ../../nbs/03f_expw.ipynb #da56a1a2
 EXPW_IDS = dict(enumerate(("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")))
@@ -19,33 +27,46 @@ EXPW_IDS = dict(enumerate(("angry", "disgust", "fear", "happy", "sad", "surprise
 EXPW_COUNTS = dict(angry=3671, disgust=3995, fear=1088, happy=30537, sad=10559, surprise=7060, neutral=34883)
 EXPW_SETTINGS = dict(vocab=EXPRESSIONS)  # of its loaders
 
+
 def is_expw(
-    path # A folder
-)->bool:
+    path,  # A folder
+) -> bool:
     "Whether ExpW lies at `path`"
-    return any((Path(path)/name).exists() for name in ("label.lst", "label/label.lst"))
+    return any((Path(path) / name).exists() for name in ("label.lst", "label/label.lst"))
 
 # %% ../../nbs/03f_expw.ipynb #adaebd3c
 def _expw_line(line, where, photos):
     parts = line.split()
-    try: name,_,top,left,right,bottom,_,label = parts
-    except ValueError: raise ValueError(f"{where}: expected image_name face_id top left right bottom confidence label, got {line!r}") from None
-    try: box = [int(v) for v in (left, top, right, bottom)]
-    except ValueError: raise ValueError(f"{where}: expected a box in whole pixels, got {' '.join(parts[2:6])}") from None
-    crop = PhotoCrop(photos/name, *box)
-    return name,Face(crop, name_of_id(label, EXPW_IDS, where), "train", str(crop))
+    try:
+        name, _, top, left, right, bottom, _, label = parts
+    except ValueError:
+        raise ValueError(
+            f"{where}: expected image_name face_id top left right bottom confidence label, got {line!r}"
+        ) from None
+    try:
+        box = [int(v) for v in (left, top, right, bottom)]
+    except ValueError:
+        raise ValueError(f"{where}: expected a box in whole pixels, got {' '.join(parts[2:6])}") from None
+    crop = PhotoCrop(photos / name, *box)
+    return name, Face(crop, name_of_id(label, EXPW_IDS, where), "train", str(crop))
 
 # %% ../../nbs/03f_expw.ipynb #e235fb30
 def expw_faces(
-    path, # Folder with `label.lst` and `image/origin/`
-    fold:int=0 # Which tenth of the photographs is the test split
-)->list: # `Face` records of train, valid and test
+    path,  # Folder with `label.lst` and `image/origin/`
+    fold: int = 0,  # Which tenth of the photographs is the test split
+) -> list:  # `Face` records of train, valid and test
     "Faces of ExpW (91,793 published), cut from their photographs; warns where the counts are not the published ones"
     path = existing_folder(path)
     file = first_existing(path, "label.lst", "label/label.lst")
-    if not file.is_file(): raise ValueError(f"{path} is not ExpW: expected label.lst and image/origin/")
-    lines = [_expw_line(line, f"{file}, line {i}", path/"image"/"origin") for i,line in enumerate(file.read_text().splitlines(), start=1) if line.strip()]
-    if not lines: raise ValueError(f"{file} has no line")
-    groups,faces = zip(*lines)
+    if not file.is_file():
+        raise ValueError(f"{path} is not ExpW: expected label.lst and image/origin/")
+    lines = [
+        _expw_line(line, f"{file}, line {i}", path / "image" / "origin")
+        for i, line in enumerate(file.read_text().splitlines(), start=1)
+        if line.strip()
+    ]
+    if not lines:
+        raise ValueError(f"{file} has no line")
+    groups, faces = zip(*lines)
     warn_counts(faces, {"train": EXPW_COUNTS}, "ExpW")
     return split_by_group(list(faces), list(groups), fold)

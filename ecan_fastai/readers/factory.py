@@ -25,9 +25,10 @@ from .rafdb import RAFDB_SETTINGS, is_rafdb, rafdb_faces
 @dataclass(frozen=True)
 class Reader:
     "How a kind of data is read and recognised"
-    faces:Callable # Path to `Face` records
-    detect:Callable # Whether a path holds this kind
-    settings:dict = field(default_factory=dict) # Of its loaders
+
+    faces: Callable  # Path to `Face` records
+    detect: Callable  # Whether a path holds this kind
+    settings: dict = field(default_factory=dict)  # Of its loaders
 
 # %% ../../nbs/03h_published.ipynb #b982a8a4
 READERS = dict(
@@ -38,27 +39,31 @@ READERS = dict(
     expw=Reader(expw_faces, is_expw, EXPW_SETTINGS),
     ckplus=Reader(ckplus_faces, is_ckplus, CKPLUS_SETTINGS),
     csv=Reader(csv_faces, lambda path: Path(path).is_file()),
-    folder=Reader(folder_faces, lambda path: Path(path).is_dir()))
+    folder=Reader(folder_faces, lambda path: Path(path).is_dir()),
+)
 
 # %% ../../nbs/03h_published.ipynb #0010570a
 def detect_kind(
-    path # A folder or a csv file
-)->str: # One of `KINDS`
+    path,  # A folder or a csv file
+) -> str:  # One of `KINDS`
     "What kind of data lies at `path`"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
-    if path.is_file() and path.suffix.lower() != ".csv": raise ValueError(f"expected a folder or a .csv file, got {path}")
-    return next(kind for kind,reader in READERS.items() if reader.detect(path))
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    if path.is_file() and path.suffix.lower() != ".csv":
+        raise ValueError(f"expected a folder or a .csv file, got {path}")
+    return next(kind for kind, reader in READERS.items() if reader.detect(path))
 
 # %% ../../nbs/03h_published.ipynb #91860fd0
 def read_faces(
-    path, # A folder or a csv file
-    kind:str="auto", # One of `KINDS`, or "auto" to look
-    **kwargs # To the kind's own reader: `contempt` for affectnet, `fold` for expw and ckplus
-)->list: # `Face` records
+    path,  # A folder or a csv file
+    kind: str = "auto",  # One of `KINDS`, or "auto" to look
+    **kwargs,  # To the kind's own reader: `contempt` for affectnet, `fold` for expw and ckplus
+) -> list:  # `Face` records
     "Labelled faces of whatever lies at `path`"
     kind = detect_kind(path) if kind == "auto" else kind
-    if kind not in KINDS: raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")
     return READERS[kind].faces(path, **kwargs)
 
 # %% ../../nbs/03h_published.ipynb #8796c94e

@@ -22,27 +22,37 @@ FER2013_IDS = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"
 FER2013_COUNTS = {
     "train": dict(zip(EXPRESSIONS, (3995, 436, 4097, 7215, 4965, 4830, 3171))),
     "PublicTest": dict(zip(EXPRESSIONS, (467, 56, 496, 895, 607, 653, 415))),
-    "PrivateTest": dict(zip(EXPRESSIONS, (491, 55, 528, 879, 626, 594, 416)))}
+    "PrivateTest": dict(zip(EXPRESSIONS, (491, 55, 528, 879, 626, 594, 416))),
+}
 
 FER2013_CSVS = ("fer2013.csv", "icml_face_data.csv")
 FER2013_SETTINGS = dict(vocab=EXPRESSIONS, image_size=48, size=48, channels=1, recipe="fer2013")  # of its loaders
 
+
 def is_fer2013(
-    path # A folder or a csv file
-)->bool:
+    path,  # A folder or a csv file
+) -> bool:
     "Whether FER2013 lies at `path`"
     path = Path(path)
-    if path.is_file(): return {"emotion", "pixels"} <= set(read_csv(path, nrows=0).columns)
-    if any((path/name).exists() for name in FER2013_CSVS): return True
-    if not (path/"test").is_dir(): return False
-    return any(p.name.startswith(("PublicTest_", "PrivateTest_")) for folder in subfolders(path/"test") for p in folder.iterdir())
+    if path.is_file():
+        return {"emotion", "pixels"} <= set(read_csv(path, nrows=0).columns)
+    if any((path / name).exists() for name in FER2013_CSVS):
+        return True
+    if not (path / "test").is_dir():
+        return False
+    return any(
+        p.name.startswith(("PublicTest_", "PrivateTest_"))
+        for folder in subfolders(path / "test")
+        for p in folder.iterdir()
+    )
 
 # %% ../../nbs/03b_fer2013_files.ipynb #85294c33
 def _fer2013_folders(path):
-    faces = class_folders(path/"train", "train")
-    for f in class_folders(path/"test", "test"):
+    faces = class_folders(path / "train", "train")
+    for f in class_folders(path / "test", "test"):
         split = Path(f.image).name.split("_")[0]
-        if split not in ("PublicTest", "PrivateTest"): raise ValueError(f"{f}: expected a name that begins with PublicTest_ or PrivateTest_")
+        if split not in ("PublicTest", "PrivateTest"):
+            raise ValueError(f"{f}: expected a name that begins with PublicTest_ or PrivateTest_")
         faces.append(Face(f.image, f.label, split, f.name))
     return faces
 
@@ -52,37 +62,49 @@ def _pixels(text, where):
         with warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)
             values = np.fromstring(str(text), int, sep=" ")
-    except (ValueError, DeprecationWarning): raise ValueError(f"{where}: pixels are not numbers separated by blanks") from None
-    if len(values) != 48*48: raise ValueError(f"{where}: expected {48*48} pixels, got {len(values)}")
-    if values.min() < 0 or values.max() > 255: raise ValueError(f"{where}: expected pixels from 0 to 255, got {values.min()} to {values.max()}")
+    except (ValueError, DeprecationWarning):
+        raise ValueError(f"{where}: pixels are not numbers separated by blanks") from None
+    if len(values) != 48 * 48:
+        raise ValueError(f"{where}: expected {48 * 48} pixels, got {len(values)}")
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{where}: expected pixels from 0 to 255, got {values.min()} to {values.max()}")
     return values.astype(np.uint8).reshape(48, 48)
 
 # %% ../../nbs/03b_fer2013_files.ipynb #3b4452d3
 def read_fer2013_csv(file):
     df = read_csv(file)
     missing = [c for c in ("emotion", "pixels", "Usage") if c not in df]
-    if missing: raise ValueError(f"{file} has no column {' and '.join(map(repr, missing))}, expected emotion, pixels and Usage")
+    if missing:
+        raise ValueError(f"{file} has no column {' and '.join(map(repr, missing))}, expected emotion, pixels and Usage")
     usage = {"Training": "train", "PublicTest": "PublicTest", "PrivateTest": "PrivateTest"}
     faces = []
-    for i,(emotion,text,split) in enumerate(progress(zip(df["emotion"], df["pixels"], df["Usage"]), "read images", len(df)), start=2):
+    for i, (emotion, text, split) in enumerate(
+        progress(zip(df["emotion"], df["pixels"], df["Usage"]), "read images", len(df)), start=2
+    ):
         where = f"{file}, line {i}"
-        if emotion not in range(7): raise ValueError(f"{where}: expected an emotion from 0 to 6, got {emotion}")
+        if emotion not in range(7):
+            raise ValueError(f"{where}: expected an emotion from 0 to 6, got {emotion}")
         split = str(split).strip()
-        if split not in usage: raise ValueError(f"{where}: expected a Usage of {', '.join(usage)}, got {split!r}")
+        if split not in usage:
+            raise ValueError(f"{where}: expected a Usage of {', '.join(usage)}, got {split!r}")
         faces.append(Face(_pixels(text, where), FER2013_IDS[int(emotion)], usage[split], where))
     return faces
 
 # %% ../../nbs/03b_fer2013_files.ipynb #653eb818
 def fer2013_faces(
-    path # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
-)->list: # `Face` records of train, PublicTest and PrivateTest
+    path,  # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
+) -> list:  # `Face` records of train, PublicTest and PrivateTest
     "Faces of FER2013; warns where the counts are not the published ones"
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such file or folder: {path}")
-    csvs = [path] if path.is_file() else [path/f for f in FER2013_CSVS if (path/f).exists()]
-    if csvs: faces = read_fer2013_csv(csvs[0])
-    elif (path/"train").is_dir() and (path/"test").is_dir(): faces = _fer2013_folders(path)
-    else: raise ValueError(f"{path} is not FER2013: expected train/ and test/ in it, or {' or '.join(FER2013_CSVS)}")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    csvs = [path] if path.is_file() else [path / f for f in FER2013_CSVS if (path / f).exists()]
+    if csvs:
+        faces = read_fer2013_csv(csvs[0])
+    elif (path / "train").is_dir() and (path / "test").is_dir():
+        faces = _fer2013_folders(path)
+    else:
+        raise ValueError(f"{path} is not FER2013: expected train/ and test/ in it, or {' or '.join(FER2013_CSVS)}")
     faces.sort(key=lambda f: list(FER2013_COUNTS).index(f.split))
     warn_counts(faces, FER2013_COUNTS, "FER2013")
     return faces

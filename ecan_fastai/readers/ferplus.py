@@ -19,77 +19,106 @@ from .records import EXPRESSIONS_8, Face, existing_folder, read_csv
 
 # %% ../../nbs/03d_ferplus.ipynb #52d0f261
 FERPLUS_VOTES = ("neutral", "happy", "surprise", "sad", "angry", "disgust", "fear", "contempt", "unknown", "NF")
-_FERPLUS_CSV,_FERPLUS_FOLDERS = "fer2013new.csv",{"FER2013Train": "train", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"}
+_FERPLUS_CSV, _FERPLUS_FOLDERS = (
+    "fer2013new.csv",
+    {"FER2013Train": "train", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"},
+)
 FERPLUS_SETTINGS = dict(vocab=EXPRESSIONS_8, size=48, channels=1, recipe="fer2013")  # of its loaders
 
+
 def is_ferplus(
-    path # A folder
-)->bool:
+    path,  # A folder
+) -> bool:
     "Whether FER+ lies at `path`"
-    return any((Path(path)/name).exists() for name in (_FERPLUS_CSV, "FER2013Train"))
+    return any((Path(path) / name).exists() for name in (_FERPLUS_CSV, "FER2013Train"))
 
 # %% ../../nbs/03d_ferplus.ipynb #8f7b3f57
 def ferplus_label(
-    votes # Ten numbers of votes in the order of `FERPLUS_VOTES`
-): # Name of the expression, or None
+    votes,  # Ten numbers of votes in the order of `FERPLUS_VOTES`
+):  # Name of the expression, or None
     "The majority's label, as FER+'s released code has it"
     v = np.where(np.asarray(votes) > 1, votes, 0)
     name = FERPLUS_VOTES[int(v.argmax())]
-    return name if 2*v.max() > v.sum() and name in EXPRESSIONS_8 else None
+    return name if 2 * v.max() > v.sum() and name in EXPRESSIONS_8 else None
 
 # %% ../../nbs/03d_ferplus.ipynb #9ca309d1
 def _votes(values, where):
-    try: votes = np.array([int(v) for v in values])
-    except ValueError: votes = np.array([])
-    if len(votes) != 10 or votes.min() < 0: raise ValueError(f"{where}: expected ten numbers of votes, got {list(values)}")
+    try:
+        votes = np.array([int(v) for v in values])
+    except ValueError:
+        votes = np.array([])
+    if len(votes) != 10 or votes.min() < 0:
+        raise ValueError(f"{where}: expected ten numbers of votes, got {list(values)}")
     return votes
 
 # %% ../../nbs/03d_ferplus.ipynb #cc26e757
 def _voted(image, votes, split, name):
     "A record, or none where there is no majority"
     label = ferplus_label(votes)
-    if label is None: return []
-    shares = {k: int(n) for k,n in zip(FERPLUS_VOTES, votes) if k in EXPRESSIONS_8}
-    return [Face(image, label, split, name, tuple(shares[k]/sum(shares.values()) for k in EXPRESSIONS_8))]
+    if label is None:
+        return []
+    shares = {k: int(n) for k, n in zip(FERPLUS_VOTES, votes) if k in EXPRESSIONS_8}
+    return [Face(image, label, split, name, tuple(shares[k] / sum(shares.values()) for k in EXPRESSIONS_8))]
 
 # %% ../../nbs/03d_ferplus.ipynb #e95ada12
 def _warn_rows(usages, file):
     "FER+ has a row for each picture of FER2013; how many get a label is for the votes to say"
-    counts,expected = Counter(str(u).strip().replace("Training", "train") for u in usages),{s: sum(c.values()) for s,c in FER2013_COUNTS.items()}
-    if counts != expected: warnings.warn(f"this FER+ differs from the published one: {file} has {', '.join(f'{counts[s]} rows of {s} instead of {n}' for s,n in expected.items() if counts[s] != n)}")
+    counts, expected = (
+        Counter(str(u).strip().replace("Training", "train") for u in usages),
+        {s: sum(c.values()) for s, c in FER2013_COUNTS.items()},
+    )
+    if counts != expected:
+        warnings.warn(
+            f"this FER+ differs from the published one: {file} has "
+            f"{', '.join(f'{counts[s]} rows of {s} instead of {n}' for s, n in expected.items() if counts[s] != n)}"
+        )
 
 # %% ../../nbs/03d_ferplus.ipynb #9f3fae68
 def _ferplus_csv(path):
-    fer = next((path/f for f in FER2013_CSVS if (path/f).exists()), None)
-    if fer is None: raise ValueError(f"FER+ has votes alone: expected {' or '.join(FER2013_CSVS)} beside {path/_FERPLUS_CSV}")
-    table,pictures = read_csv(path/_FERPLUS_CSV),read_fer2013_csv(fer)
+    fer = next((path / f for f in FER2013_CSVS if (path / f).exists()), None)
+    if fer is None:
+        raise ValueError(f"FER+ has votes alone: expected {' or '.join(FER2013_CSVS)} beside {path / _FERPLUS_CSV}")
+    table, pictures = read_csv(path / _FERPLUS_CSV), read_fer2013_csv(fer)
     missing = [c for c in ("Usage", "Image name", "NF") if c not in table]
-    if missing: raise ValueError(f"{path/_FERPLUS_CSV} has no column {' and '.join(map(repr, missing))}")
-    _warn_rows(table["Usage"], path/_FERPLUS_CSV)
-    if len(table) != len(pictures): raise ValueError(f"{path/_FERPLUS_CSV} has {len(table)} rows and {fer} {len(pictures)}: expected one for each picture")
+    if missing:
+        raise ValueError(f"{path / _FERPLUS_CSV} has no column {' and '.join(map(repr, missing))}")
+    _warn_rows(table["Usage"], path / _FERPLUS_CSV)
+    if len(table) != len(pictures):
+        raise ValueError(
+            f"{path / _FERPLUS_CSV} has {len(table)} rows and {fer} {len(pictures)}: expected one for each picture"
+        )
     faces = []
-    for i,(row,picture) in enumerate(zip(table.itertuples(index=False), pictures), start=2):
-        usage,name,*votes = row
-        where = f"{path/_FERPLUS_CSV}, line {i}"
-        if str(usage).replace("Training", "train") != picture.split: raise ValueError(f"{where}: Usage is {usage}, but {picture} is of {picture.split}: the two files are not in the same order")
-        if isinstance(name, str): faces += _voted(picture.image, _votes(votes, where), picture.split, name)
+    for i, (row, picture) in enumerate(zip(table.itertuples(index=False), pictures), start=2):
+        usage, name, *votes = row
+        where = f"{path / _FERPLUS_CSV}, line {i}"
+        if str(usage).replace("Training", "train") != picture.split:
+            raise ValueError(
+                f"{where}: Usage is {usage}, but {picture} is of {picture.split}: the two files are not in the same "
+                "order"
+            )
+        if isinstance(name, str):
+            faces += _voted(picture.image, _votes(votes, where), picture.split, name)
     return faces
 
 # %% ../../nbs/03d_ferplus.ipynb #dc6232e9
 def _ferplus_folders(path):
     faces = []
-    for folder,split in _FERPLUS_FOLDERS.items():
-        file = existing_folder(path/folder)/"label.csv"
-        for i,row in enumerate(read_csv(file, header=None).itertuples(index=False), start=1):
-            faces += _voted(path/folder/row[0], _votes(row[-10:], f"{file}, line {i}"), split, str(path/folder/row[0]))
+    for folder, split in _FERPLUS_FOLDERS.items():
+        file = existing_folder(path / folder) / "label.csv"
+        for i, row in enumerate(read_csv(file, header=None).itertuples(index=False), start=1):
+            faces += _voted(
+                path / folder / row[0], _votes(row[-10:], f"{file}, line {i}"), split, str(path / folder / row[0])
+            )
     return faces
 
 # %% ../../nbs/03d_ferplus.ipynb #8105f336
 def ferplus_faces(
-    path # Folder with `fer2013new.csv` and FER2013's csv in it, or with FER2013Train, FER2013Valid and FER2013Test
-)->list: # `Face` records of train, PublicTest and PrivateTest, with votes
+    path,  # Folder with `fer2013new.csv` and FER2013's csv in it, or with FER2013Train, FER2013Valid and FER2013Test
+) -> list:  # `Face` records of train, PublicTest and PrivateTest, with votes
     "Faces of FER+ whose votes have a majority"
     path = existing_folder(path)
-    if (path/_FERPLUS_CSV).exists(): return _ferplus_csv(path)
-    if (path/"FER2013Train").is_dir(): return _ferplus_folders(path)
+    if (path / _FERPLUS_CSV).exists():
+        return _ferplus_csv(path)
+    if (path / "FER2013Train").is_dir():
+        return _ferplus_folders(path)
     raise ValueError(f"{path} is not FER+: expected {_FERPLUS_CSV}, or the folders {', '.join(_FERPLUS_FOLDERS)}")

@@ -17,46 +17,69 @@ from .records import Face, class_folders, existing_folder, read_csv, subfolders
 
 # %% ../../nbs/03a_folder.ipynb #3c98c768
 def folder_faces(
-    path # Folder of class folders, or of split folders with class folders in them
-)->list: # `Face` records
+    path,  # Folder of class folders, or of split folders with class folders in them
+) -> list:  # `Face` records
     "Faces of a folder; raises `ValueError` where there are none"
     path = existing_folder(path)
     names = [p.name for p in subfolders(path)]
-    if "train" in names: faces = [f for s in names for f in class_folders(path/s, "valid" if s == "val" else s)]
-    else: faces = class_folders(path, "train")
-    if not faces: raise ValueError(f"no images found under {path}: expected class folders with images in them, or split folders (train, valid, test) with class folders")
+    if "train" in names:
+        faces = [f for s in names for f in class_folders(path / s, "valid" if s == "val" else s)]
+    else:
+        faces = class_folders(path, "train")
+    if not faces:
+        raise ValueError(
+            f"no images found under {path}: expected class folders with images in them, or split folders (train, "
+            "valid, test) with class folders"
+        )
     return faces
 
 # %% ../../nbs/03a_folder.ipynb #5f965687
 def table_faces(
-    df:pd.DataFrame, # One row a face
-    path=".", # Folder to which image paths are relative
-    image_col:str="image", # Column of image paths, or of uint8 arrays
-    label_col:str="label", # Column of class names
-    split_col:str="split" # Column of split names, used if it is there
-)->list: # `Face` records
+    df: pd.DataFrame,  # One row a face
+    path=".",  # Folder to which image paths are relative
+    image_col: str = "image",  # Column of image paths, or of uint8 arrays
+    label_col: str = "label",  # Column of class names
+    split_col: str = "split",  # Column of split names, used if it is there
+) -> list:  # `Face` records
     "Faces of a table; raises `ValueError` naming a missing column, or the row with something wrong in it"
     missing = [c for c in (image_col, label_col) if c not in df]
-    if missing: raise ValueError(f"the table has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(map(str, df.columns))}")
-    splits = df[split_col] if split_col in df else ["train"]*len(df)
+    if missing:
+        raise ValueError(
+            f"the table has no column {' and '.join(map(repr, missing))}, its columns are "
+            f"{', '.join(map(str, df.columns))}"
+        )
+    splits = df[split_col] if split_col in df else ["train"] * len(df)
     faces = []
-    for row,image,label,split in zip(df.index, df[image_col], df[label_col], splits):
-        if pd.isna(label) or pd.isna(split): raise ValueError(f"row {row} of the table has no {label_col if pd.isna(label) else split_col}")
-        if isinstance(image, (str, Path)): image = Path(path)/image
-        elif not isinstance(image, np.ndarray): raise ValueError(f"row {row} of the table: expected a path or an array in {image_col!r}, got {image!r}")
-        faces.append(Face(image, str(label), "valid" if split == "val" else str(split), str(image) if isinstance(image, Path) else f"row {row}"))
+    for row, image, label, split in zip(df.index, df[image_col], df[label_col], splits):
+        if pd.isna(label) or pd.isna(split):
+            raise ValueError(f"row {row} of the table has no {label_col if pd.isna(label) else split_col}")
+        if isinstance(image, (str, Path)):
+            image = Path(path) / image
+        elif not isinstance(image, np.ndarray):
+            raise ValueError(f"row {row} of the table: expected a path or an array in {image_col!r}, got {image!r}")
+        faces.append(
+            Face(
+                image,
+                str(label),
+                "valid" if split == "val" else str(split),
+                str(image) if isinstance(image, Path) else f"row {row}",
+            )
+        )
     return faces
 
 # %% ../../nbs/03a_folder.ipynb #d456da3e
 def csv_faces(
-    csv, # Comma-separated file with a header
-    path=None, # Folder to which image paths are relative; default the file's own
-    image_col:str="image", # Column of image paths
-    label_col:str="label", # Column of class names
-    split_col:str="split" # Column of split names, used if it is there
-)->list: # `Face` records
+    csv,  # Comma-separated file with a header
+    path=None,  # Folder to which image paths are relative; default the file's own
+    image_col: str = "image",  # Column of image paths
+    label_col: str = "label",  # Column of class names
+    split_col: str = "split",  # Column of split names, used if it is there
+) -> list:  # `Face` records
     "Faces of a comma-separated file"
     df = read_csv(csv)
     missing = [c for c in (image_col, label_col) if c not in df]
-    if missing: raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}")
+    if missing:
+        raise ValueError(
+            f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}"
+        )
     return table_faces(df, Path(path) if path is not None else Path(csv).parent, image_col, label_col, split_col)

@@ -10,49 +10,75 @@ __all__ = ['RAFDB_IDS', 'RAFDB_COUNTS', 'RAFDB_SETTINGS', 'is_rafdb', 'rafdb_fac
 # %% ../../nbs/03c_rafdb.ipynb #379d9ad3
 from pathlib import Path
 
-from .records import EXPRESSIONS, Face, class_folders, existing_folder, first_existing, name_of_id, subfolders, warn_counts
+from ecan_fastai.readers.records import (
+    EXPRESSIONS,
+    Face,
+    class_folders,
+    existing_folder,
+    first_existing,
+    name_of_id,
+    subfolders,
+    warn_counts,
+)
 
 # %% ../../nbs/03c_rafdb.ipynb #53083c9b
 RAFDB_IDS = dict(enumerate(("surprise", "fear", "disgust", "happy", "sad", "angry", "neutral"), start=1))
 
-RAFDB_COUNTS = {"train": dict(angry=705, disgust=717, fear=281, happy=4772, neutral=2524, sad=1982, surprise=1290),
-                "test": dict(angry=162, disgust=160, fear=74, happy=1185, neutral=680, sad=478, surprise=329)}
+RAFDB_COUNTS = {
+    "train": dict(angry=705, disgust=717, fear=281, happy=4772, neutral=2524, sad=1982, surprise=1290),
+    "test": dict(angry=162, disgust=160, fear=74, happy=1185, neutral=680, sad=478, surprise=329),
+}
 
-_RAFDB_LIST = Path("EmoLabel")/"list_patition_label.txt"
+_RAFDB_LIST = Path("EmoLabel") / "list_patition_label.txt"
 RAFDB_SETTINGS = dict(vocab=EXPRESSIONS)  # of its loaders
 
+
 def is_rafdb(
-    path # A folder
-)->bool:
+    path,  # A folder
+) -> bool:
     "Whether RAF-DB lies at `path`"
     path = Path(path)
-    if any((path/name).exists() for name in (_RAFDB_LIST, "basic"/_RAFDB_LIST, "DATASET")): return True
-    return (path/"train").is_dir() and {p.name for p in subfolders(path/"train")} == set("1234567")
+    if any((path / name).exists() for name in (_RAFDB_LIST, "basic" / _RAFDB_LIST, "DATASET")):
+        return True
+    return (path / "train").is_dir() and {p.name for p in subfolders(path / "train")} == set("1234567")
 
 # %% ../../nbs/03c_rafdb.ipynb #c98449ab
 def _rafdb_list(root):
-    faces,aligned = [],root/"Image"/"aligned"
-    if not aligned.is_dir(): raise ValueError(f"RAF-DB's aligned pictures are missing: expected the folder {aligned}")
-    for i,line in enumerate((root/_RAFDB_LIST).read_text().splitlines(), start=1):
-        where,parts = f"{root/_RAFDB_LIST}, line {i}",line.split()
-        if not parts: continue
-        if len(parts) != 2 or parts[0].split("_")[0] not in ("train", "test"): raise ValueError(f"{where}: expected a line like 'train_00001.jpg 5', got {line!r}")
-        image = aligned/f"{Path(parts[0]).stem}_aligned.jpg"
+    faces, aligned = [], root / "Image" / "aligned"
+    if not aligned.is_dir():
+        raise ValueError(f"RAF-DB's aligned pictures are missing: expected the folder {aligned}")
+    for i, line in enumerate((root / _RAFDB_LIST).read_text().splitlines(), start=1):
+        where, parts = f"{root / _RAFDB_LIST}, line {i}", line.split()
+        if not parts:
+            continue
+        if len(parts) != 2 or parts[0].split("_")[0] not in ("train", "test"):
+            raise ValueError(f"{where}: expected a line like 'train_00001.jpg 5', got {line!r}")
+        image = aligned / f"{Path(parts[0]).stem}_aligned.jpg"
         faces.append(Face(image, name_of_id(parts[1], RAFDB_IDS, where), parts[0].split("_")[0], str(image)))
     return faces
 
 # %% ../../nbs/03c_rafdb.ipynb #2e779e61
 def _rafdb_folders(root):
-    return [Face(f.image, name_of_id(f.label, RAFDB_IDS, Path(f.image).parent, "class folder"), f.split, f.name) for split in ("train", "test") for f in class_folders(existing_folder(root/split), split)]
+    return [
+        Face(f.image, name_of_id(f.label, RAFDB_IDS, Path(f.image).parent, "class folder"), f.split, f.name)
+        for split in ("train", "test")
+        for f in class_folders(existing_folder(root / split), split)
+    ]
 
 # %% ../../nbs/03c_rafdb.ipynb #740bf983
 def rafdb_faces(
-    path # Folder of RAF-DB basic, in its authors' layout or as it is on Kaggle
-)->list: # `Face` records of train (12,271 published) and test (3,068)
+    path,  # Folder of RAF-DB basic, in its authors' layout or as it is on Kaggle
+) -> list:  # `Face` records of train (12,271 published) and test (3,068)
     "Faces of RAF-DB's basic expressions; warns where the counts are not the published ones"
     path = first_existing(existing_folder(path), "basic", "DATASET")
-    if (path/_RAFDB_LIST).exists(): faces = _rafdb_list(path)
-    elif (path/"train").is_dir(): faces = _rafdb_folders(path)
-    else: raise ValueError(f"{path} is not RAF-DB: expected {_RAFDB_LIST} with Image/aligned, or train/ and test/ with the class folders 1 to 7")
+    if (path / _RAFDB_LIST).exists():
+        faces = _rafdb_list(path)
+    elif (path / "train").is_dir():
+        faces = _rafdb_folders(path)
+    else:
+        raise ValueError(
+            f"{path} is not RAF-DB: expected {_RAFDB_LIST} with Image/aligned, or train/ and test/ with the class "
+            "folders 1 to 7"
+        )
     warn_counts(faces, RAFDB_COUNTS, "RAF-DB")
     return faces

@@ -9,7 +9,6 @@ __all__ = ['EXPRESSIONS', 'EXPRESSIONS_8', 'Face', 'expression_name', 'existing_
            'data_root', 'first_existing', 'name_of_id', 'read_csv', 'warn_counts', 'split_by_group']
 
 # %% ../../nbs/03_records.ipynb #a61a9118
-import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -23,24 +22,41 @@ from sklearn.model_selection import StratifiedGroupKFold
 # %% ../../nbs/03_records.ipynb #2a4ebb1e
 EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 
+
 @dataclass(frozen=True)
 class Face:
-    "A labelled picture: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares` are those of the votes for each class where people voted"
-    image:Any
-    label:str
-    split:str="train"
-    name:str=""
-    shares:tuple=()
-    def __str__(self): return self.name or str(self.image)
+    """A labelled picture: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares`
+    are those of the votes for each class where people voted"""
+
+    image: Any
+    label: str
+    split: str = "train"
+    name: str = ""
+    shares: tuple = ()
+
+    def __str__(self):
+        return self.name or str(self.image)
 
 # %% ../../nbs/03_records.ipynb #3d1788fb
 EXPRESSIONS_8 = tuple(sorted((*EXPRESSIONS, "contempt")))
-_SYNONYMS = dict(anger="angry", disgusted="disgust", fearful="fear", afraid="fear", scared="fear", happiness="happy", joy="happy", sadness="sad", surprised="surprise", contemptuous="contempt")
+_SYNONYMS = dict(
+    anger="angry",
+    disgusted="disgust",
+    fearful="fear",
+    afraid="fear",
+    scared="fear",
+    happiness="happy",
+    joy="happy",
+    sadness="sad",
+    surprised="surprise",
+    contemptuous="contempt",
+)
+
 
 def expression_name(
-    label:str # What a data set calls an expression
-)->str: # One of `EXPRESSIONS_8`, or `label` itself where it is none of them
-    "The name that this package uses: \"Happiness\" is \"happy\""
+    label: str,  # What a data set calls an expression
+) -> str:  # One of `EXPRESSIONS_8`, or `label` itself where it is none of them
+    'The name that this package uses: "Happiness" is "happy"'
     name = str(label).strip().lower()
     name = _SYNONYMS.get(name, name)
     return name if name in EXPRESSIONS_8 else label
@@ -48,64 +64,85 @@ def expression_name(
 # %% ../../nbs/03_records.ipynb #93b890f6
 def existing_folder(path):
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"no such folder: {path}")
-    if not path.is_dir(): raise ValueError(f"expected a folder, got the file {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder: {path}")
+    if not path.is_dir():
+        raise ValueError(f"expected a folder, got the file {path}")
     return path
 
 # %% ../../nbs/03_records.ipynb #1307b06e
-def subfolders(path): return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+def subfolders(path):
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 # %% ../../nbs/03_records.ipynb #9938feae
 def class_folders(path, split):
     faces = []
     for folder in subfolders(path):
         files = sorted(get_image_files(folder))
-        if not files and folder.name == "models": continue  # where fastai's `save` puts weights
-        if not files: raise ValueError(f"class folder {folder} has no image")
+        if not files and folder.name == "models":
+            continue  # where fastai's `save` puts weights
+        if not files:
+            raise ValueError(f"class folder {folder} has no image")
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
 
 # %% ../../nbs/03_records.ipynb #7ff422c4
-def data_root(path): return Path(path) if Path(path).is_dir() else Path(path).parent
+def data_root(path):
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 # %% ../../nbs/03_records.ipynb #096c0d77
 def first_existing(path, *roots):
     "The first of `path` and its subfolders `roots` that exists, `path` itself at the last"
-    return next((path/r for r in roots if (path/r).exists()), path)
+    return next((path / r for r in roots if (path / r).exists()), path)
 
 # %% ../../nbs/03_records.ipynb #ea9c93e0
 def name_of_id(text, ids, where, what="label"):
     "Name of the number in `text`"
-    try: return ids[int(text)]
-    except (KeyError, ValueError): raise ValueError(f"{where}: expected a {what} from {min(ids)} to {max(ids)}, got {text!r}") from None
+    try:
+        return ids[int(text)]
+    except (KeyError, ValueError):
+        raise ValueError(f"{where}: expected a {what} from {min(ids)} to {max(ids)}, got {text!r}") from None
 
 # %% ../../nbs/03_records.ipynb #76bb2f36
 def read_csv(csv, **kwargs):
-    if not Path(csv).is_file(): raise FileNotFoundError(f"no such file: {csv}")
-    try: df = pd.read_csv(csv, skipinitialspace=True, **kwargs)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
+    if not Path(csv).is_file():
+        raise FileNotFoundError(f"no such file: {csv}")
+    try:
+        df = pd.read_csv(csv, skipinitialspace=True, **kwargs)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
     return df.rename(columns=lambda c: str(c).strip())
 
 # %% ../../nbs/03_records.ipynb #e62aa41a
 def warn_counts(faces, expected, name):
     counts = Counter((f.split, f.label) for f in faces)
-    wrong = [f"{split} {label} {counts[split, label]} instead of {n}" for split,labels in expected.items() for label,n in labels.items() if counts[split, label] != n]
-    if wrong: warnings.warn(f"this {name} differs from the published one: {', '.join(wrong)}")
+    wrong = [
+        f"{split} {label} {counts[split, label]} instead of {n}"
+        for split, labels in expected.items()
+        for label, n in labels.items()
+        if counts[split, label] != n
+    ]
+    if wrong:
+        warnings.warn(f"this {name} differs from the published one: {', '.join(wrong)}")
 
 # %% ../../nbs/03_records.ipynb #3f262ba2
 def split_by_group(
-    faces:list, # `Face` records
-    groups:list, # The group of each
-    fold:int=0, # Which fold is the test split; the next is valid
-    n_folds:int=10, # Folds, each of about the same mixture of classes
-    seed:int=42 # Seed of the deal
-)->list: # `Face` records with splits train, valid and test, no group in two of them
+    faces: list,  # `Face` records
+    groups: list,  # The group of each
+    fold: int = 0,  # Which fold is the test split; the next is valid
+    n_folds: int = 10,  # Folds, each of about the same mixture of classes
+    seed: int = 42,  # Seed of the deal
+) -> list:  # `Face` records with splits train, valid and test, no group in two of them
     "Deal groups of faces into splits"
-    if not 0 <= fold < n_folds: raise ValueError(f"expected a fold from 0 to {n_folds-1}, got {fold}")
-    if len(set(groups)) < n_folds: raise ValueError(f"{n_folds} folds need as many groups (subjects or photographs), got {len(set(groups))}")
+    if not 0 <= fold < n_folds:
+        raise ValueError(f"expected a fold from 0 to {n_folds - 1}, got {fold}")
+    if len(set(groups)) < n_folds:
+        raise ValueError(f"{n_folds} folds need as many groups (subjects or photographs), got {len(set(groups))}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
-        deal = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(faces, [f.label for f in faces], groups)
-        of = {i: k for k,(_,held) in enumerate(deal) for i in held}
-    names = {fold: "test", (fold+1) % n_folds: "valid"}
-    return [replace(f, split=names.get(of[i], "train")) for i,f in enumerate(faces)]
+        deal = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(
+            faces, [f.label for f in faces], groups
+        )
+        of = {i: k for k, (_, held) in enumerate(deal) for i in held}
+    names = {fold: "test", (fold + 1) % n_folds: "valid"}
+    return [replace(f, split=names.get(of[i], "train")) for i, f in enumerate(faces)]

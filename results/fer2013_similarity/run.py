@@ -1,6 +1,10 @@
-"""How alike the features of FER2013's pictures are: `python results/fer2013_similarity/run.py path/to/fer2013 RUN [RUN ...]`, with the folders of finished runs.
+"""How alike the features of FER2013's pictures are: `python results/fer2013_similarity/run.py path/to/fer2013 RUN [RUN
+...]`, with the folders of finished runs.
 
-Mean cosine between the features of 2,000 pictures of train (drawn with seed 0), of the same class and of different ones; encoder in evaluation mode, no augmentation."""
+Mean cosine between the features of 2,000 pictures of train (drawn with seed 0), of the same class and of different
+ones; encoder in evaluation mode, no augmentation.
+"""
+
 import json
 import random
 import sys
@@ -9,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ecan_fastai.all import *
+from ecan_fastai.readers.fer2013 import fer2013_faces
 
 if __name__ == "__main__":
     faces = random.Random(0).sample([f for f in fer2013_faces(sys.argv[1]) if f.split == "train"], 2000)
@@ -21,6 +26,9 @@ if __name__ == "__main__":
         z /= np.linalg.norm(z, axis=1, keepdims=True)
         cosine = z @ z.T
         np.fill_diagonal(cosine, np.nan)
-        found[run.name] = {"same class": float(np.nanmean(cosine[same])), "different classes": float(cosine[~same].mean())}
+        found[run.name] = {
+            "same class": float(np.nanmean(cosine[same])),
+            "different classes": float(cosine[~same].mean()),
+        }
         print(run.name, found[run.name], flush=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
