@@ -23,7 +23,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),
-    package_data={"ecan_fastai": ["*.json"]},
+    package_data={"ecan_fastai": ["*.json", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "faces", "onnx")},
     entry_points={

@@ -9,7 +9,7 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 
-from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig
+from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig, setting_types
 
 HELP = dict(
     kind="what DATA is",
@@ -76,21 +76,22 @@ def _parser(config, choices):
         metavar="RUN",
         help="go on with the interrupted run in this folder; takes no other option",
     )
+    types = setting_types(config)
     for f in fields(config)[1:]:
         flag, default = (
             f"--{f.name.replace('_', '-')}",
-            f"; default {f.default}" if f.default is not None and f.type is not bool else "",
+            f"; default {f.default}" if f.default is not None and types[f.name] is not bool else "",
         )
         if f.name == "pretrained":
             kind, default = dict(nargs="?", const=True, default=False, metavar="PATH"), ""
-        elif f.type is bool and f.default is None:
+        elif types[f.name] is bool and f.default is None:
             kind = dict(action=argparse.BooleanOptionalAction, default=None)
-        elif f.type is bool:
+        elif types[f.name] is bool:
             kind = dict(action="store_true")
         elif f.name in choices:
-            kind = dict(type=f.type, default=f.default, choices=choices[f.name])
+            kind = dict(type=types[f.name], default=f.default, choices=choices[f.name])
         else:
-            kind = dict(type=f.type, default=f.default, metavar=f.type.__name__.upper())
+            kind = dict(type=types[f.name], default=f.default, metavar=types[f.name].__name__.upper())
         p.add_argument(flag, help=HELP[f.name] + default, **kind)
     return p
 
@@ -352,7 +353,7 @@ def _setting(text):
     "`key=value` as a setting of `RunConfig`, in the type that it has there"
     key, equals, value = text.partition("=")
     types = {
-        f.name: f.type for f in fields(RunConfig) if f.name not in ("data", "kind", "seed")
+        k: v for k, v in setting_types(RunConfig).items() if k not in ("data", "kind", "seed")
     }  # which are options of their own
     if not equals or key not in types:
         raise argparse.ArgumentTypeError(f"expected SETTING=VALUE with a setting of ecan_train, got {text!r}")

@@ -2,7 +2,8 @@
 answered at once."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import get_args
 
 LEVELS = ("none", "weak", "strong")
 RECIPES = ("rafdb", "fer2013")
@@ -64,6 +65,11 @@ TUNED = {"fer2013": dict(arch="resnet18_half", level="weak", epochs=40, momentum
 TUNED["ferplus"] = TUNED["fer2013"]
 
 
+def setting_types(config):
+    "Each setting of a dataclass to the type of a given value, without `None`"
+    return {f.name: (get_args(f.type) or (f.type,))[0] for f in fields(config)}
+
+
 @dataclass
 class RunConfig:
     """Everything that decides a run; what each setting means is what `ecan_train --help` says of its option. `None`
@@ -73,33 +79,33 @@ class RunConfig:
     kind: str = "auto"
     method: str = "ecan"
     preset: str = "paper"
-    arch: str = None
-    pretrained: str = False  # True: timm's weights; else a run's folder or a checkpoint
-    epochs: int = None
-    bs: int = None
-    lr: float = None
-    wd: float = None
-    opt: str = None
+    arch: str | None = None
+    pretrained: str | bool = False  # True: timm's weights; else a run's folder or a checkpoint
+    epochs: int | None = None
+    bs: int | None = None
+    lr: float | None = None
+    wd: float | None = None
+    opt: str | None = None
     schedule: str = "one-cycle"
-    size: int = None
-    channels: int = None
-    level: str = None
-    recipe: str = None
+    size: int | None = None
+    channels: int | None = None
+    level: str | None = None
+    recipe: str | None = None
     small_size: int = 0
     small_pct: float = 0.75
     all_crops: bool = False
     eval_crops: str = "center"
     l1: float = 0.2
-    l2: float = None
+    l2: float | None = None
     n_groups: int = 5
-    temperature: float = None
-    momentum: float = None
+    temperature: float | None = None
+    momentum: float | None = None
     bank_groups: int = 16
     affinity_reduction: str = "mean"
     normalize_compact: bool = False
     anchors_only: bool = False
-    center_features: bool = None
-    label_smoothing: float = None
+    center_features: bool | None = None
+    label_smoothing: float | None = None
     key_eval: bool = False
     balance: str = "none"
     valid_pct: float = 0.1
@@ -107,7 +113,7 @@ class RunConfig:
     skip_broken: bool = False
     seed: int = 0
     precision: str = "auto"
-    workers: int = None
+    workers: int | None = None
     watch_tests: bool = False
 
     def __post_init__(self):

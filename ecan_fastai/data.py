@@ -313,7 +313,8 @@ def TwoViewBlock(
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
     eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
-    stats: tuple = None,  # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
+    stats: tuple
+    | None = None,  # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
     item_tfms=None,  # fastai transforms of the decoded image, before augmentation
 ) -> TransformBlock:
     "Block of two augmented views in training and one view otherwise"
@@ -339,14 +340,14 @@ def _grid(x, samples, max_n, nrows=None, ncols=None, figsize=None):
     return get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize or (3 * width * ncols, 3 * nrows))
 
 
-@dispatch
+@dispatch  # type: ignore[no-redef]
 def show_batch(x: TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None:
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
 
-@dispatch
+@dispatch  # type: ignore[no-redef]
 def show_results(x: TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None:
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)

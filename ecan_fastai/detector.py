@@ -89,7 +89,7 @@ class FaceFinder:
             for box, p, eyes in zip(boxes.astype(float), probs, points[:, :2].astype(float))
             if p >= self.threshold
         ]
-        return [FoundFace(*box, float(p), angle, face) for box, p, face, angle in faces]
+        return [FoundFace(*box, float(p), angle, face) for box, p, face, angle in faces]  # type: ignore[call-arg]
 
 # %% ../nbs/12_detector.ipynb #8490f971
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -121,7 +121,7 @@ def video_frames(
     if not Path(file).is_file():
         raise FileNotFoundError(f"no such video file: {file}")
     video = cv2.VideoCapture(str(file))
-    rate, i, due = video.get(cv2.CAP_PROP_FPS), 0, 0
+    rate, i, due = video.get(cv2.CAP_PROP_FPS), 0, 0.0
     if not rate > 0:
         raise ValueError(f"cannot read {file}: not a video, or one that OpenCV does not know")
     while video.grab():

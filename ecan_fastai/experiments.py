@@ -146,7 +146,7 @@ def _read_record(file, cfg):
     "A record, if it is one of the run that is asked for"
     record = json.loads(file.read_text())
     for k, asked in asdict(cfg).items():
-        found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k))), _name(asked)
+        found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k, None))), _name(asked)
         if k not in _FREE and asked not in (None, "auto") and found != asked:
             raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
     return record
@@ -329,8 +329,8 @@ def experiment_figure(
     name: str,  # Of an experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
-    faces: list = None,  # `Face` records, for class counts and maps of features
-    folders: dict = None,  # Label to the run's folder, for confusion matrices and maps of features
+    faces: list | None = None,  # `Face` records, for class counts and maps of features
+    folders: dict | None = None,  # Label to the run's folder, for confusion matrices and maps of features
 ):  # Figure, or None where the experiment has none, or none from records alone
     "The picture of an experiment: a sweep from its results, another one from faces and runs"
     exp = _experiment(name)
@@ -432,7 +432,8 @@ def reproduce(
         raise ValueError("seeds are counted from 0: give their number as seeds")
     kind = ("sample" if str(data) == "sample" else detect_kind(data)) if kind == "auto" else kind
     records = Path(records) if records else out / "records"
-    faces, folders = _needed_faces(exp, name, data, kind, out), {}
+    faces = _needed_faces(exp, name, data, kind, out)
+    folders: dict[str, Path] = {}
     for seed in range(seeds):
         for label, cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
             stem = f"{run_name(cfg)}-seed{seed}"

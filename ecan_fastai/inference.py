@@ -38,6 +38,9 @@ class PictureModel(nn.Module):
     """Pictures (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes), averaged over views as the
     logits' mean"""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         classifier: FaceClassifier,  # In evaluation mode
@@ -112,10 +115,11 @@ class Predictor:
     def __init__(
         self,
         run,  # Folder of a finished run
-        crops: str = None,  # Views to average: "center", "flip", "five" or "ten"; default as the run was evaluated
+        crops: str
+        | None = None,  # Views to average: "center", "flip", "five" or "ten"; default as the run was evaluated
         device=None,  # Default: a GPU if there is one
     ):
-        self.run = Path(run)
+        self.run: Path | None = Path(run)
         cfg, about, weights = _read_run(self.run)
         model = FaceClassifier.create(cfg["arch"], len(about["vocab"]), cfg["channels"])
         try:
@@ -130,7 +134,7 @@ class Predictor:
     def from_learner(
         cls,
         learn,  # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
-        crops: str = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
+        crops: str | None = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
         key: bool = False,  # The key encoder instead of the query encoder
     ):
         "The model of a learner as it is now, as a run's folder would give it"
@@ -193,7 +197,7 @@ class Predictor:
     def logits(
         self,
         x,  # Picture, folder of pictures, or list of pictures
-        bs: int = None,  # Pictures at a time; default by their size
+        bs: int | None = None,  # Pictures at a time; default by their size
         num_workers: int = 0,  # Processes that read pictures, where there are many
     ) -> Tensor:  # (n, views, n_classes)
         "Logits of every view of every picture"
@@ -202,7 +206,7 @@ class Predictor:
     def probabilities(
         self,
         x,  # Picture, folder of pictures, or list of pictures
-        bs: int = None,  # Pictures at a time; default by their size
+        bs: int | None = None,  # Pictures at a time; default by their size
         num_workers: int = 0,  # Processes that read pictures, where there are many
     ) -> np.ndarray:  # (n, n_classes)
         "Probabilities of the classes, in the order of `vocab`"
@@ -211,7 +215,7 @@ class Predictor:
     def features(
         self,
         x,  # Picture, folder of pictures, or list of pictures
-        bs: int = None,  # Pictures at a time; default by their size
+        bs: int | None = None,  # Pictures at a time; default by their size
     ) -> np.ndarray:  # (n, d)
         "The encoder's features, averaged over views and not normalised"
         return self._run(self.model.classifier.encoder, x, bs).mean(1).numpy()
@@ -219,7 +223,7 @@ class Predictor:
     def predict(
         self,
         x,  # Picture, folder of pictures, or list of pictures
-        bs: int = None,  # Pictures at a time; default by their size
+        bs: int | None = None,  # Pictures at a time; default by their size
     ) -> pd.DataFrame:  # image, label, probability, and the probability of every class
         "Labels and probabilities, a row a picture"
         items = image_list(x)
@@ -280,7 +284,7 @@ def evaluate(
     self: Predictor,
     path,  # Data of any kind that `read_faces` knows
     kind: str = "auto",  # Kind of the data
-    splits: list = None,  # Which splits; default all but train and valid, or all where there are no others
+    splits: list | None = None,  # Which splits; default all but train and valid, or all where there are no others
 ) -> dict:  # classes, left_out, unseen, crops, and the metrics of each of splits
     "Measure a model on labelled faces"
     faces = read_faces(path, kind)

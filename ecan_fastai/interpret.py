@@ -161,7 +161,7 @@ def plot_sweep(
     table: pd.DataFrame,  # One row a run: the setting, and a column of shares (0 to 1) for each measure
     setting: str,  # Name of the setting's column
     measures,  # Names of the measures' columns, or a dict of these to what they are called
-    label: str = None,  # What the setting is called
+    label: str | None = None,  # What the setting is called
     ax=None,  # Axes to draw on; default a new figure
 ):
     """Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where

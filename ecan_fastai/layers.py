@@ -30,7 +30,7 @@ def _taps(
 def conv2d_dense(
     x: Tensor,  # Feature maps (n, channels, height, width)
     weight: Tensor,  # Kernel (out channels, channels, kernel height, kernel width)
-    bias: Tensor = None,  # (out channels,)
+    bias: Tensor | None = None,  # (out channels,)
     stride: tuple = (1, 1),
     padding: tuple = (0, 0),
 ) -> Tensor:  # (n, out channels, out height, out width), channels last in memory
@@ -55,7 +55,7 @@ def conv2d_dense(
 def conv2d_columns(
     x: Tensor,  # Feature maps (n, channels, height, width)
     weight: Tensor,  # Kernel (out channels, channels, kernel height, kernel width)
-    bias: Tensor = None,  # (out channels,)
+    bias: Tensor | None = None,  # (out channels,)
     stride: tuple = (1, 1),
     padding: tuple = (0, 0),
 ) -> Tensor:  # (n, out channels, out height, out width), channels last in memory

@@ -130,14 +130,15 @@ def ecan_learner(
     pretrained: bool
     | str
     | Path = False,  # The model's pretrained weights, a run's folder or a checkpoint; freezes the encoder at first
-    l1: float = None,  # Share of ENSC in the loss; default 0.2
-    l2: float = None,  # Weight of MVA in the loss; default 0.7
-    n_groups: int = None,  # V: feature groups of MVA, the current one included; default 5
-    temperature: float = None,  # Temperature of ENSC; default 0.1
+    l1: float | None = None,  # Share of ENSC in the loss; default 0.2
+    l2: float | None = None,  # Weight of MVA in the loss; default 0.7
+    n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
+    temperature: float | None = None,  # Temperature of ENSC; default 0.1
     momentum: float = 0.999,  # m of the key encoder; about 1/(1-m) steps of memory
     bank_groups: int = 16,  # K: batches that the memory bank holds
     key_eval: bool = False,  # Key encoder in evaluation mode
-    loss_func: ECANLoss = None,  # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
+    loss_func: ECANLoss
+    | None = None,  # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
     **kwargs,

@@ -118,7 +118,7 @@ def _problem(face, channels, size):
 def broken_faces(
     faces: list,  # `Face` records
     channels: int = 3,  # Channels to decode to
-    size: int = None,  # Side that every picture must have, or None
+    size: int | None = None,  # Side that every picture must have, or None
 ) -> dict:  # Index of each broken one to what is wrong with it
     "Decode every picture and tell which cannot be read, or have the wrong size"
     with ThreadPoolExecutor() as pool:
@@ -190,7 +190,8 @@ def _loaders(
     cls,
     faces: list,  # `Face` records
     path=".",  # Where a Learner saves its models
-    bs: int = None,  # Batch size; default 256, for small data the power of two that gives 8 to 16 batches an epoch
+    bs: int
+    | None = None,  # Batch size; default 256, for small data the power of two that gives 8 to 16 batches an epoch
     size: int = 224,  # Side in pixels to which pictures are brought
     channels: int = 3,  # 1: grey, 3: RGB
     level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"
@@ -202,9 +203,9 @@ def _loaders(
     valid_pct: float = 0.1,  # Share of train held out where the data has no valid split
     seed: int = 42,  # Seed of that share
     train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
-    vocab: list = None,  # Names of the classes in order; default those of train, sorted
+    vocab: list | None = None,  # Names of the classes in order; default those of train, sorted
     skip_broken: bool = False,  # Go on without images that cannot be read
-    image_size: int = None,  # Side that every picture on disk must have
+    image_size: int | None = None,  # Side that every picture on disk must have
     soft_labels: bool = False,  # Train on the shares of people's votes (FER+); evaluation keeps the label
     balanced: bool = False,  # Sample every class equally often in training, with replacement
     item_tfms=None,  # fastai transforms of the decoded image, before resizing and augmentation

@@ -201,7 +201,8 @@ def esc_loss(
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor
+    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
@@ -224,9 +225,10 @@ def ensc_loss(
     bank_y: Tensor,  # Their labels (B,)
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
-    bank_positives: Tensor = None,  # Classes (C,) whose bank entries are positives too; the paper has none
+    bank_positives: Tensor | None = None,  # Classes (C,) whose bank entries are positives too; the paper has none
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor
+    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
@@ -240,7 +242,7 @@ def ensc_loss(
 def mean_cosines(
     z: Tensor,  # Features (n, d)
     y: Tensor,  # Labels (n,)
-    center: Tensor = None,  # Constant (d,), subtracted first
+    center: Tensor | None = None,  # Constant (d,), subtracted first
 ):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
     "How alike features are, within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
@@ -389,6 +391,9 @@ class ECANLoss(nn.Module):
     """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
     logits"""
 
+    weight: Tensor | None
+    bank_positives: Tensor | None
+
     def __init__(
         self,
         l1: float = 0.2,  # Share of the contrastive loss, 0 to 1
@@ -449,7 +454,7 @@ class ECANLoss(nn.Module):
             label_smoothing,
             reduction,
         )
-        self.parts = {}
+        self.parts: dict[str, Tensor] = {}
 
     @property
     def part_names(self):

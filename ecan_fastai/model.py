@@ -27,6 +27,11 @@ from .layers import speed_up_small_maps
 class MemoryBank(nn.Module):
     "Ring of the newest `size` key features with their labels (Eq. 2)"
 
+    z: Tensor
+    y: Tensor
+    position: Tensor
+    filled: Tensor
+
     def __init__(
         self,
         size: int,  # Rows the bank holds; the paper's K groups are K times the batch size

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from ecan_fastai.interpret import *
+from ecan_fastai.metrics import *
 
 VOCAB = list("abcd")
 
