@@ -74,7 +74,7 @@ def _parser(config, choices):
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with the interrupted run in this folder; takes no other option",
+        help="resume the interrupted run in this folder; takes no other option, and DATA only if the data was moved",
     )
     types = setting_types(config)
     for f in fields(config)[1:]:
@@ -137,8 +137,10 @@ def ecan_train(args=None):
     given = parser.parse_args(args)
     options = {k: v for k, v in vars(given).items() if k not in ("out", "resume")}
     if given.resume is not None:
-        if given.out is not None or any(options[k] != parser.get_default(k) for k in options):
-            parser.error("--resume takes the whole configuration from the run's folder: give no other option with it")
+        if given.out is not None or any(options[k] != parser.get_default(k) for k in options if k != "data"):
+            parser.error(
+                "--resume takes all settings from the run's folder: give nothing else with it but DATA, if it moved"
+            )
         out = given.resume
     elif given.data is None:
         parser.error("DATA is missing: a folder, a csv file, or `sample`")
@@ -148,7 +150,7 @@ def ecan_train(args=None):
         config = None if given.resume is not None else RunConfig(**options)
         from ecan_fastai.runs import resume_run, start_run  # seconds of imports, after what can be told without them
 
-        record = start_run(config, out) if config else resume_run(out)
+        record = start_run(config, out) if config else resume_run(out, given.data)
     except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {e}\n")
     except KeyboardInterrupt:

@@ -9,7 +9,9 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'PhotoCrop', 'read_face', 'Face
            'TwoViewBlock', 'show_batch', 'show_results']
 
 # %% ../nbs/02_data.ipynb #0c0a5058
+import os
 import random
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,8 +98,18 @@ def read_face(
     return cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None] if channels == 1 else cv2.cvtColor(x, cv2.COLOR_GRAY2RGB)
 
 
+_LARGEST_FILE = 2**28  # bytes
+
+
 def _bytes(file):
     try:
+        about = os.stat(file)
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError(file)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{file} is not a regular file")
+        if about.st_size > _LARGEST_FILE:
+            raise ValueError(f"{file} has {about.st_size} bytes: expected an image of at most {_LARGEST_FILE}")
         with open(file, "rb") as f:
             return f.read()
     except (FileNotFoundError, IsADirectoryError):

@@ -17,14 +17,22 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 import ecan_fastai
 from .config import COMMON, UNUSED, RunConfig
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
-from .runs import read_config, resolve_config, resume_run, start_run, write_json, write_whole
+from ecan_fastai.runs import (
+    as_json,
+    lock_run,
+    read_config,
+    resolve_config,
+    resume_run,
+    start_run,
+    write_json,
+    write_whole,
+)
 from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
@@ -122,7 +130,7 @@ def _save_record(folder, file):
     if file.exists():
         _same_data(json.loads(file.read_text()), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, lambda f: f.write_text(json.dumps(record, separators=(",", ":"))))
+    write_whole(file, lambda f: f.write_text(as_json(record, separators=(",", ":"))))
 
 
 def _check_faces(record, file, faces):
@@ -379,20 +387,9 @@ def _check_same(cfg, folder):
             )
 
 
-def _locked(folder, say):
-    "Hold a run's folder against other processes, after the one that is at it"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        say(f"{folder.name}: another process is at it, waiting")
-    return lock.acquire()
-
-
 def _run(cfg, folder, say):
     "Make a run, go on with it, or find it done"
-    with _locked(folder, say):
+    with lock_run(folder, lambda: say(f"{folder.name}: another process is at it, waiting")):
         begun = (folder / "config.json").exists()
         if begun:
             _check_same(cfg, folder)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from albumentations import Resize
-from fastai.data.transforms import Normalize, get_image_files
+from fastai.data.transforms import Normalize
 from fastai.imports import is_listy
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ from .metrics import per_class_table, split_metrics
 from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
-from .readers.records import expression_name
+from .readers.records import expression_name, image_files
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class PictureModel(nn.Module):
@@ -245,7 +245,7 @@ def picture_files(
     "The images of a folder, sorted, or the one file"
     if not Path(path).is_dir():
         return [Path(path)]
-    files = sorted(get_image_files(path))
+    files = image_files(path)
     if not files:
         raise ValueError(f"no images found under {path}")
     return files

@@ -2,6 +2,7 @@
 the notebooks."""
 
 import json
+import math
 import os
 import pickle
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cache
@@ -26,6 +28,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
 from fastai.torch_core import default_device, defaults, set_seed
 from fastcore.foundation import L
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from ecan_fastai import __version__
@@ -226,6 +229,14 @@ class RunState(Callback):
             ),
             flush=True,
         )
+
+    def after_train(self):
+        loss = float(self.recorder.smooth_loss.value)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
+                f"the epochs before it are in {self.out}"
+            )
 
     def before_train(self):
         if self.resumed is not None:
@@ -432,8 +443,21 @@ def _environments(out):
     return {k: written[k] for k in ("environment", "resumed") if k in written}
 
 
+def as_json(value, **kwargs):
+    "JSON text; what is not a finite number becomes null, because JSON has no NaN"
+
+    def finite(v):
+        if isinstance(v, dict):
+            return {k: finite(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [finite(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(finite(value), allow_nan=False, **kwargs)
+
+
 def write_json(file, value):
-    write_whole(file, lambda f: f.write_text(json.dumps(value, indent=1)))
+    write_whole(file, lambda f: f.write_text(as_json(value, indent=1)))
 
 
 def _write_results(learn, cfg, out, rows):
@@ -474,8 +498,13 @@ def start_run(
     cfg,  # `RunConfig`
     out,  # Folder of the run, new or empty
 ) -> dict:  # The record that is written to `metrics.json`
-    "Train, evaluate and write a new run; a folder that holds a run is refused"
+    "Train, evaluate and write a new run; a folder that is not empty is refused"
     out = Path(out)
+    with lock_run(out):
+        return _start(cfg, out)
+
+
+def _start(cfg, out):
     if (out / "metrics.json").exists():
         raise ValueError(f"{out} already holds a finished run: give another folder with --out")
     if (out / "config.json").exists():
@@ -484,7 +513,12 @@ def start_run(
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder for the run, got the file {out}")
+    others = sorted(p.name for p in out.iterdir() if p.name != "faces") if out.exists() else []
+    if others:
+        raise ValueError(f"expected a new or empty folder for the run, and {out} holds {', '.join(others[:5])}")
     resolve_config(cfg)
+    if cfg.kind != "sample":
+        cfg.data = str(Path(cfg.data).resolve())  # so that the run can go on from anywhere
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -498,26 +532,93 @@ def start_run(
         std=stats.std.flatten().tolist(),
         images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)},
     )
+    write_whole(out / _DATA_FILE, lambda f: _data_table(dls, cfg).to_csv(f, index=False, compression="gzip"))
     write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
     return _train(learn, cfg, out, None)
 
 
 def resume_run(
     out,  # Folder of a run that was interrupted
+    data=None,  # Where the same data lies now, if it was moved
 ) -> dict:  # The record that is written to `metrics.json`
-    "Go on with a run from its last finished epoch, as if it had not stopped"
+    "Resume a run from its last finished epoch, as if it had not stopped; raises `ValueError` if its data has changed"
     out = Path(out)
+    with lock_run(out):
+        return _resume(out, data)
+
+
+def _resume(out, data):
     if (out / "metrics.json").exists():
         raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = read_config(out)
+    if data is not None:
+        cfg.data = str(Path(data).resolve())
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
+    _check_data(dls, cfg, out)
     _note_environment(dls, out)
     about = json.loads((out / "config.json").read_text())["about"]
     set_stats(dls, about["mean"], about["std"])
     state = _read_checkpoint(out, dls.device)
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     return _train(learn, cfg, out, state)
+
+
+def lock_run(out, wait=None):
+    "Lock a run's folder; if another process holds it, call `wait` and wait, or raise `ValueError` without `wait`"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), is_singleton=True)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if wait is None:
+            raise ValueError(f"another process is training in {out}: give another folder with --out") from None
+    wait()
+    return lock.acquire()
+
+
+# The data of a run
+
+_DATA_FILE = "data.csv.gz"
+
+
+def _data_table(dls, cfg):
+    "Split, label, name and size of every image, in the order of the loaders"
+    root = Path(cfg.data) if Path(cfg.data).is_dir() else Path(cfg.data).parent
+    rows = []
+    for split, dl in zip(dls.split_names, dls.loaders):
+        rows += [(split, face.label, *_image_mark(face.image, root)) for face in dl.dataset.items]
+    return pd.DataFrame(rows, columns=["split", "label", "image", "size"]).astype(str)
+
+
+def _image_mark(image, root):
+    "Name and size in bytes of an image file; of pixels their checksum"
+    if isinstance(image, np.ndarray):
+        return f"pixels {zlib.crc32(image.tobytes()):08x}", image.size
+    file = Path(getattr(image, "file", image))
+    name = str(image).replace(f"{root}{os.sep}", "")
+    return name, file.stat().st_size
+
+
+def _check_data(dls, cfg, out):
+    "Raise `ValueError` naming what differs between the data of a run and what lies there now"
+    file = out / _DATA_FILE
+    if cfg.kind == "sample" or not file.exists():
+        return
+    columns = ["split", "label", "image", "size"]
+    before = pd.read_csv(file, dtype=str, keep_default_na=False)[columns]
+    now = _data_table(dls, cfg)
+    if before.equals(now):
+        return
+    old, new = ({row.image: (row.split, row.label, row.size) for row in t.itertuples()} for t in (before, now))
+    groups = {
+        "missing": [k for k in old if k not in new],
+        "new": [k for k in new if k not in old],
+        "with another split, label or size": [k for k in old if k in new and old[k] != new[k]],
+    }
+    said = [f"{len(names)} {what} (such as {names[0]})" for what, names in groups.items() if names]
+    found = "; ".join(said) or "the same images in another order"
+    raise ValueError(f"the data in {cfg.data} is not the data with which the run in {out} began: {found}")
 
 
 def _settle_precision(cfg):

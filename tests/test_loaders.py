@@ -1,5 +1,7 @@
 import hashlib
+import os
 import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -7,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ecan_fastai.data import read_face
 from ecan_fastai.loaders import *
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.readers.fer2013 import *
@@ -496,3 +499,94 @@ def test_a_grid_has_the_asked_rows_and_columns(faces):
         plt.close("all")
         dls.show_batch(**kwargs)
         assert len(plt.gcf().axes) == n
+
+
+# Layouts that could be read in two ways
+
+
+@pytest.mark.parametrize(
+    "names,expected",
+    [
+        (("train", "valid", "test"), ("train", "valid", "test")),
+        (("Train", "VAL", "Test"), ("train", "valid", "test")),
+        (("training", "Validation", "PublicTest"), ("train", "valid", "PublicTest")),
+        (("train_set", "test-set"), ("train", "test")),
+    ],
+)
+def test_split_folders_in_any_spelling(tmp_path, names, expected):
+    for name in names:
+        tree(tmp_path / name)
+    assert sorted({f.split for f in folder_faces(tmp_path)}) == sorted(expected)
+    assert {f.label for f in folder_faces(tmp_path)} == {"happy", "sad"}
+
+
+@pytest.mark.parametrize(
+    "names,said",
+    [
+        (("valid", "test"), "split folder (test and valid|valid and test), but no train folder"),
+        (("happy", "TEST"), "split folder TEST, but no train folder"),
+        (("Train", "training"), "several folders for the split train: Train and training"),
+    ],
+)
+def test_what_looks_half_like_splits_is_refused(tmp_path, names, said):
+    for name in names:
+        tree(tmp_path / name)
+    with pytest.raises(ValueError, match=said):
+        folder_faces(tmp_path)
+
+
+def test_images_beside_class_folders_are_not_lost_in_silence(tmp_path):
+    tree(tmp_path)
+    put(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match="images beside its class folders, such as loose.png"):
+        folder_faces(tmp_path)
+    (tmp_path / "loose.png").unlink()
+    tree(tmp_path / "more" / "train")
+    put(tmp_path / "more" / "happy" / "a.png")
+    with pytest.raises(ValueError, match="happy holds images beside its class folders"):
+        folder_faces(tmp_path / "more")
+
+
+def test_splits_of_a_table_in_any_spelling(tmp_path):
+    tree(tmp_path)
+    files = sorted(tmp_path.rglob("*.png"))
+    splits = ["Training", "train", " VAL", "test", "extra", "TEST"]
+    df = pd.DataFrame(dict(image=list(map(str, files[:6])), label="x", split=splits))
+    assert [f.split for f in table_faces(df)] == ["train", "train", "valid", "test", "extra", "test"]
+
+
+def test_labels_of_a_csv_stay_what_they_are(tmp_path):
+    tree(tmp_path)
+    names = ["NA", "None", "01", "2.50", "null", "true"]
+    rows = [f"{f.relative_to(tmp_path)},{name}" for f, name in zip(sorted(tmp_path.rglob("*.png")), names)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]))
+    assert [f.label for f in csv_faces(tmp_path / "t.csv")] == names
+    (tmp_path / "t.csv").write_text(f"image,label\n{rows[0]}\n{sorted(tmp_path.rglob('*.png'))[1].name},")
+    with pytest.raises(ValueError, match="row 1 of the table has no label"):
+        csv_faces(tmp_path / "t.csv")
+
+
+def test_links_and_special_files(tmp_path):
+    tree(tmp_path / "data")
+    n = len(folder_faces(tmp_path / "data"))
+    happy = tmp_path / "data" / "happy"
+    (happy / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    (happy / "twin.png").symlink_to(sorted(happy.glob("*.png"))[0])
+    os.mkfifo(happy / "pipe.png")
+    assert len(folder_faces(tmp_path / "data")) == n
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "pipe.png"])
+def test_reading_from_what_has_no_end_is_refused(tmp_path, file):
+    path = Path(file) if file.startswith("/") else tmp_path / file
+    if not path.exists():
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        read_face(path)
+
+
+def test_a_file_far_too_large_is_refused(tmp_path):
+    with open(tmp_path / "huge.png", "wb") as f:
+        f.truncate(2**28 + 1)
+    with pytest.raises(ValueError, match="huge.png has 268435457 bytes: expected an image of at most"):
+        read_face(tmp_path / "huge.png")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
         "model.safetensors",
         "export.pkl",
         "checkpoint.pth",
+        "data.csv.gz",
     }
     assert record == json.loads((out / "metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
     about = json.loads((out / "config.json").read_text())
@@ -459,7 +461,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
         == f"ecan_train: error: {tmp_path} holds no run to resume: expected config.json in it"
     )
     assert "DATA is missing" in fails(capsys)
-    assert "--resume takes the whole configuration" in fails(capsys, "--resume", run, "--epochs", 3)
+    assert "--resume takes all settings from the run's folder" in fails(capsys, "--resume", run, "--epochs", 3)
     assert "invalid choice: 'mixup'" in fails(capsys, faces, "--method", "mixup")
     assert "timm has no model 'resnet-18'" in fails(
         capsys, faces, "--arch", "resnet-18", "--out", tmp_path / "new", "--workers", 0
@@ -504,3 +506,120 @@ def test_a_finished_run_is_not_resumed(tmp_path):
     (tmp_path / "config.json").write_text("{}"), (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(ValueError, match="is finished: its results are in metrics.json"):
         resume_run(tmp_path)
+
+
+# A run's folder and its data
+
+
+def interrupted(faces, out, **kwargs):
+    "A run that was stopped after its first epoch"
+    save = runs.RunState.after_epoch
+
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs.RunState, "after_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            start_run(config(faces, **kwargs), out)
+
+
+def copied(faces, to):
+    shutil.copytree(faces, to)
+    return to
+
+
+def test_a_run_goes_on_from_elsewhere_and_with_data_that_was_moved(faces, tmp_path, monkeypatch):
+    data = copied(faces, tmp_path / "here" / "faces")
+    monkeypatch.chdir(tmp_path / "here")
+    interrupted("faces", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"] == str(data)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faces").mkdir()  # another folder of that name
+    data.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        resume_run(tmp_path / "run")
+    assert resume_run(tmp_path / "run", tmp_path / "moved")["epochs"] == 2
+
+
+def relabel(data):
+    file = sorted((data / "train" / "happy").glob("*.png"))[0]
+    file.rename(data / "train" / "sad" / file.name)
+
+
+def overwrite(data):
+    file = sorted((data / "train" / "happy").glob("*.png"))[0]
+    file.write_bytes(sorted((data / "train" / "sad").glob("*.png"))[0].read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        (lambda data: sorted((data / "test" / "happy").glob("*.png"))[0].unlink(), "1 missing .such as test.happy."),
+        (
+            lambda data: shutil.copy(data / "test/happy/happy_0000.png", data / "test/happy/x.png"),
+            "1 new .such as test",
+        ),
+        (relabel, "1 missing .*; 1 new "),
+        (overwrite, "1 with another split, label or size .such as train.happy."),
+        (lambda data: (data / "train" / "sad").rename(data / "train" / "blue"), " missing .*; .* new "),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(faces, tmp_path, change, said):
+    data = copied(faces, tmp_path / "faces")
+    interrupted(data, tmp_path / "run")
+    change(data)
+    with pytest.raises(ValueError, match="is not the data with which the run in .* began: .*" + said):
+        resume_run(tmp_path / "run")
+
+
+def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
+    for name in ("history.csv", "checkpoint.pth", "thesis.txt"):
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"expected a new or empty folder for the run, and .* holds {name}"):
+            start_run(config(faces), out)
+        assert [f.name for f in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+
+
+def test_one_process_holds_a_run(faces, tmp_path):
+    code = (
+        "import sys, time, pathlib\nfrom ecan_fastai.runs import lock_run\n"
+        "lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="another process is training in .*run: give another folder"):
+            start_run(config(faces), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    finally:
+        process.kill()
+    process.wait()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(faces, tmp_path, monkeypatch):
+    from ecan_fastai.losses import ECANLoss
+
+    forward, calls = ECANLoss.forward, []
+
+    def diverge(self, out, y):
+        calls.append(isinstance(out, dict))
+        loss = forward(self, out, y)
+        return loss * float("nan") if sum(calls) > 8 else loss
+
+    monkeypatch.setattr(ECANLoss, "forward", diverge)
+    with pytest.raises(ValueError, match="the training loss became nan in epoch 1: lower the learning rate"):
+        start_run(config(faces), tmp_path / "run")
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 1 and not (tmp_path / "run" / "metrics.json").exists()
+    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert state["epochs"] == 1 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_json_has_no_nan():
+    text = runs.as_json(dict(a=[1.5, float("nan")], b=dict(c=float("inf")), d="NaN"))
+    assert json.loads(text, parse_constant=pytest.fail) == dict(a=[1.5, None], b=dict(c=None), d="NaN")

@@ -13,7 +13,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .records import Face, class_folders, existing_folder, read_csv, subfolders
+from .records import Face, class_folders, existing_folder, read_csv, split_name, subfolders
+
+# %% ../../nbs/03a_folder.ipynb #91345075
+def _split_folders(path):
+    "Folder name to split name where the folders of `path` are splits, empty where they are classes"
+    splits = {p.name: split_name(p.name) for p in subfolders(path) if p.name != "models"}
+    known = [s for s in splits.values() if s in ("train", "valid", "test")]
+    if not known:
+        return {}
+    if "train" not in known:
+        names = " and ".join(name for name, split in splits.items() if split in known)
+        raise ValueError(f"{path} has the split folder {names}, but no train folder")
+    for split in known:
+        names = [name for name, s in splits.items() if s == split]
+        if len(names) > 1:
+            raise ValueError(f"{path} has several folders for the split {split}: {' and '.join(names)}")
+    return splits
 
 # %% ../../nbs/03a_folder.ipynb #3c98c768
 def folder_faces(
@@ -21,10 +37,9 @@ def folder_faces(
 ) -> list:  # `Face` records
     "Faces of a folder; raises `ValueError` where there are none"
     path = existing_folder(path)
-    names = [p.name for p in subfolders(path)]
-    if "train" in names:
-        faces = [f for s in names for f in class_folders(path / s, "valid" if s == "val" else s)]
-    else:
+    splits = _split_folders(path)
+    faces = [f for folder, split in splits.items() for f in class_folders(path / folder, split)]
+    if not splits:
         faces = class_folders(path, "train")
     if not faces:
         raise ValueError(
@@ -61,7 +76,7 @@ def table_faces(
             Face(
                 image,
                 str(label),
-                "valid" if split == "val" else str(split),
+                split_name(split),
                 str(image) if isinstance(image, Path) else f"row {row}",
             )
         )
@@ -76,7 +91,7 @@ def csv_faces(
     split_col: str = "split",  # Column of split names, used if it is there
 ) -> list:  # `Face` records
     "Faces of a comma-separated file"
-    df = read_csv(csv)
+    df = read_csv(csv, dtype=str, keep_default_na=False, na_values=[""])  # "NA" and "01" are names, too
     missing = [c for c in (image_col, label_col) if c not in df]
     if missing:
         raise ValueError(
