@@ -51,7 +51,7 @@ class MemoryBankUpdate(Callback):
     order, run_valid = MixedPrecision.order + 2, False
 
     def before_fit(self):
-        self.pending, self.may_fill = None, True
+        self.pending = None
         mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
         if mixing:
             raise ValueError(
@@ -60,9 +60,8 @@ class MemoryBankUpdate(Callback):
             )
 
     def before_train(self):
-        if self.may_fill and not self.model.bank.full:
+        if not len(self.model.bank):
             self.fill()
-        self.may_fill = False
 
     @torch.no_grad()
     def fill(self):

@@ -13,7 +13,7 @@ from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig, setting_types
 
 HELP = dict(
     kind="what DATA is",
-    preset="where settings that are not given come from: the paper, or what did best on FER2013's valid split",
+    preset="defaults: the paper's, or what did better in short runs on FER2013's valid split",
     method="the paper's method, its baseline, or a row of its Table 3",
     arch="name of a timm model (resnet18; tuned resnet18_half)",
     pretrained="timm's pretrained weights (DATA stands before it); with PATH those of a run's folder or a checkpoint",

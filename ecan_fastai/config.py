@@ -60,7 +60,7 @@ PRESETS = {
 }
 PRESETS["ferplus"] = PRESETS["fer2013"]  # the same pictures
 
-# `--preset tuned`: what differs from the paper's settings; chosen on FER2013's valid split (see nbs/09_fer2013.ipynb)
+# `--preset tuned`: what did better in short runs, on FER2013's valid split (nbs/09_fer2013.ipynb)
 TUNED = {"fer2013": dict(arch="resnet18_half", level="weak", epochs=40, momentum=0.99, center_features=True)}
 TUNED["ferplus"] = TUNED["fer2013"]
 

@@ -360,14 +360,22 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
         "0",
     ]
     process = subprocess.Popen(
-        cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        cmd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
-    for _ in range(1200):
-        if (out / "history.csv").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    try:
+        for _ in range(1200):
+            if (out / "history.csv").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130 and f"--resume {out}" in stderr and "Traceback" not in stderr
     assert len(pd.read_csv(out / "history.csv")) == torch.load(out / "checkpoint.pth", weights_only=True)["epochs"] >= 1
 
