@@ -233,7 +233,8 @@ def experiment_table(
         numbers = {label: paper[label][i] if label in paper else None for label in exp["runs"]}
         if any(numbers.values()):
             table[f"paper: {_NAMES[m]}"] = {label: "" if v is None else f"{v:.2f}" for label, v in numbers.items()}
-    return pd.DataFrame(table, index=list(exp["runs"]))
+    rows = pd.DataFrame(table, index=list(exp["runs"]))
+    return rows[(rows.fillna("") != "").any(axis=1)]  # without rows that nobody has trained
 
 
 def _note(name, results, kind, settings):
