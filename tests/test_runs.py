@@ -556,6 +556,11 @@ def relabel(data):
     file.rename(data / "train" / "sad" / file.name)
 
 
+def rename_class(data):
+    for split in ("train", "test"):
+        (data / split / "sad").rename(data / split / "blue")
+
+
 def overwrite(data):
     file = sorted((data / "train" / "happy").glob("*.png"))[0]
     file.write_bytes(sorted((data / "train" / "sad").glob("*.png"))[0].read_bytes())
@@ -571,7 +576,7 @@ def overwrite(data):
         ),
         (relabel, "1 missing .*; 1 new "),
         (overwrite, "1 with another split, label or size .such as train.happy."),
-        (lambda data: (data / "train" / "sad").rename(data / "train" / "blue"), " missing .*; .* new "),
+        (rename_class, " missing .*; .* new "),
     ],
 )
 def test_a_run_does_not_go_on_with_other_data(faces, tmp_path, change, said):
@@ -595,7 +600,7 @@ def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
 def test_one_process_holds_a_run(faces, tmp_path):
     code = (
         "import sys, time, pathlib\nfrom ecan_fastai.runs import lock_run\n"
-        "lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+        "lock = lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE
