@@ -109,10 +109,10 @@ class CropsAsImages(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #9dd95d76
 class ProgressiveResize(Callback):
-    """Train and validate on smaller images in the first epochs: cheaper, and the rest of the fit starts from what
+    """Train on smaller images in the first epochs: cheaper, and the rest of the fit starts from what
     they taught"""
 
-    order = CropsAsImages.order + 1
+    order, run_valid = CropsAsImages.order + 1, False
 
     def __init__(
         self,
@@ -128,9 +128,6 @@ class ProgressiveResize(Callback):
 
     def before_train(self):
         self.is_small = self.epoch < round(self.pct * self.n_epoch)
-
-    def after_fit(self):
-        self.is_small = False
 
     def before_batch(self):
         if self.is_small:

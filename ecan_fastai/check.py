@@ -27,7 +27,7 @@ def _look(face):
     "What is wrong, a digest of the pixels, and the perceptual hash as 64 signs"
     try:
         img = read_face(face.image, 1)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         return str(e), None, None
     digest = hashlib.sha256(repr(img.shape).encode() + img.tobytes()).hexdigest()
     return None, digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1

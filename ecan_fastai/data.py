@@ -26,6 +26,7 @@ from fastai.torch_core import TensorImage, retain_types, show_image
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import get_grid
 from fastcore.basics import fastuple, store_attr
+from fastcore.foundation import L
 from fasttransform import Pipeline, Transform, compose_tfms
 from PIL import Image
 from plum import dispatch
@@ -118,11 +119,11 @@ def _bytes(file):
 
 def _decode(x, channels):
     data = x if isinstance(x, bytes) else _bytes(x)
-    img = (
-        cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB)
-        if data
-        else None
-    )
+    colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    try:
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), colours) if data else None
+    except cv2.error:  # a header that promises more pixels than OpenCV takes
+        img = None
     if img is None:
         raise ValueError(
             f"cannot decode {'a picture of bytes' if x is data else x}: not an image, or broken ({len(data)} bytes)"
@@ -280,20 +281,23 @@ class TwoViewDL(TfmdDL):
 
 # %% ../nbs/02_data.ipynb #2fc02414
 class EachView(Transform):
-    "Apply a batch transform to each view by itself, so that a random one draws anew for each"
+    "Apply batch transforms to each view by itself, so that random ones draw anew for each"
+
+    order = 30  # after `IntToFloatTensor`, before `Normalize`
 
     def __init__(
         self,
-        tfm,  # fastai batch transform
+        tfms,  # fastai batch transforms, or functions
     ):
         super().__init__()
-        self.tfm, self.order = tfm, tfm.order
+        made = [t if isinstance(t, Transform) else t() if isinstance(t, type) else Transform(t) for t in L(tfms)]
+        self.tfms = sorted(made, key=lambda t: t.order)
 
     def __call__(self, b, split_idx=None, **kwargs):
         x, *targets = b
         if not isinstance(x, (tuple, list)):
-            return self.tfm(b, split_idx=split_idx, **kwargs)
-        views = [self.tfm((view, *targets), split_idx=split_idx, **kwargs) for view in x]
+            return compose_tfms(b, self.tfms, split_idx=split_idx)
+        views = [compose_tfms((view, *targets), self.tfms, split_idx=split_idx) for view in x]
         return (type(x)([view[0] for view in views]), *views[0][1:])
 
     def decode(self, b, **kwargs):

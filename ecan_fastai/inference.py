@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import crop_size, eval_boxes, picture_size
-from .data import FaceTransform, read_face
+from .data import EachView, FaceTransform, read_face
 from .layers import channels_last_is_faster
 from .metrics import per_class_table, split_metrics
 from .model import FaceClassifier
@@ -143,6 +143,11 @@ class Predictor:
         if tfm is None or norm is None:
             raise ValueError(
                 "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
+            )
+        each_view = [t for v in learn.dls.after_batch.fs if isinstance(v, EachView) for t in v.tfms]
+        if any(t.split_idx != 0 for t in each_view):
+            raise ValueError(
+                "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"
             )
         if tfm.item_tfms:
             raise ValueError(

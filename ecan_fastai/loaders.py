@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import Categorize, Category
+from fastai.data.transforms import Categorize, Category, Normalize
 from fastai.torch_core import TensorCategory
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -109,7 +109,7 @@ def _splits(faces, valid_pct, seed, train_all, valid="valid"):
 def _problem(face, channels, size):
     try:
         shape = read_face(face.image, channels).shape
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         return str(e)
     if size and shape[:2] != (size, size):
         return f"{face}: expected {size}x{size} pixels, got {shape[1]}x{shape[0]}"
@@ -186,6 +186,17 @@ def _check_options(kwargs):
     raise TypeError(f"no argument {unknown[0]!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 # %% ../nbs/03j_loaders.ipynb #430bc2f5
+def _split_normalize(batch_tfms):
+    "Statistics of a `Normalize` among batch transforms, or None, and the other transforms"
+    norms = [t for t in L(batch_tfms) if isinstance(t, Normalize) or t is Normalize]
+    others = [t for t in L(batch_tfms) if not any(t is norm for norm in norms)]
+    if not norms:
+        return None, others
+    if len(norms) > 1 or norms[0] is Normalize or norms[0].mean is None:
+        raise ValueError("expected one Normalize with statistics in batch_tfms: Normalize.from_stats(mean, std)")
+    return tuple(t.flatten().tolist() for t in (norms[0].mean, norms[0].std)), others
+
+
 def _loaders(
     cls,
     faces: list,  # `Face` records
@@ -213,6 +224,7 @@ def _loaders(
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs)
+    stats, batch_tfms = _split_normalize(batch_tfms)
     if bs is not None and not bs > 0:
         raise ValueError(f"batch size must be above 0, got {bs}")
     if size < 8:
@@ -226,12 +238,14 @@ def _loaders(
         bs = min(256, 2 ** max(2, int(math.log2(len(splits["train"]) / 8))))
     if len(splits["train"]) < bs:
         raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
-    faces_block = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, item_tfms=item_tfms)
+    faces_block = TwoViewBlock(
+        level, recipe, size, channels, n_views, all_crops, eval_crops, stats=stats, item_tfms=item_tfms
+    )
     block = DataBlock(
         blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))),
         getters=[_Get("image"), _Get()],
         splitter=lambda _: list(splits.values()),
-        batch_tfms=[EachView(t) for t in L(batch_tfms)],
+        batch_tfms=[EachView(batch_tfms)] if batch_tfms else None,
     )
     loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
     dls = cls(*loaders, path=path, device=loaders[0].device)

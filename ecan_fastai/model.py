@@ -231,7 +231,7 @@ def _module_encoder(module, in_chans):
     "A user's own module as an encoder"
     try:
         out = copy.deepcopy(module).eval()(torch.zeros(1, in_chans, 64, 64))
-    except (RuntimeError, TypeError, ValueError) as e:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"{arch_name(module)} does not take an image of shape (1, {in_chans}, 64, 64): {e}") from e
     shape = tuple(getattr(out, "shape", ()))
     if len(shape) not in (2, 4):
@@ -246,7 +246,8 @@ def _encoder(arch, in_chans, pretrained):
     "Encoder that gives features (n, d), and d"
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
-    if callable(arch) and getattr(arch, "__module__", "").startswith("timm."):
+    is_module = isinstance(arch, nn.Module)
+    if callable(arch) and not is_module and getattr(arch, "__module__", "").startswith("timm."):
         arch = arch_name(arch)
     if isinstance(arch, nn.Module):
         if pretrained is True:

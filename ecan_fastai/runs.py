@@ -199,7 +199,8 @@ def _tests(dls):
 def _accuracy(model, dl):
     "Outside fastai's events, so that a fit goes on as if nothing had been looked at"
     model.eval()
-    right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
+    with torch.random.fork_rng(devices=[]):  # a loader draws from torch's generator whenever it starts
+        right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
     return right / len(dl.dataset)
 
 
@@ -518,7 +519,7 @@ def _start(cfg, out):
         raise ValueError(f"expected a new or empty folder for the run, and {out} holds {', '.join(others[:5])}")
     resolve_config(cfg)
     if cfg.kind != "sample":
-        cfg.data = str(Path(cfg.data).resolve())  # so that the run can go on from anywhere
+        cfg.data = os.path.abspath(cfg.data)  # so that the run can go on from anywhere
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     learn = run_learner(cfg, dls, out)
@@ -551,11 +552,18 @@ def _resume(out, data):
     if (out / "metrics.json").exists():
         raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = read_config(out)
-    if data is not None:
-        cfg.data = str(Path(data).resolve())
+    moved = data is not None and cfg.kind != "sample"
+    if data is not None and cfg.kind == "sample" and data != "sample":
+        raise ValueError(f"the run in {out} is on faces that it draws itself, and takes no data, got {data}")
+    if moved:
+        cfg.data = os.path.abspath(data)
     set_seed(cfg.seed, reproducible=True)
     dls = run_loaders(cfg, out)
     _check_data(dls, cfg, out)
+    if moved:
+        written = json.loads((out / "config.json").read_text())
+        written["config"]["data"] = cfg.data
+        write_json(out / "config.json", written)
     _note_environment(dls, out)
     about = json.loads((out / "config.json").read_text())["about"]
     set_stats(dls, about["mean"], about["std"])
@@ -566,6 +574,7 @@ def _resume(out, data):
 
 def lock_run(out, wait=None):
     "Lock a run's folder; if another process holds it, call `wait` and wait, or raise `ValueError` without `wait`"
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"), is_singleton=True)
     try:

@@ -321,11 +321,17 @@ def pooled():
     return torch.nn.Sequential(torch.nn.Conv2d(1, 5, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
 
 
+def timm_module():
+    import timm
+
+    return timm.create_model("resnet10t", num_classes=0, in_chans=1)
+
+
 def maps():
     return torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3, stride=2), torch.nn.ReLU())
 
 
-@pytest.mark.parametrize("arch,d", [(timm_fn, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6)])
+@pytest.mark.parametrize("arch,d", [(timm_fn, 512), (timm_module, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6)])
 def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
     learn = make(arch=arch(), lr=1e-3)
     assert learn.model.classifier.in_features == learn.model.bank.z.shape[1] == d

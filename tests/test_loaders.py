@@ -11,6 +11,7 @@ import torch
 
 from ecan_fastai.data import read_face
 from ecan_fastai.loaders import *
+from ecan_fastai.loaders import broken_faces
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.readers.fer2013 import *
 from ecan_fastai.readers.folder import *
@@ -590,3 +591,51 @@ def test_a_file_far_too_large_is_refused(tmp_path):
         f.truncate(2**28 + 1)
     with pytest.raises(ValueError, match="huge.png has 268435457 bytes: expected an image of at most"):
         read_face(tmp_path / "huge.png")
+
+
+def test_all_of_several_batch_transforms_are_applied(faces):
+    from fastai.vision.all import TensorImage, Transform
+
+    class Add(Transform):
+        def __init__(self, by, order):
+            super().__init__()
+            self.by, self.order = by, order
+
+        def encodes(self, x: TensorImage):
+            return x * self.by if self.order > 20 else x + self.by
+
+    (q, k), _ = loaders(faces, batch_tfms=[Add(3.0, 25), Add(1.0, 15)], shuffle=False).train.one_batch()
+    (q0, k0), _ = loaders(faces, shuffle=False).train.one_batch()
+    for a, b in ((q, q0), (k, k0)):
+        assert torch.allclose(a * 0.25 + 0.5, 3 * (b * 0.25 + 0.5 + 1), atol=1e-5)
+
+
+def test_a_normalize_among_batch_transforms_replaces_that_of_the_block(faces):
+    from fastai.vision.all import Normalize
+
+    dls = loaders(faces, batch_tfms=Normalize.from_stats([0.2], [0.1]))
+    norms = [t for t in dls.after_batch.fs if isinstance(t, Normalize)]
+    assert len(norms) == 1 and norms[0].mean.item() == pytest.approx(0.2) and not norms[0].by_default
+    plain = loaders(faces).valid.one_batch()[0]
+    assert torch.allclose(dls.valid.one_batch()[0] * 0.1 + 0.2, plain * 0.25 + 0.5, atol=1e-5)
+    with pytest.raises(ValueError, match="one Normalize with statistics"):
+        loaders(faces, batch_tfms=Normalize)
+
+
+def test_files_without_permission_and_headers_without_end_are_broken_images(faces, tmp_path, monkeypatch):
+    from ecan_fastai import data
+
+    files = sorted(faces.rglob("*.png"))[:3]
+    read = data._bytes
+
+    def fails(file):
+        if file == files[0]:
+            raise PermissionError(f"permission denied: {file}")
+        return read(file)
+
+    monkeypatch.setattr(data, "_bytes", fails)
+    header = bytearray(files[1].read_bytes())
+    header[16:24] = (2**30).to_bytes(4, "big") * 2
+    (tmp_path / "huge.png").write_bytes(header)
+    found = broken_faces([Face(f, "x") for f in (*files, tmp_path / "huge.png")], 1)
+    assert list(found) == [0, 3] and "permission denied" in found[0] and "huge.png" in found[3]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -549,6 +550,7 @@ def test_a_run_goes_on_from_elsewhere_and_with_data_that_was_moved(faces, tmp_pa
     with pytest.raises(FileNotFoundError, match="no such folder"):
         resume_run(tmp_path / "run")
     assert resume_run(tmp_path / "run", tmp_path / "moved")["epochs"] == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"] == str(tmp_path / "moved")
 
 
 def relabel(data):
@@ -636,3 +638,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(f
 def test_json_has_no_nan():
     text = runs.as_json(dict(a=[1.5, float("nan")], b=dict(c=float("inf")), d="NaN"))
     assert json.loads(text, parse_constant=pytest.fail) == dict(a=[1.5, None], b=dict(c=None), d="NaN")
+
+
+def test_a_run_folder_by_another_spelling_is_the_same_folder(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    with runs.lock_run(Path(".")):
+        names = {f.name for f in tmp_path.iterdir()}
+    with runs.lock_run(tmp_path / "link"):
+        assert {f.name for f in tmp_path.iterdir()} == names
+
+
+def test_looking_at_the_tests_moves_no_generator(faces, tmp_path):
+    cfg = config(faces, method="baseline").resolve()
+    dls = runs.run_loaders(cfg, tmp_path)
+    learn = runs.run_learner(cfg, dls, tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert 0 <= runs._accuracy(learn.model, dls["test"]) <= 1 and torch.equal(torch.rand(3), expected)

@@ -52,7 +52,10 @@ def detect_kind(
         raise FileNotFoundError(f"no such file or folder: {path}")
     if path.is_file() and path.suffix.lower() != ".csv":
         raise ValueError(f"expected a folder or a .csv file, got {path}")
-    return next(kind for kind, reader in READERS.items() if reader.detect(path))
+    kind = next((kind for kind, reader in READERS.items() if reader.detect(path)), None)
+    if kind is None:
+        raise ValueError(f"{path} is neither a folder nor a regular file")
+    return kind
 
 # %% ../../nbs/03h_published.ipynb #91860fd0
 def read_faces(
