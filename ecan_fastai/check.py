@@ -1,4 +1,4 @@
-"""What is wrong with a data set before anything is trained on it: counts, broken images, and images that stand in two splits
+"""What is wrong with a data set before training: counts, broken images, images in two splits
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/check.html.md"""
 

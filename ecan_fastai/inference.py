@@ -1,4 +1,4 @@
-"""A trained model put to work: labels, probabilities and features of pictures, measures on another data set, and a file for other runtimes
+"""Labels, probabilities and features from a trained model, evaluation on other data, and export
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/inference.html.md"""
 

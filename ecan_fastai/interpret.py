@@ -1,4 +1,4 @@
-"""What trained models got right and wrong: metrics, confusion matrices, training curves, maps of features, class counts and sweeps
+"""Confusion matrices, training curves, maps of features, class counts and sweeps
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/interpret.html.md"""
 

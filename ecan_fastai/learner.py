@@ -1,4 +1,4 @@
-"""Learners for ECAN and for its baseline, the paper's optimizer as a preset, and an export that leaves the training apparatus out
+"""Learners for ECAN and its baseline, the paper's optimizer and schedule, and a small export
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/learner.html.md"""
 
