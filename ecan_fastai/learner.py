@@ -127,9 +127,7 @@ class ECANLearner(Learner):
 def ecan_learner(
     dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
     arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained: bool
-    | str
-    | Path = False,  # The model's pretrained weights, a run's folder or a checkpoint; freezes the encoder at first
+    pretrained: bool | str | Path = False,  # The model's weights, a run's folder or a checkpoint; freezes the encoder
     l1: float | None = None,  # Share of ENSC in the loss; default 0.2
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
     n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
@@ -137,8 +135,7 @@ def ecan_learner(
     momentum: float = 0.999,  # m of the key encoder; about 1/(1-m) steps of memory
     bank_groups: int = 16,  # K: batches that the memory bank holds
     key_eval: bool = False,  # Key encoder in evaluation mode
-    loss_func: ECANLoss
-    | None = None,  # An `ECANLoss` with settings of its own, instead of l1, l2, n_groups and temperature
+    loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups and temperature
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
     **kwargs,
@@ -179,9 +176,7 @@ def _ecan_loss(loss_func, settings):
 def baseline_learner(
     dls,  # DataLoaders; of two views the first is used
     arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained: bool
-    | str
-    | Path = False,  # The model's pretrained weights, a run's folder or a checkpoint; freezes the encoder at first
+    pretrained: bool | str | Path = False,  # The model's weights, a run's folder or a checkpoint; freezes the encoder
     loss_func=None,  # Default: cross-entropy
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks

@@ -201,8 +201,7 @@ def _loaders(
     cls,
     faces: list,  # `Face` records
     path=".",  # Where a Learner saves its models
-    bs: int
-    | None = None,  # Batch size; default 256, for small data the power of two that gives 8 to 16 batches an epoch
+    bs: int | None = None,  # Batch size; default 256, less for small data
     size: int = 224,  # Side in pixels to which pictures are brought
     channels: int = 3,  # 1: grey, 3: RGB
     level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"

@@ -612,8 +612,10 @@ def _image_mark(image, root):
 def _check_data(dls, cfg, out):
     "Raise `ValueError` naming what differs between the data of a run and what lies there now"
     file = out / _DATA_FILE
-    if cfg.kind == "sample" or not file.exists():
+    if cfg.kind == "sample":
         return
+    if not file.exists():
+        return warnings.warn(f"{file} is missing: whether the data of the run has changed cannot be checked")
     columns = ["split", "label", "image", "size"]
     before = pd.read_csv(file, dtype=str, keep_default_na=False)[columns]
     now = _data_table(dls, cfg)

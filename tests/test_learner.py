@@ -463,6 +463,7 @@ def test_timms_weights_bring_timms_statistics(make, monkeypatch, channels):
         1,
         1,
     )
+    assert norm.std.flatten().tolist() == pytest.approx(list(learn.model.encoder.pretrained_cfg["std"])[:channels])
     own = make(arch="tf_efficientnet_lite0", dls=dict(channels=channels))
     assert [t for t in own.dls.valid.after_batch.fs if hasattr(t, "mean")][
         0
