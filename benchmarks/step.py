@@ -26,7 +26,7 @@ class Batches(list):
 
     def __init__(self, x, y, device):
         super().__init__([(x, y)])
-        self.bs, self.device, self.dataset = len(y), device, [((x[0][0], x[1][0]), y[0])]
+        self.bs, self.device, self.dataset = len(y), device, [((x[0][0].cpu(), x[1][0].cpu()), y[0].cpu())]
 
     def to(self, device):
         return self
