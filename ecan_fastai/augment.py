@@ -105,7 +105,6 @@ class RandomRotate(A.Rotate):
     def apply(self, img, matrix, **params):
         return cv2.warpAffine(img, matrix, img.shape[1::-1]).reshape(img.shape)
 
-
 # %% ../nbs/01_augment.ipynb #3c0e6653
 def _rafdb(level, size, color):
     erase = A.Erasing(p=0.5)

@@ -30,7 +30,8 @@ from fastcore.meta import delegates
 from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
 from .data import TwoViewDL, set_stats
 from .losses import ECANLoss
-from .model import ECANModel, FaceClassifier, arch_name
+from .model import ECANModel, FaceClassifier, arch_name, choose_arch
+from .weights import NAMES, named_stats
 
 # %% ../nbs/07_learner.ipynb #3318b10a
 paper_opt = dict(
@@ -126,8 +127,8 @@ class ECANLearner(Learner):
 @delegates(Learner.__init__, but="model,splitter")
 def ecan_learner(
     dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained: bool | str | Path = False,  # The model's weights, a run's folder or a checkpoint; freezes the encoder
+    arch=None,  # Name of a timm model, function that makes a model (timm's, torchvision's), or module; default resnet18
+    pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     l1: float | None = None,  # Share of ENSC in the loss; default 0.2
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
     n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
@@ -142,6 +143,7 @@ def ecan_learner(
 ) -> ECANLearner:
     """Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its
     rate of 0.1 in proportion to the batch size"""
+    arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature))
     views, n_classes = _views(dls)
     if len(views) != 2:
@@ -175,14 +177,15 @@ def _ecan_loss(loss_func, settings):
 @delegates(Learner.__init__, but="model,splitter")
 def baseline_learner(
     dls,  # DataLoaders; of two views the first is used
-    arch="resnet18",  # Name of a timm model, function that makes a model (timm's, torchvision's), or encoder module
-    pretrained: bool | str | Path = False,  # The model's weights, a run's folder or a checkpoint; freezes the encoder
+    arch=None,  # Name of a timm model, function that makes a model (timm's, torchvision's), or module; default resnet18
+    pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     loss_func=None,  # Default: cross-entropy
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
     **kwargs,
 ) -> Learner:
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
+    arch = choose_arch(arch, pretrained)
     views, n_classes = _views(dls)
     model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
     _check_fits(dls, model, views[0], arch)
@@ -227,6 +230,8 @@ def _use_own_stats(dls, encoder, in_chans):
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs):
     if pretrained is True:
         _use_own_stats(dls, model.encoder, in_chans)
+    elif pretrained in NAMES and len(named_stats(pretrained)[0]) == in_chans:
+        set_stats(dls, *named_stats(pretrained), defaults_only=True)
     opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"] * dls.train.bs / 256}
     learn = cls(
         dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs}
