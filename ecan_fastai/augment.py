@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/augment.html.md"""
 
 # %% auto #0
 __all__ = ['uses_five_crops', 'crop_size', 'RandomFiveCrop', 'RandomShift', 'RandomRotate', 'seed_pipeline', 'AllCrops',
-           'train_pipeline', 'picture_size', 'eval_boxes', 'eval_pipelines', 'LEVELS', 'RECIPES', 'CROPS']
+           'train_pipeline', 'image_side', 'eval_boxes', 'eval_pipelines', 'LEVELS', 'RECIPES', 'CROPS']
 
 # %% ../nbs/01_augment.ipynb #d1178ff8
 import random
@@ -21,11 +21,13 @@ from .config import CROPS, LEVELS, RECIPES
 _all_ = ["LEVELS", "RECIPES", "CROPS"]
 
 
-def _check(level, recipe):
+def _check(level, recipe, size):
     if level not in LEVELS:
         raise ValueError(f"unknown augmentation level {level!r}, expected one of {', '.join(LEVELS)}")
     if recipe not in RECIPES:
         raise ValueError(f"unknown augmentation recipe {recipe!r}, expected one of {', '.join(RECIPES)}")
+    if not 8 <= size <= 4096:
+        raise ValueError(f"size must be from 8 to 4096 pixels, got {size}")
 
 # %% ../nbs/01_augment.ipynb #60faa7bd
 def uses_five_crops(level: str, recipe: str) -> bool:
@@ -34,13 +36,13 @@ def uses_five_crops(level: str, recipe: str) -> bool:
 
 
 def crop_size(level: str, recipe: str, size: int) -> int:
-    "Side of the pictures that the network sees: `size`, or 5/6 of it under FiveCrop (40 of 48)"
-    _check(level, recipe)
+    "Side of the views that the network sees: `size`, or 5/6 of it under FiveCrop (40 of 48)"
+    _check(level, recipe, size)
     return round(size * 5 / 6) if uses_five_crops(level, recipe) else size
 
 
 def _five_corners(size, side):
-    "Left and top of the four corner crops and the centre crop of `side` pixels from a picture of `size` pixels"
+    "Left and top of the four corner crops and the centre crop of `side` pixels from an image of `size` pixels"
     far, mid = size - side, (size - side) // 2
     return [(0, 0), (far, 0), (0, far), (far, far), (mid, mid)]
 
@@ -54,7 +56,7 @@ class RandomFiveCrop(A.ImageOnlyTransform):
 
     def __init__(
         self,
-        size: int,  # Side of the picture in pixels
+        size: int,  # Side of the image in pixels
         side: int,  # Side of the crops
     ):
         super().__init__(p=1)
@@ -69,7 +71,7 @@ class RandomFiveCrop(A.ImageOnlyTransform):
 
 
 class RandomShift(A.ImageOnlyTransform):
-    """Move the picture by whole pixels, black where it was: a crop from the padded picture, `A.PadIfNeeded` and
+    """Move the image by whole pixels, black where it was: a crop from the padded image, `A.PadIfNeeded` and
     `A.RandomCrop` in one copy"""
 
     def __init__(
@@ -160,13 +162,13 @@ class AllCrops:
 def train_pipeline(
     level: str = "strong",  # One of "none", "weak", "strong" (Table 1)
     recipe: str = "rafdb",  # "rafdb" or "fer2013": the column of Table 1
-    size: int = 224,  # Side in pixels to which a picture is brought
-    channels: int = 3,  # Channels of the pictures, 1 (grey) or 3 (RGB)
+    size: int = 224,  # Side in pixels to which an image is brought
+    channels: int = 3,  # Channels of the images, 1 (grey) or 3 (RGB)
     all_crops: bool = False,  # Give all five crops of FiveCrop instead of a random one
 ):  # A callable `pipeline(image=...)["image"]` on uint8 arrays (height, width, channels)
     """Training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for `all_crops`
     without FiveCrop"""
-    _check(level, recipe)
+    _check(level, recipe, size)
     if all_crops and not uses_five_crops(level, recipe):
         raise ValueError(
             f"all_crops needs FiveCrop, which is part of level 'strong' of recipe 'fer2013', not of {level!r} of "
@@ -183,8 +185,8 @@ def train_pipeline(
     return A.Compose(before + [RandomFiveCrop(size, side)] + after)
 
 # %% ../nbs/01_augment.ipynb #a3caf0f8
-def picture_size(level: str, recipe: str, size: int, crops: str = "center") -> int:
-    """Side of the pictures from which evaluation views are cut: `size` under FiveCrop, else 6/5 of it for five or
+def image_side(level: str, recipe: str, size: int, crops: str = "center") -> int:
+    """Side of the images from which evaluation views are cut: `size` under FiveCrop, else 6/5 of it for five or
     ten crops"""
     if crops not in CROPS:
         raise ValueError(f"unknown evaluation crops {crops!r}, expected one of {', '.join(CROPS)}")
@@ -193,12 +195,12 @@ def picture_size(level: str, recipe: str, size: int, crops: str = "center") -> i
 
 
 def eval_boxes(
-    picture: int,  # Side of the picture
+    image_size: int,  # Side of the image
     side: int,  # Side of a view
     crops: str = "center",  # One of `CROPS`
-) -> list:  # (mirrored, left, top) of each view; a mirrored view is cut from the mirrored picture
-    "Where the evaluation views of a picture lie"
-    five = _five_corners(picture, side)
+) -> list:  # (mirrored, left, top) of each view; a mirrored view is cut from the mirrored image
+    "Where the evaluation views of an image lie"
+    five = _five_corners(image_size, side)
     chosen = five if crops in ("five", "ten") else five[-1:]
     return [
         (mirrored, *corner)
@@ -210,12 +212,12 @@ def eval_boxes(
 def eval_pipelines(
     level: str = "strong",  # The level used in training
     recipe: str = "rafdb",  # The recipe used in training
-    size: int = 224,  # Side in pixels to which a picture is brought
+    size: int = 224,  # Side in pixels to which an image is brought
     crops: str = "center",  # "center", "flip" (it and its mirror image), "five" (and corners) or "ten"
 ) -> list:  # One deterministic pipeline a view
-    "Evaluation views of a picture; raises `ValueError` for an unknown `crops`"
-    side, picture = crop_size(level, recipe, size), picture_size(level, recipe, size, crops)
+    "Evaluation views of an image; raises `ValueError` for an unknown `crops`"
+    side, whole = crop_size(level, recipe, size), image_side(level, recipe, size, crops)
     return [
-        A.Compose([A.Resize(picture, picture), *[A.HorizontalFlip(p=1)] * mirrored, A.Crop(x, y, x + side, y + side)])
-        for mirrored, x, y in eval_boxes(picture, side, crops)
+        A.Compose([A.Resize(whole, whole), *[A.HorizontalFlip(p=1)] * mirrored, A.Crop(x, y, x + side, y + side)])
+        for mirrored, x, y in eval_boxes(whole, side, crops)
     ]

@@ -9,8 +9,10 @@ __all__ = ['DataReport', 'check_data', 'show_pairs']
 
 # %% ../nbs/11_check.ipynb #d2f9a9dd
 import hashlib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, combinations, islice
 
 import imagehash
 import matplotlib.pyplot as plt
@@ -32,25 +34,40 @@ def _look(face):
     digest = hashlib.sha256(repr(img.shape).encode() + img.tobytes()).hexdigest()
     return None, digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1
 
+# %% ../nbs/11_check.ipynb #8bad556f
+_MAX_PAIRS = 10**6  # of many equal images, black ones for instance, the pairs are without number
+
 
 def _pairs_exact(digests):
     "Pairs of positions with the same digest"
     groups = {}
     for i, d in enumerate(digests):
         groups.setdefault(d, []).append(i)
-    return [(a, b, 0) for own in groups.values() for k, a in enumerate(own) for b in own[k + 1 :]]
+    for same in groups.values():
+        yield from ((a, b, 0) for a, b in combinations(same, 2))
 
 
 def _pairs_near(signs, distance, rows=None):
     "Pairs of positions whose hashes differ in at most `distance` bits; a product of signs counts the bits that agree"
-    found, rows = [], rows or max(1, 2**25 // len(signs))  # 128 MiB at a time
+    rows = rows or max(1, 2**22 // len(signs))  # 16 MiB at a time
     for i in range(0, len(signs), rows):
         bits = (signs.shape[1] - signs[i : i + rows] @ signs[i:].T) / 2
         a, b = np.nonzero(np.triu(bits <= distance, 1))
-        found += [(i + x, i + y, int(bits[x, y])) for x, y in zip(a.tolist(), b.tolist())]
+        yield from ((i + x, i + y, int(bits[x, y])) for x, y in zip(a.tolist(), b.tolist()))
+
+
+def _pairs(digests, signs, distance):
+    "Pairs of positions of equal images, then of nearly equal ones, up to a number"
+    pairs = _pairs_exact(digests)
+    if len(signs):
+        near = _pairs_near(np.stack(signs).astype(np.float32), distance)
+        pairs = chain(pairs, (p for p in near if digests[p[0]] != digests[p[1]]))
+    found = list(islice(pairs, _MAX_PAIRS))
+    if len(found) == _MAX_PAIRS:
+        warnings.warn(f"{_MAX_PAIRS} pairs of equal or nearly equal images: further pairs are left out")
     return found
 
-
+# %% ../nbs/11_check.ipynb #9f312ba3
 @dataclass
 class DataReport:
     "What `check_data` found"
@@ -76,6 +93,26 @@ class DataReport:
         ]
         return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "of both, labelled differently"])
 
+# %% ../nbs/11_check.ipynb #02e39acf
+def _counts(faces):
+    "Faces of each class and split, and of all"
+    table = pd.crosstab([f.label for f in faces], [f.split for f in faces])[list(dict.fromkeys(f.split for f in faces))]
+    table = pd.concat([table, table.sum(axis=1).rename("all")], axis=1)
+    return pd.concat([table, table.sum().rename("all").to_frame().T]).rename_axis(index="class", columns="split")
+
+
+def _pair_table(pairs, faces, digests, whole):
+    "A row for each pair of positions in `whole`, equal images first"
+    rows = []
+    for x, y, distance in pairs:
+        a, b = faces[whole[x]], faces[whole[y]]
+        pair = (str(a), a.split, a.label, str(b), b.split, b.label)
+        rows.append((distance, *pair, digests[x] == digests[y], whole[x], whole[y]))
+    table = pd.DataFrame(
+        rows, columns=["distance", "image_a", "split_a", "label_a", "image_b", "split_b", "label_b", "same", "a", "b"]
+    ).astype({"same": bool})
+    return table.sort_values(["same", "distance"], ascending=[False, True], ignore_index=True)
+
 
 def check_data(
     path,  # Data of any kind that `read_faces` knows
@@ -88,46 +125,13 @@ def check_data(
     faces = read_faces(path, kind)
     with ThreadPoolExecutor() as pool:
         looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
-    counts = pd.crosstab(
-        [f.label for f in faces], [f.split for f in faces], margins=True, margins_name="all"
-    ).rename_axis(index="class", columns="split")
-    counts = counts[[*dict.fromkeys(f.split for f in faces), "all"]]
     whole = [i for i, (problem, *_) in enumerate(looked) if problem is None]
-    digests = [looked[i][1] for i in whole]
-    pairs = _pairs_exact(digests)
-    if whole:
-        pairs += [
-            p
-            for p in _pairs_near(np.stack([looked[i][2] for i in whole]).astype(np.float32), distance)
-            if digests[p[0]] != digests[p[1]]
-        ]
-    rows = [
-        (
-            d,
-            str(faces[a]),
-            faces[a].split,
-            faces[a].label,
-            str(faces[b]),
-            faces[b].split,
-            faces[b].label,
-            digests[x] == digests[y],
-            a,
-            b,
-        )
-        for x, y, d in pairs
-        for a, b in [(whole[x], whole[y])]
-    ]
-    table = pd.DataFrame(
-        rows, columns=["distance", "image_a", "split_a", "label_a", "image_b", "split_b", "label_b", "same", "a", "b"]
-    ).astype({"same": bool})
-    return DataReport(
-        counts,
-        {str(f): problem for f, (problem, *_) in zip(faces, looked) if problem},
-        table.sort_values(["same", "distance"], ascending=[False, True], ignore_index=True),
-        faces,
-    )
+    digests, signs = [looked[i][1] for i in whole], [looked[i][2] for i in whole]
+    pairs = _pair_table(_pairs(digests, signs, distance), faces, digests, whole)
+    broken = {str(f): problem for f, (problem, *_) in zip(faces, looked) if problem}
+    return DataReport(_counts(faces), broken, pairs, faces)
 
-
+# %% ../nbs/11_check.ipynb #60e08079
 def show_pairs(
     report: DataReport,  # From `check_data`
     pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default those across splits
@@ -141,6 +145,6 @@ def show_pairs(
     for row, (a, b) in zip(pairs.itertuples(), axs.T):
         for ax, i, split, label in ((a, row.a, row.split_a, row.label_a), (b, row.b, row.split_b, row.label_b)):
             ax.imshow(read_face(report.faces[i].image, 1)[..., 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_title(f"{split}\n{label}", fontsize=8)
+            ax.set_title(f"{split}\n{label}", fontsize=8, parse_math=False)
             ax.axis("off")
     return fig

@@ -110,6 +110,11 @@ def _print_record(record, out):
     print(f"\nmedian epoch {record['seconds']['median_epoch']:.1f} s; everything is in {out}")
 
 
+def printable(text):
+    "Text on one line, without codes that a terminal would obey"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def _script(f):
     """A console script from a function of its arguments: libraries' warnings to their own developers are hidden,
     ours are one line"""
@@ -119,7 +124,7 @@ def _script(f):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, category, *_, **__: (
-                print(f"{f.__name__}: {message}", file=sys.stderr) if category is UserWarning else None
+                print(f"{f.__name__}: {printable(message)}", file=sys.stderr) if category is UserWarning else None
             )
             return f(args)
 
@@ -152,7 +157,7 @@ def ecan_train(args=None):
 
         record = start_run(config, out) if config else resume_run(out, given.data)
     except (ValueError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: error: {e}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
         parser.exit(
             130,
@@ -169,7 +174,7 @@ def _one_sentence(parser):
     try:
         yield
     except (ValueError, OSError, ImportError) as e:
-        parser.exit(2, f"{parser.prog}: error: {e}\n")
+        parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
@@ -228,19 +233,23 @@ def ecan_predict(args=None):
     if given.every is not None and not given.faces:
         p.error("--every goes with --faces")
     with _one_sentence(p):
-        from ecan_fastai.inference import Predictor, picture_files
+        from ecan_fastai.inference import Predictor, find_images
+        from ecan_fastai.readers.records import write_csv
 
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
             table = _found_faces(predictor, given)
         else:
-            table = predictor.predict([f for path in given.images for f in picture_files(path)])
+            files = [f for path in given.images for f in find_images(path)]
+            table = predictor.predict(files, skip_broken=True)
         if given.out is None:
             _print_faces(table)
         elif given.out.suffix == ".csv":
-            table.round(5).to_csv(given.out, index=False)
+            write_csv(table.round(5), given.out)
         else:
             given.out.write_text(table.round(5).to_json(orient="records", indent=1))
+        if not given.faces and len(table) < len(files):
+            p.exit(1, f"{p.prog}: {len(files) - len(table)} of {len(files)} images are left out\n")
 
 
 def _found_faces(predictor, given):
@@ -250,7 +259,7 @@ def _found_faces(predictor, given):
     table = predictor.predict_faces(files, every=1.0 if given.every is None else given.every)
     for f in files:
         if str(f) not in set(table["image"]):
-            print(f"ecan_predict: no face found in {f}", file=sys.stderr)
+            print(f"ecan_predict: no face found in {printable(f)}", file=sys.stderr)
     return table
 
 
@@ -260,7 +269,8 @@ def _print_faces(table):
         return print("no face found")
     columns = [c for c in ("image", "second", "left", "top", "right", "bottom", "label", "probability") if c in table]
     box = {c: int for c in ("left", "top", "right", "bottom") if c in table}
-    print(table[columns].dropna(axis=1, how="all").astype(box).to_string(index=False, float_format="{:.3f}".format))
+    table = table[columns].assign(image=table["image"].map(printable))
+    print(table.dropna(axis=1, how="all").astype(box).to_string(index=False, float_format="{:.3f}".format))
 
 
 @_script
@@ -328,11 +338,12 @@ def ecan_check(args=None):
     _out(p, given.picture, ".png", flag="--picture")
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
+        from ecan_fastai.readers.records import write_csv
 
         report = check_data(given.data, given.kind, given.distance)
         _print_report(report)
         if given.out:
-            report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
+            write_csv(report.pairs.drop(columns=["a", "b"]), given.out)
         if given.picture and len(report.leaks):
             show_pairs(report).savefig(given.picture, dpi=110)
         elif given.picture:
@@ -343,7 +354,7 @@ def _print_report(report):
     print(report.counts.to_string())
     print(f"\n\n{len(report.broken)} broken images")
     for said in list(report.broken.values())[:10]:
-        print(f"  {said}")
+        print(f"  {printable(said)}")
     print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)")
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
 
@@ -424,6 +435,6 @@ def ecan_reproduce(args=None):
         if not table.empty:
             print(f"\n{table.to_string()}")
     except (ValueError, OSError) as e:
-        p.exit(2, f"{p.prog}: error: {e}\n")
+        p.exit(2, f"{p.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
         p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")

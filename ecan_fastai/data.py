@@ -12,6 +12,7 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'PhotoCrop', 'read_face', 'Face
 import os
 import random
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +71,76 @@ class PhotoCrop:
         img = read_face(self.file, channels)
         face = img[max(0, self.top) : max(0, self.bottom), max(0, self.left) : max(0, self.right)]
         if not face.size:
-            raise ValueError(f"{self}: the box lies outside the picture of {img.shape[1]}x{img.shape[0]} pixels")
+            raise ValueError(f"{self}: the box lies outside the image of {img.shape[1]}x{img.shape[0]} pixels")
         return face
 
+# %% ../nbs/02_data.ipynb #0fece0ab
+_LARGEST_FILE = 2**28  # bytes
+_LARGEST_IMAGE = 2**28  # pixels
 
+
+def _bytes(file):
+    try:
+        about = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"no such image file: {file}") from None
+    except OSError as e:
+        raise OSError(f"cannot read {file}: {e.strerror}") from None
+    except ValueError as e:  # characters that no file's name has
+        raise ValueError(f"no file can be named {str(file)!r}: {e}") from None
+    if stat.S_ISDIR(about.st_mode):
+        closed = "" if os.access(file, os.R_OK | os.X_OK) else ", which cannot be listed"
+        raise ValueError(f"expected an image file, got the folder {file}{closed}")
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{file} is not a regular file")
+    if about.st_size > _LARGEST_FILE:
+        raise ValueError(f"{file} has {about.st_size} bytes: expected an image of at most {_LARGEST_FILE}")
+    try:
+        with open(file, "rb") as f:
+            return f.read()
+    except OSError as e:
+        raise OSError(f"cannot read {file}: {e.strerror}") from None
+
+# %% ../nbs/02_data.ipynb #7cfcb250
+def _header(data):
+    "Width and height that a PNG or JPEG file promises, and whether a JPEG file has its end; decoders fill in the rest"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return *struct.unpack(">II", data[16:24].ljust(8, b"\0")), True
+    width = height = 0
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:  # the pixels begin
+            return width, height, data.find(b"\xff\xd9", at) > 0
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return width, height, True
+
+# %% ../nbs/02_data.ipynb #49222cd7
+def _decode(x, channels):
+    data = x if isinstance(x, bytes) else _bytes(x)
+    name = "an image of bytes" if x is data else x
+    width, height, whole = _header(data)
+    if width * height > _LARGEST_IMAGE:
+        raise ValueError(f"{name} has {width}x{height} pixels: expected an image of at most {_LARGEST_IMAGE}")
+    colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    try:
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), colours) if data and whole else None
+    except cv2.error:  # a header that promises more pixels than OpenCV takes
+        img = None
+    if img is None:
+        problem = "not an image, or broken" if whole else "the file was cut short"
+        raise ValueError(f"cannot decode {name}: {problem} ({len(data)} bytes)")
+    return img[..., None] if channels == 1 else img
+
+# %% ../nbs/02_data.ipynb #ba18a693
 def read_face(
     x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 array (h, w[, 1|3]) or tensor (1|3, h, w)
     channels: int = 3,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (height, width, channels)
-    """Decode a picture with OpenCV; raises `ValueError` naming the file for one that cannot be decoded, and for
-    arrays of another kind"""
+    """Decode an image with OpenCV; raises `ValueError` or `OSError` naming the file for one that cannot be read, and
+    `ValueError` for arrays of another kind"""
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
     if isinstance(x, PhotoCrop):
@@ -90,45 +151,15 @@ def read_face(
         x = x.detach().cpu().numpy()
         if x.ndim == 3:
             x = x.transpose(1, 2, 0)
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"expected a path, bytes, a PIL image, an array or a tensor as an image, got {x!r}")
     if x.ndim == 2:
         x = x[..., None]
-    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] not in (1, 3):
-        raise ValueError(f"expected a uint8 picture with 1 or 3 channels, got {x.dtype} of shape {tuple(x.shape)}")
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] not in (1, 3) or not x.size:
+        raise ValueError(f"expected a uint8 image with 1 or 3 channels, got {x.dtype} of shape {tuple(x.shape)}")
     if x.shape[-1] == channels:
         return np.ascontiguousarray(x)
     return cv2.cvtColor(x, cv2.COLOR_RGB2GRAY)[..., None] if channels == 1 else cv2.cvtColor(x, cv2.COLOR_GRAY2RGB)
-
-
-_LARGEST_FILE = 2**28  # bytes
-
-
-def _bytes(file):
-    try:
-        about = os.stat(file)
-        if stat.S_ISDIR(about.st_mode):
-            raise IsADirectoryError(file)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError(f"{file} is not a regular file")
-        if about.st_size > _LARGEST_FILE:
-            raise ValueError(f"{file} has {about.st_size} bytes: expected an image of at most {_LARGEST_FILE}")
-        with open(file, "rb") as f:
-            return f.read()
-    except (FileNotFoundError, IsADirectoryError):
-        raise FileNotFoundError(f"no such image file: {file}") from None
-
-
-def _decode(x, channels):
-    data = x if isinstance(x, bytes) else _bytes(x)
-    colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    try:
-        img = cv2.imdecode(np.frombuffer(data, np.uint8), colours) if data else None
-    except cv2.error:  # a header that promises more pixels than OpenCV takes
-        img = None
-    if img is None:
-        raise ValueError(
-            f"cannot decode {'a picture of bytes' if x is data else x}: not an image, or broken ({len(data)} bytes)"
-        )
-    return img[..., None] if channels == 1 else img
 
 # %% ../nbs/02_data.ipynb #090c9495
 def _process():
@@ -138,7 +169,7 @@ def _process():
 
 
 class FaceTransform(Transform):
-    "Picture to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
+    "Image to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
 
     input_types = (str, Path, PhotoCrop, bytes, np.ndarray, Image.Image, torch.Tensor)
 
@@ -189,7 +220,7 @@ class FaceTransform(Transform):
 
 
 def _channels_first(a):
-    "(height, width, channels) to (channels, height, width); a grey picture keeps its memory"
+    "(height, width, channels) to (channels, height, width); a grey image keeps its memory"
     if a.shape[-1] == 1:
         return a[None, ..., 0]
     out = np.empty((a.shape[-1], *a.shape[:2]), a.dtype)
@@ -324,7 +355,7 @@ grey_stats = ([0.5], [0.25])
 def TwoViewBlock(
     level: str = "strong",  # Augmentation level of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
-    size: int = 224,  # Side in pixels to which pictures are brought
+    size: int = 224,  # Side in pixels to which images are brought
     channels: int = 3,  # 1: grey, 3: RGB
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
@@ -369,5 +400,6 @@ def show_results(x: TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, n
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     for s, o, ctx in zip(samples, outs, ctxs):
         s[0].show(ctx=ctx, **kwargs)
-        ctx.set_title(f"{s[1]}\n{o[0]}", color="green" if str(s[1]) == str(o[0]) else "red")
+        color = "green" if str(s[1]) == str(o[0]) else "red"
+        ctx.set_title(f"{s[1]}\n{o[0]}", color=color, parse_math=False)  # a class may have $ in its name
     return ctxs

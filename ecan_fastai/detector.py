@@ -169,5 +169,5 @@ def predict_faces(
             faces.append(self.pixels(f.image))
     where = pd.DataFrame(rows, columns=["image", "second", "left", "top", "right", "bottom", "found"])
     if not faces:
-        return where.assign(**{c: [] for c in ("label", "probability", *self.vocab)})
+        return where.assign(**{c: [] for c in ("label", "probability", *self.columns)})
     return where.join(self.predict(faces, bs).drop(columns="image"))

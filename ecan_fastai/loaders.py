@@ -32,15 +32,20 @@ from .data import EachView, TwoViewBlock, read_face
 from .progress import progress
 from .readers.factory import READERS, detect_kind, read_faces
 from .readers.folder import csv_faces, folder_faces, table_faces
-from .readers.records import Face, data_root
+from .readers.records import Face, check_names, data_root
 
 # %% ../nbs/03j_loaders.ipynb #950a21cb
 def _check_labels(faces, vocab):
     if not faces:
-        raise ValueError("no faces to load")
-    vocab = list(vocab) if vocab is not None else sorted({f.label for f in faces if f.split == "train"})
+        raise ValueError("no image to load")
+    check_names(f.label for f in faces)
+    check_names((f.split for f in faces), "split")
     if not any(f.split == "train" for f in faces):
-        raise ValueError(f"no face in a train split, got the splits {', '.join(sorted({f.split for f in faces}))}")
+        raise ValueError(f"no image in a train split, got the splits {', '.join(sorted({f.split for f in faces}))}")
+    vocab = list(vocab) if vocab is not None else sorted({f.label for f in faces if f.split == "train"})
+    twice = next((v for v in vocab if vocab.count(v) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the vocabulary has {twice!r} twice")
     for f in faces:
         if f.label not in vocab:
             raise ValueError(f"{f}: label {f.label!r} is not in the vocabulary ({', '.join(map(str, vocab))})")
@@ -101,6 +106,8 @@ def _splits(faces, valid_pct, seed, train_all, valid="valid"):
         splits["train"] = splits["train"] + splits["valid"]
     if not splits["valid"]:
         raise ValueError(f"no class has a second training image to validate on, among {len(faces)} faces")
+    if train_all and "valid_seen" in splits:
+        raise ValueError("train_all calls the valid split valid_seen, and the data has a split of that name: rename it")
     if train_all:
         splits = {"valid_seen" if k == "valid" else k: v for k, v in splits.items()}
     return splits
@@ -118,9 +125,9 @@ def _problem(face, channels, size):
 def broken_faces(
     faces: list,  # `Face` records
     channels: int = 3,  # Channels to decode to
-    size: int | None = None,  # Side that every picture must have, or None
+    size: int | None = None,  # Side that every image must have, or None
 ) -> dict:  # Index of each broken one to what is wrong with it
-    "Decode every picture and tell which cannot be read, or have the wrong size"
+    "Decode every image and tell which cannot be read, or have the wrong size"
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda f: _problem(f, channels, size), faces)
         return {i: p for i, p in enumerate(progress(problems, "check images", len(faces))) if p}
@@ -149,6 +156,17 @@ class _Get(Transform):
     def __call__(self, o, **kwargs):
         return o if self.attribute is None else getattr(o, self.attribute)
 
+# %% ../nbs/03j_loaders.ipynb #b0cd75b8
+class _ClassName(Category):
+    "Name of a class, which may have $ in it"
+
+    def show(self, ctx=None, color="black", **kwargs):
+        if not hasattr(ctx, "set_title"):
+            return super().show(ctx=ctx, color=color, **kwargs)
+        before = ctx.get_title()
+        ctx.set_title(f"{before}\n{self}" if before else str(self), color=color, parse_math=False)
+        return ctx
+
 # %% ../nbs/03j_loaders.ipynb #358966b8
 class _Label(Categorize):
     "`Categorize` of a `Face` without type dispatch, its tensors made once; with `soft`, shares of votes in training"
@@ -161,7 +179,7 @@ class _Label(Categorize):
         return TensorCategory(torch.tensor(face.shares)) if self.soft and split_idx == 0 else self.tensors[face.label]
 
     def decodes(self, o):
-        return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
+        return _ClassName(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 # %% ../nbs/03j_loaders.ipynb #b66e9fbf
 _LOADER_OPTIONS = (
@@ -202,7 +220,7 @@ def _loaders(
     faces: list,  # `Face` records
     path=".",  # Where a Learner saves its models
     bs: int | None = None,  # Batch size; default 256, less for small data
-    size: int = 224,  # Side in pixels to which pictures are brought
+    size: int = 224,  # Side in pixels to which images are brought
     channels: int = 3,  # 1: grey, 3: RGB
     level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
@@ -215,7 +233,7 @@ def _loaders(
     train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
     vocab: list | None = None,  # Names of the classes in order; default those of train, sorted
     skip_broken: bool = False,  # Go on without images that cannot be read
-    image_size: int | None = None,  # Side that every picture on disk must have
+    image_size: int | None = None,  # Side that every image on disk must have
     soft_labels: bool = False,  # Train on the shares of people's votes (FER+); evaluation keeps the label
     balanced: bool = False,  # Sample every class equally often in training, with replacement
     item_tfms=None,  # fastai transforms of the decoded image, before resizing and augmentation
@@ -226,10 +244,11 @@ def _loaders(
     stats, batch_tfms = _split_normalize(batch_tfms)
     if bs is not None and not bs > 0:
         raise ValueError(f"batch size must be above 0, got {bs}")
-    if size < 8:
-        raise ValueError(f"size must be at least 8 pixels, got {size}")
-    vocab = _check_labels(faces, vocab)
+    if balanced and kwargs.get("shuffle", True) is not True:
+        raise ValueError("balanced samples the training images at random: leave out shuffle, or balanced")
+    _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
+    vocab = _check_labels(faces, vocab)
     splits = _splits(faces, valid_pct, seed, train_all, valid)
     if soft_labels:
         _check_shares(faces, splits["train"], vocab)
@@ -385,11 +404,12 @@ def from_rafdb(
 @delegates(_loaders, but="cls,faces")
 def from_ferplus(
     cls: ExpressionDataLoaders,
-    path,  # Folder of FER+
+    path,  # Folder of FER+, or of FER2013's folder form
+    votes=None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
     **kwargs,
 ):
     "FER+: splits train, valid, PublicTest, PrivateTest; eight classes"
-    return _from(cls, "ferplus", path, kwargs)
+    return _from(cls, "ferplus", path, kwargs, votes=votes)
 
 # %% ../nbs/03j_loaders.ipynb #5b5c76ac
 @patch(cls_method=True)

@@ -77,7 +77,7 @@ def test_near_pairs_are_those_of_a_plain_loop(rows):
         if (signs[i] != signs[j]).sum() <= 4
     ]
     assert sorted(_pairs_near(signs, 4, rows)) == plain and plain
-    assert _pairs_exact("abcab") == [(0, 3, 0), (1, 4, 0)] and len(_pairs_exact("aaaa")) == 6
+    assert list(_pairs_exact("abcab")) == [(0, 3, 0), (1, 4, 0)] and len(list(_pairs_exact("aaaa"))) == 6
 
 
 def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
@@ -92,3 +92,44 @@ def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         ecan_check([str(tmp_path / "nowhere")])
     assert e.value.code == 2 and "no such file or folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_does_not_stop_the_check(tmp_path, monkeypatch):
+    from ecan_fastai import data
+
+    path, read = sample_faces(tmp_path / "f", n=60), data._bytes
+    closed = sorted((path / "train" / "happy").glob("*.png"))[0]
+
+    def reads(file):
+        if file == closed:
+            raise PermissionError(f"cannot read {file}: Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(data, "_bytes", reads)
+    (path / "train" / "happy" / "circle.png").symlink_to(path / "train" / "happy" / "circle.png")
+    report = check_data(path)
+    assert [p.rsplit("/", 1)[1] for p in report.broken] == ["circle.png", closed.name]
+    assert report.counts.loc["all", "all"] == len(list(path.rglob("*.png")))
+
+
+def test_pairs_of_many_equal_images_have_an_end(tmp_path, monkeypatch):
+    from ecan_fastai import check
+
+    monkeypatch.setattr(check, "_MAX_PAIRS", 20)
+    black = [Image.fromarray(np.zeros((8, 8), np.uint8))] * 12
+    for i, img in enumerate(black):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        img.save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    with pytest.warns(UserWarning, match="20 pairs of equal or nearly equal images: further pairs are left out"):
+        assert len(check_data(tmp_path).pairs) == 20
+
+
+def test_a_class_may_be_called_all_and_have_dollars_in_its_name(tmp_path):
+    img = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    for split in ("train", "test"):
+        for label in ("all", "$\\frac$"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.fromarray(img).save(tmp_path / split / label / "a.png")
+    report = check_data(tmp_path)
+    assert report.counts["all"].tolist() == [2, 2, 4]
+    show_pairs(report).canvas.draw()

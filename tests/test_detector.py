@@ -149,7 +149,7 @@ def test_faces_of_photos_and_videos_are_labelled_as_cut_out(photo, finder, run, 
         and list(table["second"][1:]) == [1, 2]
     )
     (face,) = finder(photo)
-    assert np.allclose(table.loc[0, predictor.vocab].astype(float), predictor.probabilities(face.image)[0], atol=1e-5)
+    assert np.allclose(table.loc[0, predictor.columns].astype(float), predictor.probabilities(face.image)[0], atol=1e-5)
     assert table.loc[0, ["left", "top", "right", "bottom"]].tolist() == pytest.approx(
         [face.left, face.top, face.right, face.bottom]
     )

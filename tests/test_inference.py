@@ -79,11 +79,11 @@ def test_probabilities_are_those_of_the_runs_own_evaluation(kind, request):
     predictor = Predictor(out)
     table = predictor.predict(list(written["image"]), bs=7)
     assert (
-        np.allclose(table[predictor.vocab], written[[f"p_{v}" for v in predictor.vocab]], atol=2e-5)
+        np.allclose(table[predictor.columns], written[[f"p_{v}" for v in predictor.vocab]], atol=2e-5)
         and list(table["label"]) == list(written["predicted"])
         and list(table["image"]) == list(written["image"])
     )
-    assert np.allclose(table["probability"], table[predictor.vocab].max(1))
+    assert np.allclose(table["probability"], table[predictor.columns].max(1))
 
 
 @pytest.mark.parametrize("crops", ["center", "ten"])
@@ -149,7 +149,7 @@ def test_every_form_of_a_picture_gives_the_same(faces, run):
         assert np.allclose(predictor.probabilities(many), np.repeat(expected, 2, 0), atol=1e-5)
     folder = predictor.predict(faces / "test")
     assert list(folder["image"]) == list(map(str, test_files(faces))) and np.allclose(
-        folder.iloc[[0]][predictor.vocab], expected, atol=1e-5
+        folder.iloc[[0]][predictor.columns], expected, atol=1e-5
     )
 
 
@@ -231,17 +231,91 @@ def test_damaged_runs_are_named(run, tmp_path):
         Predictor(tmp_path)
     weights = load_file(run / "model.safetensors")
     save_file({k: v for k, v in weights.items() if k != "classifier.bias"}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="does not fit its config.json"):
+    with pytest.raises(ValueError, match="does not fit its config.json in 1 tensors: .* as classifier.bias, got none"):
         Predictor(tmp_path)
+    for wrong, said in (
+        (torch.full((7,), torch.nan), "has values in classifier.bias that are not finite"),
+        (
+            torch.zeros(7, dtype=torch.int64),
+            r"expected torch.float32 \(7,\) as classifier.bias, got torch.int64 \(7,\)",
+        ),
+        (torch.zeros(8), r"expected torch.float32 \(7,\) as classifier.bias, got torch.float32 \(8,\)"),
+    ):
+        save_file({**weights, "classifier.bias": wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            Predictor(tmp_path)
     for text in ("{}", "[]", '{"config": {"arch": "resnet18"}, "about": {}}', "{"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
             Predictor(tmp_path)
-    for device in ("gpu", "cuda:7"):
+    for device in ("gpu", "cuda:7", "meta"):
         with pytest.raises(ValueError, match=f"no such device here: {device}"):
             Predictor(run, device=device)
     with pytest.raises(ValueError, match="unknown evaluation crops 'six'"):
         Predictor(run, "six")
+
+
+@pytest.mark.parametrize(
+    "part,key,value,said",
+    [
+        ("config", "arch", 5, "expected the name of an architecture as config.arch, got 5"),
+        ("config", "arch", "resnet1", "timm has no model 'resnet1'"),
+        ("config", "arch", "vit_giant_patch14_clip_224", "no vit_giant_patch14_clip_224 for images of shape"),
+        ("config", "level", ["strong"], "expected one of none, weak, strong as config.level"),
+        ("config", "size", 10**9, "size must be from 8 to 4096 pixels, got 1000000000"),
+        ("config", "size", True, "expected a number of pixels as config.size, got True"),
+        ("config", "channels", True, "expected 1 or 3 as config.channels, got True"),
+        ("config", "eval_crops", {}, "expected one of center, flip, five, ten as config.eval_crops"),
+        ("config", "eval_crops", None, "no eval_crops in its config"),
+        ("about", "vocab", ["happy ", "happy", *"abcde"], "differ only in case or blanks"),
+        ("about", "vocab", "abcdefg", "expected a list of at least two different class names"),
+        ("about", "vocab", ["a"] * 7, "expected a list of at least two different class names"),
+        ("about", "mean", [float("nan")], "expected a list of numbers as about.mean, got"),
+        ("about", "mean", [0.5] * 3, r"expected a number for each channel .1. as about.mean, got 3"),
+        ("about", "std", [0.0], "expected a list of numbers above 0 as about.std"),
+        ("about", "view_size", 48, "about.view_size is 48, expected 40 at size 48"),
+        ("about", "std", None, "no std in its about"),
+    ],
+)
+def test_every_setting_of_a_run_is_checked(run, tmp_path, part, key, value, said):
+    written = json.loads((run / "config.json").read_text())
+    written[part][key] = value
+    if value is None:
+        del written[part][key]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    shutil.copy(run / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=f"config.json.*{said}"):
+        Predictor(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe{", b"[" * 100000, b'{"config": 5, "about": []}', b'{"config": {}}'])
+def test_what_is_no_configuration_is_told(run, tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    shutil.copy(run / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+        Predictor(tmp_path)
+
+
+def test_class_names_overwrite_no_column(run, faces):
+    predictor, file = Predictor(run), test_files(faces)[0]
+    expected = predictor.predict(file)
+    predictor.vocab = ["label", "image", "probability", "file", "p_image", "a/b", "$x$"]
+    table = predictor.predict(file)
+    assert list(table.columns) == ["image", "label", "probability", *(f"p_{v}" for v in predictor.vocab)]
+    assert np.array_equal(table.iloc[:, 2:], expected.iloc[:, 2:]) and table["image"][0] == str(file)
+    assert table["label"][0] == predictor.vocab[table.iloc[0, 3:].astype(float).argmax()]
+
+
+def test_images_that_cannot_be_read_may_be_left_out(run, faces, tmp_path):
+    predictor, (a, b) = Predictor(run), test_files(faces)[:2]
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="left out: cannot decode .*broken.png"):
+        table = predictor.predict([a, tmp_path / "broken.png", b], skip_broken=True)
+    assert table.equals(predictor.predict([a, b]))
+    with pytest.raises(ValueError, match="none of the 1 images can be read: cannot decode .*broken.png"):
+        predictor.predict(tmp_path, skip_broken=True)
+    with pytest.raises(ValueError, match="bs must be at least 1, got 0"):
+        predictor.predict(a, bs=0)
 
 
 def test_bad_pictures_are_named(run, tmp_path):
@@ -254,7 +328,7 @@ def test_bad_pictures_are_named(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no images found under"):
         predictor.predict(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no pictures to predict"):
+    with pytest.raises(ValueError, match="no images to predict"):
         predictor.predict([])
 
 
@@ -285,6 +359,12 @@ def test_classes_are_matched_by_meaning(faces, run, tmp_path):
     )
     table = Predictor(run).predict(faces / "test" / "happy")
     assert record["splits"]["test"]["per_class"]["happy"]["recall"] == pytest.approx((table["label"] == "happy").mean())
+    assert shared_classes(["happy", "Happiness"], ["Happiness", "happy"]) == {
+        "Happiness": "Happiness",
+        "happy": "happy",
+    }
+    with pytest.raises(ValueError, match="class 'joy' can be any of the model's classes happy, Happiness"):
+        shared_classes(["happy", "Happiness"], ["joy"])
     with pytest.raises(ValueError, match="knows none of the data's classes: it has angry"):
         shared_classes(["angry"], ["cat"])
 
@@ -345,10 +425,21 @@ def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     assert (
         len(table) == len(records) == len(test_files(faces))
         and records[0]["label"] == table["label"][0]
-        and set(Predictor(run).vocab) < set(table.columns)
+        and set(Predictor(run).columns) < set(table.columns)
     )
     assert "expected a name ending in .csv or .json, got p.txt" in fails(capsys, ecan_predict, run, a, "--out", "p.txt")
     assert "no such folder" in fails(capsys, ecan_predict, run, a, "--out", tmp_path / "x" / "p.csv")
+    evil = tmp_path / "x\x1b]0;owned\x07.png"
+    evil.write_bytes(a.read_bytes()[:40])
+    with pytest.raises(SystemExit) as e:  # what can be read is labelled, and the exit says that something could not
+        ecan_predict(list(map(str, (run, a, evil, b, "--out", tmp_path / "some.csv"))))
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and list(pd.read_csv(tmp_path / "some.csv")["image"]) == [str(a), str(b)]
+    assert "1 of 3 images are left out" in said and "cannot decode" in said
+    assert "x\\x1b]0;owned\\x07.png" in said and "\x1b" not in said
+    evil.write_bytes(a.read_bytes())
+    ecan_predict(list(map(str, (run, evil))))
+    assert "\x1b" not in (printed := capsys.readouterr().out) and "owned" in printed
     assert "no such image file" in fails(capsys, ecan_predict, run, tmp_path / "none.png")
     assert "is not the folder of a finished run" in fails(capsys, ecan_predict, tmp_path, a)
 

@@ -12,7 +12,7 @@ import torch
 from ecan_fastai.data import read_face
 from ecan_fastai.loaders import *
 from ecan_fastai.loaders import broken_faces
-from ecan_fastai.readers.factory import detect_kind
+from ecan_fastai.readers.factory import detect_kind, read_faces
 from ecan_fastai.readers.fer2013 import *
 from ecan_fastai.readers.folder import *
 from ecan_fastai.readers.records import *
@@ -228,7 +228,7 @@ def test_the_folder_where_fastai_saves_models_is_no_class(tmp_path):
     [
         (dict(bs=500), "batch size 500 is larger than the training split of"),
         (dict(bs=0), "above 0"),
-        (dict(size=4), "size must be at least 8 pixels, got 4"),
+        (dict(size=4), "size must be from 8 to 4096 pixels, got 4"),
         (dict(channels=2), "channels must be 1 or 3"),
         (dict(valid_pct=0), "valid_pct"),
         (dict(n_views=3), "n_views must be 1 or 2"),
@@ -242,7 +242,7 @@ def test_wrong_arguments_are_named(faces, kw, said):
 
 
 def test_train_split_must_exist():
-    with pytest.raises(ValueError, match="no face in a train split, got the splits test"):
+    with pytest.raises(ValueError, match="no image in a train split, got the splits test"):
         ExpressionDataLoaders.from_faces([Face(np.zeros((8, 8), np.uint8), "happy", "test")])
 
 
@@ -295,7 +295,7 @@ def test_table_mistakes(faces, table, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*none.csv"):
         ExpressionDataLoaders.from_csv(tmp_path / "none.csv")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(ValueError, match="empty.csv is not a comma-separated table"):
+    with pytest.raises(ValueError, match="empty.csv is empty"):
         ExpressionDataLoaders.from_csv(tmp_path / "empty.csv")
 
 
@@ -310,7 +310,7 @@ def fer_rows(train=21, test=7):
     return rows
 
 
-def write_csv(file, rows, icml=False, **changed):
+def write_fer2013(file, rows, icml=False, **changed):
     df = pd.DataFrame([dict(emotion=e, pixels=" ".join(map(str, p.ravel())), Usage=u) for e, u, p in rows])
     for k, (row, v) in changed.items():
         df[k] = [v if i == row else x for i, x in enumerate(df[k])]
@@ -336,8 +336,8 @@ def test_the_three_forms_of_fer2013_are_the_same(tmp_path):
     rows = fer_rows()
     (tmp_path / "d").mkdir()
     forms = [
-        fer(write_csv(tmp_path / "fer2013.csv", rows)),
-        fer(write_csv(tmp_path / "d" / "icml_face_data.csv", rows, icml=True).parent),
+        fer(write_fer2013(tmp_path / "fer2013.csv", rows)),
+        fer(write_fer2013(tmp_path / "d" / "icml_face_data.csv", rows, icml=True).parent),
         fer(write_folders(tmp_path / "f", rows)),
     ]
     for dls in forms:
@@ -349,14 +349,14 @@ def test_the_three_forms_of_fer2013_are_the_same(tmp_path):
 
 def test_fer2013_counts_are_compared_with_the_published_ones(tmp_path):
     with pytest.warns(UserWarning, match="this FER2013 differs from the published one: train angry 3 instead of 3995"):
-        ExpressionDataLoaders.from_fer2013(write_csv(tmp_path / "fer2013.csv", fer_rows()), **FAST)
+        ExpressionDataLoaders.from_fer2013(write_fer2013(tmp_path / "fer2013.csv", fer_rows()), **FAST)
     assert [sum(c.values()) for c in FER2013_COUNTS.values()] == [28709, 3589, 3589]
 
 
 @pytest.mark.parametrize(
     "changed,said",
     [
-        (dict(emotion=(2, 7)), "line 4: expected an emotion from 0 to 6, got 7"),
+        (dict(emotion=(2, 7)), "line 4: expected an emotion from 0 to 6, got '7'"),
         (dict(pixels=(0, "1 2 3")), "line 2: expected 2304 pixels, got 3"),
         (dict(pixels=(1, "1 2 x")), "line 3: pixels are not numbers"),
         (dict(pixels=(1, " ".join(["256"] * 2304))), "line 3: expected pixels from 0 to 255"),
@@ -365,7 +365,7 @@ def test_fer2013_counts_are_compared_with_the_published_ones(tmp_path):
 )
 def test_fer2013_csv_mistakes_name_the_line(tmp_path, changed, said):
     with pytest.raises(ValueError, match=said):
-        fer(write_csv(tmp_path / "fer2013.csv", fer_rows(7, 7), **changed))
+        fer(write_fer2013(tmp_path / "fer2013.csv", fer_rows(7, 7), **changed))
 
 
 def test_fer2013_layout_mistakes(tmp_path):
@@ -374,7 +374,7 @@ def test_fer2013_layout_mistakes(tmp_path):
     with pytest.raises(ValueError, match="is not FER2013: expected train/ and test/"):
         fer(tmp_path)
     (tmp_path / "bad.csv").write_text("emotion,Usage\n1,Training\n")
-    with pytest.raises(ValueError, match="bad.csv has no column 'pixels', expected emotion, pixels and Usage"):
+    with pytest.raises(ValueError, match="bad.csv has no column 'pixels', its columns are emotion, Usage"):
         fer(tmp_path / "bad.csv")
     f = write_folders(tmp_path / "f", fer_rows(7, 7))
     put(f / "test" / "happy" / "Validation_1.png")
@@ -390,7 +390,7 @@ def test_fer2013_layout_mistakes(tmp_path):
 
 def test_kinds_are_detected(tmp_path, faces):
     rows = fer_rows(7, 7)
-    assert detect_kind(write_csv(tmp_path / "any.csv", rows, icml=True)) == "fer2013"
+    assert detect_kind(write_fer2013(tmp_path / "any.csv", rows, icml=True)) == "fer2013"
     assert detect_kind(write_folders(tmp_path / "f", rows)) == "fer2013"
     assert detect_kind(faces) == "folder"
     (tmp_path / "t.csv").write_text("image,label\na.png,happy\n")
@@ -563,7 +563,7 @@ def test_labels_of_a_csv_stay_what_they_are(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]))
     assert [f.label for f in csv_faces(tmp_path / "t.csv")] == names
     (tmp_path / "t.csv").write_text(f"image,label\n{rows[0]}\n{sorted(tmp_path.rglob('*.png'))[1].name},")
-    with pytest.raises(ValueError, match="row 1 of the table has no label"):
+    with pytest.raises(ValueError, match="t.csv, line 3 has no label"):
         csv_faces(tmp_path / "t.csv")
 
 
@@ -573,8 +573,17 @@ def test_links_and_special_files(tmp_path):
     happy = tmp_path / "data" / "happy"
     (happy / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
     (happy / "twin.png").symlink_to(sorted(happy.glob("*.png"))[0])
+    assert len(folder_faces(tmp_path / "data")) == n  # links to folders are not followed, and each image is there once
     os.mkfifo(happy / "pipe.png")
-    assert len(folder_faces(tmp_path / "data")) == n
+    (happy / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    (happy / "circle.png").symlink_to(happy / "circle.png")
+    with pytest.raises(
+        ValueError, match="3 of 15 images cannot be used.*circle.png: Too many levels of symbolic links"
+    ):
+        folder_dls(tmp_path / "data")
+    with pytest.warns(UserWarning, match="no such image file: .*nowhere.png; .*pipe.png is not a regular file"):
+        dls = folder_dls(tmp_path / "data", skip_broken=True)
+    assert len(dls.train_ds) + len(dls.valid_ds) == n
 
 
 @pytest.mark.parametrize("file", ["/dev/zero", "pipe.png"])
@@ -639,3 +648,158 @@ def test_files_without_permission_and_headers_without_end_are_broken_images(face
     (tmp_path / "huge.png").write_bytes(header)
     found = broken_faces([Face(f, "x") for f in (*files, tmp_path / "huge.png")], 1)
     assert list(found) == [0, 3] and "permission denied" in found[0] and "huge.png" in found[3]
+
+
+def test_a_folder_that_cannot_be_listed_is_a_broken_image(tmp_path, monkeypatch):
+    tree(tmp_path), tree(tmp_path / "happy" / "closed", 1, ("x",))
+    closed, walk, access = tmp_path / "happy" / "closed", os.walk, os.access
+
+    def walks(folder, onerror=None):
+        for root, folders, files in walk(folder):
+            if Path(root) == closed:
+                onerror(PermissionError(13, "Permission denied", str(closed)))
+                folders.clear()
+            else:
+                yield root, folders, files
+
+    monkeypatch.setattr(os, "walk", walks)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    said = "1 of 13 images cannot be used.*got the folder .*closed, which cannot be listed"
+    with pytest.raises(ValueError, match=said):
+        folder_dls(tmp_path)
+    with pytest.warns(UserWarning, match="going on without 1 of 13"):
+        folder_dls(tmp_path, skip_broken=True)
+
+
+# Headers that promise too much, and files that hold too little
+
+
+def jpeg(width=48, height=48):
+    "A JPEG file of 48x48 pixels whose header promises others"
+    data = bytearray(cv2.imencode(".jpg", np.arange(48 * 48, dtype=np.uint8).reshape(48, 48))[1].tobytes())
+    at = data.find(b"\xff\xc0")
+    data[at + 5 : at + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(data)
+
+
+def test_a_header_of_too_many_pixels_is_refused_before_there_is_memory_for_them():
+    import tracemalloc
+
+    png = bytearray(cv2.imencode(".png", np.zeros((48, 48), np.uint8))[1].tobytes())
+    png[16:24] = (30000).to_bytes(4, "big") * 2
+    tracemalloc.start()
+    for data in (jpeg(30000, 30000), bytes(png)):
+        with pytest.raises(ValueError, match="an image of bytes has 30000x30000 pixels: expected .* at most 268435456"):
+            read_face(data)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert read_face(jpeg(), 1).shape == (48, 48, 1)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.98])
+def test_a_jpeg_file_that_was_cut_short_is_broken(tmp_path, share):
+    whole = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (48, 48), np.uint8))[1].tobytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="cannot decode .*cut.jpg: the file was cut short"):
+        read_face(tmp_path / "cut.jpg")
+    (tmp_path / "more.jpg").write_bytes(whole + b"\0" * 100)  # some cameras append
+    assert read_face(tmp_path / "more.jpg").shape == (48, 48, 3)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "names,said",
+    [
+        (("Happy", "happy"), "the class names 'Happy' and 'happy' differ only in case or blanks"),
+        (("sad ", "sad"), "the class names 'sad' and 'sad ' differ|the class names 'sad ' and 'sad' differ"),
+        (("caf\u00e9", "cafe\u0301"), "differ only in case or blanks"),
+        (("a\x1b[31m", "b"), r"the class name 'a\\x1b\[31m' has characters that cannot be printed"),
+    ],
+)
+def test_class_names_that_cannot_be_told_apart_or_printed_are_refused(tmp_path, names, said):
+    for make in (folder_dls, lambda path: read_faces(path, "folder")):
+        with pytest.raises(ValueError, match=said):
+            make(tree(tmp_path, 2, names))
+
+
+def test_blanks_around_the_names_of_a_table_are_no_part_of_them(tmp_path):
+    tree(tmp_path)
+    rows = [f"happy/{i}.png, happy ,train " for i in range(3)] + [f"sad/{i}.png,sad,train" for i in range(3)]
+    (tmp_path / "t.csv").write_text("image,label,split\n" + "\n".join(rows))
+    assert {(f.label, f.split) for f in csv_faces(tmp_path / "t.csv")} == {("happy", "train"), ("sad", "train")}
+
+
+@pytest.mark.parametrize("split", ["a/b", "a\\b", "..", ".hidden", "x" * 101])
+def test_splits_that_cannot_be_part_of_a_file_name_are_refused(split):
+    faces = [Face(np.zeros((8, 8), np.uint8), "ab"[i % 2], "train" if i < 8 else split) for i in range(9)]
+    with pytest.raises(ValueError, match="files are named after the split"):
+        ExpressionDataLoaders.from_faces(faces, size=8)
+
+
+def test_class_names_may_have_slashes_and_dollars_and_are_drawn_as_they_are(tmp_path):
+    import matplotlib.pyplot as plt
+
+    names = ["$\\frac$", "fear/surprise"]
+    rng = np.random.default_rng(0)
+    faces = [Face(rng.integers(0, 255, (32, 32), np.uint8), names[i % 2]) for i in range(24)]
+    dls = ExpressionDataLoaders.from_faces(faces, size=32, channels=1, **FAST)
+    for dl in dls:
+        plt.close("all")
+        dl.show_batch(max_n=2)
+        plt.gcf().canvas.draw()  # raises for what mathtext cannot read
+        assert {ax.get_title() for ax in plt.gcf().axes} <= set(names)
+
+
+# Tables: what can be wrong
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("image,label\n", "t.csv has no labelled image"),
+        ("", "t.csv is empty"),
+        ("image,label\na.png,happy,train\nb.png,sad,train\n", "t.csv is not a comma-separated table"),
+        ("image,label,label\na.png,happy,sad\n", "t.csv has several columns 'label'"),
+        ("image,label\n" + "\n" * 20 + "a.png,\n", "t.csv, line 22 has no label"),
+        ("image,label\n,happy\n", "t.csv, line 2: expected a path or an array in 'image', got nan"),
+        ("image,label,split\na.png,happy,train\nb.png,sad\n", "t.csv, line 3 has no split"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told_with_its_line(tmp_path, text, said):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_faces(tmp_path / "t.csv", "csv")
+
+
+def test_cells_that_a_spreadsheet_would_run_are_written_as_text(tmp_path):
+    cells = ["=1+2", "+x", "-x", "@x", "\t=x", "-1", "+2.5", "plain", "a=b"]
+    write_csv(pd.DataFrame(dict(image=cells, n=range(9))), tmp_path / "t.csv")
+    back = pd.read_csv(tmp_path / "t.csv", dtype=str)
+    assert list(back["image"]) == ["'=1+2", "'+x", "'-x", "'@x", "'\t=x", "-1", "+2.5", "plain", "a=b"]
+    assert list(back["n"]) == list(map(str, range(9)))
+
+
+# Arguments that do not go together
+
+
+def test_balanced_needs_shuffling(faces):
+    with pytest.raises(ValueError, match="balanced samples the training images at random: leave out shuffle"):
+        loaders(faces, balanced=True, shuffle=False)
+    assert loaders(faces, balanced=True, shuffle=True).train.item_weights
+
+
+def test_a_split_called_valid_seen_is_not_overwritten(tmp_path):
+    tree(tmp_path / "train"), tree(tmp_path / "valid_seen", 2)
+    assert folder_dls(tmp_path).split_names == ("train", "valid", "valid_seen")
+    with pytest.raises(ValueError, match="the data has a split of that name"):
+        folder_dls(tmp_path, train_all=True)
+
+
+def test_a_class_all_of_whose_images_are_broken_is_no_class(tmp_path):
+    tree(tmp_path, classes=("happy", "sad", "fear"))
+    for file in (tmp_path / "fear").iterdir():
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="going on without 6 of 18"):
+        assert list(folder_dls(tmp_path, skip_broken=True).vocab) == ["happy", "sad"]

@@ -53,7 +53,7 @@ VOTES = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,
 
 
 def ferplus_csv(path, rows, icml=False):
-    "Rows of (usage, image name, votes); every picture is grey, its value the row's number"
+    "Rows of (usage, image name, votes); every image is grey, its value the row's number"
     write(
         path / "fer2013new.csv",
         "\n".join([VOTES, *(",".join(map(str, (u, name, *votes))) for u, name, votes in rows)]) + "\n",
@@ -183,9 +183,12 @@ def test_rafdb_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not RAF-DB: expected EmoLabel"):
         rafdb_faces(tmp_path / "e")
     write(tmp_path / "e" / "EmoLabel" / "list_patition_label.txt", "train_00001.jpg 5\n")
-    with pytest.raises(ValueError, match="aligned pictures are missing"):
+    with pytest.raises(ValueError, match="aligned images are missing"):
         rafdb_faces(tmp_path / "e")
     put(tmp_path / "e" / "Image" / "aligned" / "train_00001_aligned.jpg")
+    write(tmp_path / "e" / "EmoLabel" / "list_patition_label.txt", "\n")
+    with pytest.raises(ValueError, match="list_patition_label.txt is empty"):
+        rafdb_faces(tmp_path / "e")
     for line, said in (
         ("train_00001.jpg 9", "line 2: expected a label from 1 to 7, got '9'"),
         ("nonsense", "line 2: expected a line like"),
@@ -278,7 +281,7 @@ def test_ferplus_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="line 2: Usage is Training, but .* is of PublicTest"):
         ferplus_faces(path)
     write(path / "fer2013new.csv", f"{VOTES}\nTraining,a.png,1,2,3,4,5,6,7,8,9,10\n")
-    with pytest.raises(ValueError, match="has 1 rows and .* 2: expected one for each picture"):
+    with pytest.raises(ValueError, match="has 1 rows and .* 2: expected one for each image"):
         ferplus_faces(path)
     with pytest.raises(ValueError, match="is not FER"):
         ferplus_faces(tmp_path)
@@ -360,6 +363,74 @@ def test_soft_labels_need_votes(tmp_path):
         ExpressionDataLoaders.from_rafdb(rafdb_folders(tmp_path), size=32, soft_labels=True, **FAST)
 
 
+# FER+ as a table over FER2013's folders
+
+
+def ferplus_table(path, splits=("Training", "PublicTest"), order=None):
+    "FER2013's folders with a table of votes beside them, 16 images a split"
+    header = ["split", "class", "file", "ambiguous", *VOTES.split(",")[2:]]
+    rows = []
+    for usage in splits:
+        for i in range(16):
+            put(path / ("train" if usage == "Training" else "test") / "happy" / f"{usage}_{i}.png", i, (48, 48))
+            votes = [7 if k == i % 8 else 3 if k == (i + 1) % 8 else 0 for k in range(10)]
+            rows.append(dict(zip(header, (usage, "happy", f"{usage}_{i}.png", 0, *votes))))
+    order = order or header
+    lines = [",".join(order), *(",".join(str(row[c]) for c in order) for row in rows)]
+    return write(path / "ferplus_votes.csv", "\n".join(lines) + "\n").parent
+
+
+def test_ferplus_votes_over_the_folders_of_fer2013(tmp_path):
+    faces = ferplus_faces(ferplus_table(tmp_path / "a"))
+    assert detect_kind(tmp_path / "a") == "ferplus" and Counter(f.split for f in faces) == dict(train=16, PublicTest=16)
+    names = [FERPLUS_VOTES[i % 8] for i in range(16)] * 2
+    assert [f.label for f in faces] == names and [f.image.stem.split("_")[1] for f in faces[:16]] == [
+        *map(str, range(16))
+    ]
+    assert dict(zip(EXPRESSIONS_8, faces[0].shares)) == {
+        **dict.fromkeys(EXPRESSIONS_8, 0),
+        "neutral": 0.7,
+        "happy": 0.3,
+    }
+    (tmp_path / "a" / "ferplus_votes.csv").rename(tmp_path / "votes.csv")
+    assert ferplus_faces(tmp_path / "a", tmp_path / "votes.csv") == faces and detect_kind(tmp_path / "a") == "fer2013"
+    for soft in (False, True):
+        dls = ExpressionDataLoaders.from_ferplus(
+            tmp_path / "a", votes=tmp_path / "votes.csv", soft_labels=soft, valid_pct=0.4, **FAST
+        )
+        assert dls.split_names == ("train", "valid", "PublicTest") and dls.train_ds[0][1].ndim == int(soft)
+
+
+def test_votes_are_read_by_the_names_of_their_columns(tmp_path):
+    header = ["split", "class", "file", "ambiguous", *VOTES.split(",")[2:]]
+    plain = ferplus_faces(ferplus_table(tmp_path / "a"))
+    mixed = ferplus_faces(ferplus_table(tmp_path / "b", order=header[::-1]))
+    assert [(f.label, f.shares) for f in plain] == [(f.label, f.shares) for f in mixed]
+    rows = [("Training", f"{i}.png", one_hot(i % 8)) for i in range(8)]
+    path = ferplus_csv(tmp_path, rows)
+    before = ferplus_faces(path)
+    cells = [line.split(",") for line in (path / "fer2013new.csv").read_text().splitlines()]
+    write(path / "fer2013new.csv", "\n".join(",".join([*c[:2], *c[:1:-1]]) for c in cells))
+    assert [(f.label, f.shares) for f in ferplus_faces(path)] == [(f.label, f.shares) for f in before]
+
+
+def test_mistakes_in_a_table_of_votes_are_named(tmp_path):
+    path = ferplus_table(tmp_path)
+    text = (path / "ferplus_votes.csv").read_text()
+    for old, new, said in (
+        ("happiness", "joyful", "expected one column of votes for happy, got 0"),
+        ("Training_1.png,0,0", "Training_1.png,0,many", "line 3: expected ten numbers of votes, got many"),
+        ("Training,happy,Training_2.png", "Test,happy,x.png", "line 4: expected a Usage of Training"),
+        ("Training,happy,Training_2.png", "Training,,x.png", "line 4: expected a class and a file, got nan"),
+        ("split,class", "part,class", "has no column 'split'"),
+    ):
+        write(path / "ferplus_votes.csv", text.replace(old, new))
+        with pytest.raises(ValueError, match=said):
+            ferplus_faces(path)
+    with pytest.raises(ValueError, match="is about FER2013's folders: expected train/ and test/"):
+        ferplus_faces(tmp_path / "train", path / "ferplus_votes.csv")
+
+
 # AffectNet
 
 
@@ -435,7 +506,29 @@ def test_affectnet_mistakes_are_named(tmp_path):
     )  # a pickle is never loaded
     with pytest.raises(ValueError, match="3_exp.npy is not an annotation"):
         affectnet_faces(path)
+    for wrong, said in (
+        (np.float64(2.5), "expected a label from 0 to 7, got 2.5"),
+        (np.zeros(3), "got an array of shape"),
+    ):
+        np.save(path / "val_set" / "annotations" / "3_exp.npy", wrong)
+        with pytest.raises(ValueError, match=said):
+            affectnet_faces(path)
+    with open(path / "val_set" / "annotations" / "3_exp.npy", "wb") as f:  # a header of a petabyte
+        np.lib.format.write_array_header_1_0(f, dict(descr="<f8", fortran_order=False, shape=(2**47,)))
+    with pytest.raises(ValueError, match="3_exp.npy is not an annotation"):
+        affectnet_faces(path)
     old = affectnet_csv(tmp_path / "b")
+    text = (old / "validation.csv").read_text()
+    for wrong, said in (
+        ("1;2,2.5,", "line 4: expected a label from 0 to 10, got '2.5'"),
+        ("1;2,,", "line 4: .*got nan"),
+    ):
+        write(old / "validation.csv", text.replace("1;2,2,", wrong))
+        with pytest.raises(ValueError, match=said):
+            affectnet_faces(old)
+    write(old / "validation.csv", text.replace("validation/2.jpg,", ","))
+    with pytest.raises(ValueError, match="line 4 has no subDirectory_filePath"):
+        affectnet_faces(old)
     (old / "validation.csv").unlink()
     with pytest.raises(FileNotFoundError, match="no such file: .*validation.csv"):
         affectnet_faces(old)
@@ -481,7 +574,7 @@ def test_a_box_outside_the_photograph_is_named(tmp_path):
     put(tmp_path / "a.png", 7, (20, 30))
     assert read_face(PhotoCrop(tmp_path / "a.png", -5, -5, 10, 8), 1).shape == (8, 10, 1)
     with pytest.raises(
-        ValueError, match="left 40, top 0, right 50, bottom 10.: the box lies outside the picture of 30x20"
+        ValueError, match="left 40, top 0, right 50, bottom 10.: the box lies outside the image of 30x20"
     ):
         read_face(PhotoCrop(tmp_path / "a.png", 40, 0, 50, 10), 1)
 

@@ -38,43 +38,44 @@ def is_affectnet(
     )
 
 # %% ../../nbs/03e_affectnet.ipynb #fea36f85
+def _affectnet_label(file):
+    "The number in a .npy file; one that promises more is not loaded"
+    try:
+        array = np.load(file, mmap_mode="r")
+        if array.size == 1:
+            return array.item()
+    except (ValueError, EOFError, OSError, AttributeError) as e:
+        raise ValueError(f"{file} is not an annotation: {e}") from e
+    raise ValueError(f"{file} is not an annotation: expected one number, got an array of shape {array.shape}")
+
+
 def _affectnet_npy(path):
     faces = []
     for folder, split in _AFFECTNET_SETS.items():
         images = existing_folder(path / folder / "images")
-        for file in sorted(existing_folder(path / folder / "annotations").glob("*_exp.npy")):
-            image = images / f"{file.name.removesuffix('_exp.npy')}.jpg"
-            try:
-                label = str(np.load(file))
-            except (ValueError, EOFError, OSError) as e:
-                raise ValueError(f"{file} is not an annotation: {e}") from e
-            faces.append(Face(image, name_of_id(label, AFFECTNET_IDS, file), split, str(image)))
-        if not any(f.split == split for f in faces):
+        files = sorted(existing_folder(path / folder / "annotations").glob("*_exp.npy"))
+        if not files:
             raise ValueError(f"{path / folder / 'annotations'} has no file <id>_exp.npy")
+        for file in files:
+            image = images / f"{file.name.removesuffix('_exp.npy')}.jpg"
+            label = name_of_id(_affectnet_label(file), AFFECTNET_IDS, file)
+            faces.append(Face(image, label, split, str(image)))
     return faces
 
 # %% ../../nbs/03e_affectnet.ipynb #43909ebc
 def _affectnet_csv(path):
-    faces, images = (
-        [],
-        first_existing(path, "Manually_Annotated_Images", "Manually_Annotated/Manually_Annotated_Images"),
-    )
+    images = first_existing(path, "Manually_Annotated_Images", "Manually_Annotated/Manually_Annotated_Images")
+    ids = {**AFFECTNET_IDS, 8: None, 9: None, 10: None}  # none, uncertain, no face
+    faces = []
     for name, split in _AFFECTNET_CSVS.items():
-        df = read_csv(path / name)
-        missing = [c for c in ("subDirectory_filePath", "expression") if c not in df]
-        if missing:
-            raise ValueError(f"{path / name} has no column {' and '.join(map(repr, missing))}")
-        for i, (file, label) in enumerate(zip(df["subDirectory_filePath"], df["expression"]), start=2):
-            if label in (8, 9, 10):
-                continue
-            faces.append(
-                Face(
-                    images / file,
-                    name_of_id(label, AFFECTNET_IDS, f"{path / name}, line {i}"),
-                    split,
-                    str(images / file),
-                )
-            )
+        df = read_csv(path / name, ("subDirectory_filePath", "expression"))
+        for line, file, number in zip(df.index, df["subDirectory_filePath"], df["expression"]):
+            where = f"{path / name}, line {line}"
+            label = name_of_id(number, ids, where)
+            if not isinstance(file, str):
+                raise ValueError(f"{where} has no subDirectory_filePath")
+            if label is not None:
+                faces.append(Face(images / file, label, split, str(images / file)))
     return faces
 
 # %% ../../nbs/03e_affectnet.ipynb #3bc5ffa9

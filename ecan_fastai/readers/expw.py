@@ -17,6 +17,7 @@ from ecan_fastai.readers.records import (
     existing_folder,
     first_existing,
     name_of_id,
+    read_lines,
     split_by_group,
     warn_counts,
 )
@@ -60,13 +61,7 @@ def expw_faces(
     file = first_existing(path, "label.lst", "label/label.lst")
     if not file.is_file():
         raise ValueError(f"{path} is not ExpW: expected label.lst and image/origin/")
-    lines = [
-        _expw_line(line, f"{file}, line {i}", path / "image" / "origin")
-        for i, line in enumerate(file.read_text().splitlines(), start=1)
-        if line.strip()
-    ]
-    if not lines:
-        raise ValueError(f"{file} has no line")
+    lines = [_expw_line(line, where, path / "image" / "origin") for where, line in read_lines(file)]
     groups, faces = zip(*lines)
     warn_counts(faces, {"train": EXPW_COUNTS}, "ExpW")
     return split_by_group(list(faces), list(groups), fold)

@@ -20,6 +20,7 @@ from .fer2013 import FER2013_SETTINGS, fer2013_faces, is_fer2013
 from .ferplus import FERPLUS_SETTINGS, ferplus_faces, is_ferplus
 from .folder import csv_faces, folder_faces
 from .rafdb import RAFDB_SETTINGS, is_rafdb, rafdb_faces
+from .records import check_names
 
 # %% ../../nbs/03h_published.ipynb #abdbb6ab
 @dataclass(frozen=True)
@@ -61,13 +62,18 @@ def detect_kind(
 def read_faces(
     path,  # A folder or a csv file
     kind: str = "auto",  # One of `KINDS`, or "auto" to look
-    **kwargs,  # To the kind's own reader: `contempt` for affectnet, `fold` for expw and ckplus
+    **kwargs,  # To the kind's own reader: `votes` for ferplus, `contempt` for affectnet, `fold` for expw and ckplus
 ) -> list:  # `Face` records
-    "Labelled faces of whatever lies at `path`"
+    "Labelled faces of whatever lies at `path`; raises `ValueError` where there are none, or for unusable names"
     kind = detect_kind(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")
-    return READERS[kind].faces(path, **kwargs)
+    faces = READERS[kind].faces(path, **kwargs)
+    if not faces:
+        raise ValueError(f"{path} has no labelled image")
+    check_names(f.label for f in faces)
+    check_names((f.split for f in faces), "split")
+    return faces
 
 # %% ../../nbs/03h_published.ipynb #8796c94e
 _all_ = ["KINDS"]

@@ -8,21 +8,21 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/ferplus.html.md"""
 __all__ = ['FERPLUS_VOTES', 'FERPLUS_SETTINGS', 'is_ferplus', 'ferplus_label', 'ferplus_faces']
 
 # %% ../../nbs/03d_ferplus.ipynb #026abb96
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from .fer2013 import FER2013_COUNTS, FER2013_CSVS, read_fer2013_csv
-from .records import EXPRESSIONS_8, Face, existing_folder, read_csv
+from .fer2013 import FER2013_COUNTS, FER2013_CSVS, fer2013_split, read_fer2013_csv
+from .records import EXPRESSIONS_8, Face, existing_folder, expression_name, read_csv
 
 # %% ../../nbs/03d_ferplus.ipynb #52d0f261
 FERPLUS_VOTES = ("neutral", "happy", "surprise", "sad", "angry", "disgust", "fear", "contempt", "unknown", "NF")
-_FERPLUS_CSV, _FERPLUS_FOLDERS = (
-    "fer2013new.csv",
-    {"FER2013Train": "train", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"},
-)
+_FERPLUS_CSV = "fer2013new.csv"  # as its authors publish it
+_FERPLUS_TABLE = "ferplus_votes.csv"  # over FER2013's folders
+_FERPLUS_FOLDERS = {"FER2013Train": "train", "FER2013Valid": "PublicTest", "FER2013Test": "PrivateTest"}
 FERPLUS_SETTINGS = dict(vocab=EXPRESSIONS_8, size=48, channels=1, recipe="fer2013")  # of its loaders
 
 
@@ -30,7 +30,7 @@ def is_ferplus(
     path,  # A folder
 ) -> bool:
     "Whether FER+ lies at `path`"
-    return any((Path(path) / name).exists() for name in (_FERPLUS_CSV, "FER2013Train"))
+    return any((Path(path) / name).exists() for name in (_FERPLUS_CSV, _FERPLUS_TABLE, "FER2013Train"))
 
 # %% ../../nbs/03d_ferplus.ipynb #8f7b3f57
 def ferplus_label(
@@ -43,13 +43,18 @@ def ferplus_label(
 
 # %% ../../nbs/03d_ferplus.ipynb #9ca309d1
 def _votes(values, where):
-    try:
-        votes = np.array([int(v) for v in values])
-    except ValueError:
-        votes = np.array([])
-    if len(votes) != 10 or votes.min() < 0:
-        raise ValueError(f"{where}: expected ten numbers of votes, got {list(values)}")
-    return votes
+    if len(values) != len(FERPLUS_VOTES) or not all(re.fullmatch(r"\d{1,4}", str(v), re.ASCII) for v in values):
+        raise ValueError(f"{where}: expected ten numbers of votes, got {', '.join(map(str, values))}")
+    return np.array([int(v) for v in values])
+
+# %% ../../nbs/03d_ferplus.ipynb #700fd645
+def _vote_columns(table, file):
+    "The columns of votes of a table, found by their names, in the order of `FERPLUS_VOTES`"
+    names = [expression_name(c) for c in table]
+    wrong = [v for v in FERPLUS_VOTES if names.count(v) != 1]
+    if wrong:
+        raise ValueError(f"{file}: expected one column of votes for {wrong[0]}, got {names.count(wrong[0])}")
+    return table.iloc[:, [names.index(v) for v in FERPLUS_VOTES]]
 
 # %% ../../nbs/03d_ferplus.ipynb #cc26e757
 def _voted(image, votes, split, name):
@@ -62,7 +67,7 @@ def _voted(image, votes, split, name):
 
 # %% ../../nbs/03d_ferplus.ipynb #e95ada12
 def _warn_rows(usages, file):
-    "FER+ has a row for each picture of FER2013; how many get a label is for the votes to say"
+    "FER+ has a row for each image of FER2013; how many get a label is for the votes to say"
     counts, expected = (
         Counter(str(u).strip().replace("Training", "train") for u in usages),
         {s: sum(c.values()) for s, c in FER2013_COUNTS.items()},
@@ -78,26 +83,42 @@ def _ferplus_csv(path):
     fer = next((path / f for f in FER2013_CSVS if (path / f).exists()), None)
     if fer is None:
         raise ValueError(f"FER+ has votes alone: expected {' or '.join(FER2013_CSVS)} beside {path / _FERPLUS_CSV}")
-    table, pictures = read_csv(path / _FERPLUS_CSV), read_fer2013_csv(fer)
-    missing = [c for c in ("Usage", "Image name", "NF") if c not in table]
-    if missing:
-        raise ValueError(f"{path / _FERPLUS_CSV} has no column {' and '.join(map(repr, missing))}")
+    table, images = read_csv(path / _FERPLUS_CSV, ("Usage", "Image name")), read_fer2013_csv(fer)
+    votes = _vote_columns(table, path / _FERPLUS_CSV)
     _warn_rows(table["Usage"], path / _FERPLUS_CSV)
-    if len(table) != len(pictures):
+    if len(table) != len(images):
         raise ValueError(
-            f"{path / _FERPLUS_CSV} has {len(table)} rows and {fer} {len(pictures)}: expected one for each picture"
+            f"{path / _FERPLUS_CSV} has {len(table)} rows and {fer} {len(images)}: expected one for each image"
         )
     faces = []
-    for i, (row, picture) in enumerate(zip(table.itertuples(index=False), pictures), start=2):
-        usage, name, *votes = row
-        where = f"{path / _FERPLUS_CSV}, line {i}"
-        if str(usage).replace("Training", "train") != picture.split:
+    for line, usage, name, numbers, face in zip(table.index, table["Usage"], table["Image name"], votes.values, images):
+        where = f"{path / _FERPLUS_CSV}, line {line}"
+        if fer2013_split(usage, where) != face.split:
             raise ValueError(
-                f"{where}: Usage is {usage}, but {picture} is of {picture.split}: the two files are not in the same "
-                "order"
+                f"{where}: Usage is {usage}, but {face} is of {face.split}: the two files are not in the same order"
             )
         if isinstance(name, str):
-            faces += _voted(picture.image, _votes(votes, where), picture.split, name)
+            faces += _voted(face.image, _votes(numbers, where), face.split, name)
+    return faces
+
+# %% ../../nbs/03d_ferplus.ipynb #d62f0264
+def _ferplus_table(file, path):
+    "Records of a table of split, class, file name and votes, over FER2013's folders in `path`"
+    if not ((path / "train").is_dir() and (path / "test").is_dir()):
+        raise ValueError(f"{file} is about FER2013's folders: expected train/ and test/ in {path}")
+    table = read_csv(file, ("split", "class", "file"))
+    votes = _vote_columns(table, file)
+    _warn_rows(table["split"], file)
+    faces = []
+    for line, usage, folder, name, numbers in zip(
+        table.index, table["split"], table["class"], table["file"], votes.values
+    ):
+        where = f"{file}, line {line}"
+        split = fer2013_split(usage, where)
+        if not isinstance(folder, str) or not isinstance(name, str):
+            raise ValueError(f"{where}: expected a class and a file, got {folder!r} and {name!r}")
+        image = path / ("train" if split == "train" else "test") / folder / name
+        faces += _voted(image, _votes(numbers, where), split, str(image))
     return faces
 
 # %% ../../nbs/03d_ferplus.ipynb #dc6232e9
@@ -105,20 +126,27 @@ def _ferplus_folders(path):
     faces = []
     for folder, split in _FERPLUS_FOLDERS.items():
         file = existing_folder(path / folder) / "label.csv"
-        for i, row in enumerate(read_csv(file, header=None).itertuples(index=False), start=1):
-            faces += _voted(
-                path / folder / row[0], _votes(row[-10:], f"{file}, line {i}"), split, str(path / folder / row[0])
-            )
+        table = read_csv(file, header=False)
+        for line, (name, *rest) in zip(table.index, table.values):
+            where = f"{file}, line {line}"
+            if not isinstance(name, str):
+                raise ValueError(f"{where} has no image name")
+            faces += _voted(path / folder / name, _votes(rest[-10:], where), split, str(path / folder / name))
     return faces
 
 # %% ../../nbs/03d_ferplus.ipynb #8105f336
 def ferplus_faces(
-    path,  # Folder with `fer2013new.csv` and FER2013's csv in it, or with FER2013Train, FER2013Valid and FER2013Test
+    path,  # Folder of one of the three forms
+    votes=None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest, with votes
     "Faces of FER+ whose votes have a majority"
     path = existing_folder(path)
+    if votes is not None or (path / _FERPLUS_TABLE).exists():
+        return _ferplus_table(path / _FERPLUS_TABLE if votes is None else Path(votes), path)
     if (path / _FERPLUS_CSV).exists():
         return _ferplus_csv(path)
     if (path / "FER2013Train").is_dir():
         return _ferplus_folders(path)
-    raise ValueError(f"{path} is not FER+: expected {_FERPLUS_CSV}, or the folders {', '.join(_FERPLUS_FOLDERS)}")
+    raise ValueError(
+        f"{path} is not FER+: expected {_FERPLUS_CSV}, {_FERPLUS_TABLE}, or the folders {', '.join(_FERPLUS_FOLDERS)}"
+    )

@@ -49,6 +49,23 @@ def folder_faces(
     return faces
 
 # %% ../../nbs/03a_folder.ipynb #5f965687
+def _rows(df, path, image_col, label_col, split_col, place):
+    "Faces of the rows of a table that has the columns"
+    splits = df[split_col] if split_col in df else ["train"] * len(df)
+    faces = []
+    for row, image, label, split in zip(df.index, df[image_col], df[label_col], splits):
+        where = place(row)
+        for name, cell in ((label_col, label), (split_col, split)):
+            if pd.isna(cell):
+                raise ValueError(f"{where} has no {name}")
+        if not isinstance(image, (str, Path, np.ndarray)):
+            raise ValueError(f"{where}: expected a path or an array in {image_col!r}, got {image!r}")
+        is_array = isinstance(image, np.ndarray)
+        image = image if is_array else Path(path) / image
+        faces.append(Face(image, str(label).strip(), split_name(split), where if is_array else str(image)))
+    return faces
+
+# %% ../../nbs/03a_folder.ipynb #bf3ac7f4
 def table_faces(
     df: pd.DataFrame,  # One row a face
     path=".",  # Folder to which image paths are relative
@@ -59,28 +76,9 @@ def table_faces(
     "Faces of a table; raises `ValueError` naming a missing column, or the row with something wrong in it"
     missing = [c for c in (image_col, label_col) if c not in df]
     if missing:
-        raise ValueError(
-            f"the table has no column {' and '.join(map(repr, missing))}, its columns are "
-            f"{', '.join(map(str, df.columns))}"
-        )
-    splits = df[split_col] if split_col in df else ["train"] * len(df)
-    faces = []
-    for row, image, label, split in zip(df.index, df[image_col], df[label_col], splits):
-        if pd.isna(label) or pd.isna(split):
-            raise ValueError(f"row {row} of the table has no {label_col if pd.isna(label) else split_col}")
-        if isinstance(image, (str, Path)):
-            image = Path(path) / image
-        elif not isinstance(image, np.ndarray):
-            raise ValueError(f"row {row} of the table: expected a path or an array in {image_col!r}, got {image!r}")
-        faces.append(
-            Face(
-                image,
-                str(label),
-                split_name(split),
-                str(image) if isinstance(image, Path) else f"row {row}",
-            )
-        )
-    return faces
+        names = ", ".join(map(str, df.columns))
+        raise ValueError(f"the table has no column {' and '.join(map(repr, missing))}, its columns are {names}")
+    return _rows(df, path, image_col, label_col, split_col, lambda row: f"row {row} of the table")
 
 # %% ../../nbs/03a_folder.ipynb #d456da3e
 def csv_faces(
@@ -91,10 +89,6 @@ def csv_faces(
     split_col: str = "split",  # Column of split names, used if it is there
 ) -> list:  # `Face` records
     "Faces of a comma-separated file"
-    df = read_csv(csv, dtype=str, keep_default_na=False, na_values=[""])  # "NA" and "01" are names, too
-    missing = [c for c in (image_col, label_col) if c not in df]
-    if missing:
-        raise ValueError(
-            f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {', '.join(df.columns)}"
-        )
-    return table_faces(df, Path(path) if path is not None else Path(csv).parent, image_col, label_col, split_col)
+    df = read_csv(csv, (image_col, label_col))
+    root = Path(path) if path is not None else Path(csv).parent
+    return _rows(df, root, image_col, label_col, split_col, lambda line: f"{csv}, line {line}")

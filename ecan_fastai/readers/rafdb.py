@@ -17,6 +17,7 @@ from ecan_fastai.readers.records import (
     existing_folder,
     first_existing,
     name_of_id,
+    read_lines,
     subfolders,
     warn_counts,
 )
@@ -46,11 +47,9 @@ def is_rafdb(
 def _rafdb_list(root):
     faces, aligned = [], root / "Image" / "aligned"
     if not aligned.is_dir():
-        raise ValueError(f"RAF-DB's aligned pictures are missing: expected the folder {aligned}")
-    for i, line in enumerate((root / _RAFDB_LIST).read_text().splitlines(), start=1):
-        where, parts = f"{root / _RAFDB_LIST}, line {i}", line.split()
-        if not parts:
-            continue
+        raise ValueError(f"RAF-DB's aligned images are missing: expected the folder {aligned}")
+    for where, line in read_lines(root / _RAFDB_LIST):
+        parts = line.split()
         if len(parts) != 2 or parts[0].split("_")[0] not in ("train", "test"):
             raise ValueError(f"{where}: expected a line like 'train_00001.jpg 5', got {line!r}")
         image = aligned / f"{Path(parts[0]).stem}_aligned.jpg"
@@ -60,7 +59,7 @@ def _rafdb_list(root):
 # %% ../../nbs/03c_rafdb.ipynb #2e779e61
 def _rafdb_folders(root):
     return [
-        Face(f.image, name_of_id(f.label, RAFDB_IDS, Path(f.image).parent, "class folder"), f.split, f.name)
+        Face(f.image, name_of_id(f.label, RAFDB_IDS, Path(f.image).parent, "a class folder"), f.split, f.name)
         for split in ("train", "test")
         for f in class_folders(existing_folder(root / split), split)
     ]

@@ -6,12 +6,13 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/records.html.md"""
 
 # %% auto #0
 __all__ = ['EXPRESSIONS', 'EXPRESSIONS_8', 'Face', 'expression_name', 'existing_folder', 'subfolders', 'split_name',
-           'image_files', 'class_folders', 'data_root', 'first_existing', 'name_of_id', 'read_csv', 'warn_counts',
-           'split_by_group']
+           'image_files', 'class_folders', 'check_names', 'data_root', 'first_existing', 'name_of_id', 'read_csv',
+           'write_csv', 'read_lines', 'warn_counts', 'split_by_group']
 
 # %% ../../nbs/03_records.ipynb #a61a9118
 import os
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fastai.data.transforms import get_files, image_extensions
+from fastai.data.transforms import image_extensions
 from sklearn.model_selection import StratifiedGroupKFold
 
 # %% ../../nbs/03_records.ipynb #2a4ebb1e
@@ -28,7 +29,7 @@ EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"
 
 @dataclass(frozen=True)
 class Face:
-    """A labelled picture: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares`
+    """A labelled image: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares`
     are those of the votes for each class where people voted"""
 
     image: Any
@@ -90,27 +91,31 @@ def split_name(
 ) -> str:  # "train", "valid" or "test", or `name` itself where it is none of them
     'The name that this package uses: "Training", "VAL" and "test_set" are "train", "valid" and "test"'
     plain = re.sub(r"[\s_-]", "", str(name)).lower()
-    return next((split for split, names in _SPLIT_NAMES.items() if plain in names), str(name))
+    return next((split for split, names in _SPLIT_NAMES.items() if plain in names), str(name).strip())
 
 # %% ../../nbs/03_records.ipynb #9938feae
 def image_files(
     folder,  # Searched with the folders in it; links to folders inside it are not followed
 ) -> list:  # Paths, sorted
-    "Image files of a folder, each once; what is not a regular file is left out"
-    found: dict[str, Path] = {}
-    for file in sorted(get_files(folder, extensions=image_extensions, followlinks=False)):
-        if file.is_file():
-            found.setdefault(os.path.realpath(file), file)
-    return list(found.values())
+    """Files of a folder that are named like images, each once; links that lead nowhere and folders that cannot be
+    listed are among them, so that they are reported as broken images"""
+    found, unreadable = [], []
+    for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in image_extensions]
+    once: dict[str, Path] = {}
+    for file in sorted(found):
+        once.setdefault(os.path.realpath(file), file)
+    return [*once.values(), *unreadable]
 
-
+# %% ../../nbs/03_records.ipynb #b921dd3d
 def class_folders(path, split):
-    faces = []
     loose = [p.name for p in sorted(path.iterdir()) if p.is_file() and p.suffix.lower() in image_extensions]
     if loose:
         raise ValueError(
             f"{path} holds images beside its class folders, such as {loose[0]}: put each into a class folder"
         )
+    faces = []
     for folder in subfolders(path):
         files = image_files(folder)
         if not files and folder.name == "models":
@@ -119,6 +124,34 @@ def class_folders(path, split):
             raise ValueError(f"class folder {folder} has no image")
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
+
+# %% ../../nbs/03_records.ipynb #6968c74f
+def _name_problem(name, what):
+    "What makes a name unusable, or None"
+    if not isinstance(name, str):
+        return f"expected a {what} name that is text, got {name!r}"
+    if not name.strip():
+        return f"expected a {what} name, got {name!r}"
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        return f"the {what} name {name!r} has characters that cannot be printed"
+    if what == "split" and (set(name) & set("/\\") or name.startswith(".") or len(name.encode()) > 100):
+        return f"files are named after the split {name!r}: expected at most 100 bytes without slashes and leading dots"
+
+
+def check_names(
+    names,  # Of classes or of splits
+    what: str = "class",  # "class" or "split"
+):
+    """Raise `ValueError` for names that cannot be printed, or of a split cannot be part of a file name, and for names
+    that differ only in case, blanks or Unicode form"""
+    plain: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        if problem := _name_problem(name, what):
+            raise ValueError(problem)
+        key = "".join(unicodedata.normalize("NFKC", name).split()).casefold()
+        other = plain.setdefault(key, name)
+        if other != name:
+            raise ValueError(f"the {what} names {other!r} and {name!r} differ only in case or blanks: use one name")
 
 # %% ../../nbs/03_records.ipynb #7ff422c4
 def data_root(path):
@@ -130,22 +163,68 @@ def first_existing(path, *roots):
     return next((path / r for r in roots if (path / r).exists()), path)
 
 # %% ../../nbs/03_records.ipynb #ea9c93e0
-def name_of_id(text, ids, where, what="label"):
-    "Name of the number in `text`"
-    try:
-        return ids[int(text)]
-    except (KeyError, ValueError):
-        raise ValueError(f"{where}: expected a {what} from {min(ids)} to {max(ids)}, got {text!r}") from None
+def name_of_id(text, ids, where, what="a label"):
+    "Name of the whole number in `text`"
+    number = re.fullmatch(r"\s*(\d{1,9})(\.0*)?\s*", str(text), re.ASCII)
+    if number is None or int(number[1]) not in ids:
+        raise ValueError(f"{where}: expected {what} from {min(ids)} to {max(ids)}, got {text!r}")
+    return ids[int(number[1])]
 
 # %% ../../nbs/03_records.ipynb #76bb2f36
-def read_csv(csv, **kwargs):
+def read_csv(
+    csv,  # Comma-separated file
+    columns: tuple = (),  # Columns that it must have
+    header: bool = True,  # Whether the first line names the columns
+    n_lines: int | None = None,  # Lines to read; default all
+) -> pd.DataFrame:  # Cells as text, empty ones missing, indexed by line number in the file
+    "Read a table; raises `ValueError` for what is not one, and for columns that are missing or there twice"
     if not Path(csv).is_file():
         raise FileNotFoundError(f"no such file: {csv}")
+    text = dict(dtype=str, keep_default_na=False, na_values=[""])
     try:
-        df = pd.read_csv(csv, skipinitialspace=True, **kwargs)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise ValueError(f"{csv} is not a comma-separated table: {e}") from e
-    return df.rename(columns=lambda c: str(c).strip())
+        df = pd.read_csv(csv, header=None, nrows=n_lines, skipinitialspace=True, skip_blank_lines=False, **text)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{csv} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as e:
+        raise ValueError(f"{csv} is not a comma-separated table: {str(e).strip()}") from e
+    df.index += 1
+    if header:
+        df = df.rename(columns=df.iloc[0].fillna("").str.strip()).iloc[1:]
+    twice = [c for c in df.columns[df.columns.duplicated()] if c]
+    if twice:
+        raise ValueError(f"{csv} has several columns {twice[0]!r}")
+    missing = [c for c in columns if c not in df]
+    if missing:
+        names = ", ".join(map(str, df.columns))
+        raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {names}")
+    return df.dropna(how="all")
+
+# %% ../../nbs/03_records.ipynb #ac2ee1df
+def _harmless(cell):
+    formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if formula and not re.fullmatch(r"[+-]?\d+(\.\d*)?", cell) else cell
+
+
+def write_csv(
+    table: pd.DataFrame,
+    file,  # Written without the index
+):
+    "Write a table; cells that a spreadsheet would run as a formula get an apostrophe in front"
+    table.apply(lambda column: column.map(_harmless)).to_csv(file, index=False)
+
+# %% ../../nbs/03_records.ipynb #8a9b2a34
+def read_lines(
+    file,  # Text file
+) -> list:  # (where, line) of each line that is not blank
+    "Lines of a text file, each with its place; raises `ValueError` for a file that is not text, or empty"
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not a text file: {e}") from e
+    numbered = [(f"{file}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{file} is empty")
+    return numbered
 
 # %% ../../nbs/03_records.ipynb #e62aa41a
 def warn_counts(faces, expected, name):
