@@ -17,7 +17,9 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Recorder
+from fastai.torch_core import get_model, maybe_gather, to_device
 from fastcore.basics import store_attr
+from torch import Tensor
 
 from .progress import progress
 
@@ -41,7 +43,7 @@ class MomentumUpdate(Callback):
 
     def after_step(self):
         if not self.skipped:
-            self.model.update_keys(self.momentum)
+            get_model(self.model).update_keys(self.momentum)
         self.skipped = False
 
 # %% ../nbs/06_callbacks.ipynb #d9a7908f
@@ -60,18 +62,19 @@ class MemoryBankUpdate(Callback):
             )
 
     def before_train(self):
-        if not len(self.model.bank):
+        if not len(get_model(self.model).bank):
             self.fill()
 
     @torch.no_grad()
     def fill(self):
         "Key features of training batches into the bank until it is full, at most one pass over the data"
-        train = self.dls.train
-        for b in progress(train, "fill the memory bank", min(len(train), -(-self.model.bank.size // train.bs))):
-            (_, x_k), y = self.learn._set_device(b)
+        model, train = get_model(self.model), self.dls.train
+        device = next(model.parameters()).device
+        for b in progress(train, "fill the memory bank", min(len(train), -(-model.bank.size // train.bs))):
+            (_, x_k), y = to_device(b, device)
             x_k, y = unfold_crops(x_k, y)
-            self.push(self.model.keys(x_k), y)
-            if self.model.bank.full:
+            self.push(model.keys(x_k), y)
+            if model.bank.full:
                 break
 
     def after_pred(self):
@@ -82,9 +85,14 @@ class MemoryBankUpdate(Callback):
             self.push(*self.pending)
         self.pending = None
 
-    def push(self, z, y):
-        "Keys (n, d) with labels (n,), or with shares (n, C), of which the largest counts, into the bank"
-        self.model.bank.push(z, y.argmax(1) if y.ndim == 2 else y)
+    def push(
+        self,
+        z: Tensor,  # Keys of this process (n, d)
+        y: Tensor,  # Labels (n,), or shares (n, C), of which the largest counts
+    ):
+        "Push the keys of all processes into the bank, those of the first process first"
+        y = y.argmax(1) if y.ndim == 2 else y
+        get_model(self.model).bank.push(maybe_gather(z), maybe_gather(y))
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):
@@ -144,7 +152,7 @@ class ProgressiveResize(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #5abea93d
 class LossPartsRecorder(Callback):
-    "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha"
+    "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha, over all processes"
 
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
 
@@ -164,7 +172,7 @@ class LossPartsRecorder(Callback):
     def after_validate(self):
         if self.batches:
             skipped = [math.nan] * (self.at - len(self.recorder.log))  # columns of a validation that did not happen
-            means = torch.stack(self.batches).nanmean(0).tolist()  # a batch may hold no pair of one class
+            means = maybe_gather(torch.stack(self.batches)).nanmean(0).tolist()  # a batch may hold no pair of one class
             self.recorder.log += skipped + means
         self.batches = []
 

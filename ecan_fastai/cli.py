@@ -163,7 +163,8 @@ def ecan_train(args=None):
             130,
             f"\n{parser.prog}: interrupted; finished epochs are in {out}, go on with: {parser.prog} --resume {out}\n",
         )
-    _print_record(record, out)
+    if record is not None:  # of several processes the first one has it
+        _print_record(record, out)
 
 
 # Trained models, and data

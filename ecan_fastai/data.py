@@ -23,7 +23,7 @@ from fastai.data.block import TransformBlock
 from fastai.data.core import TfmdDL, get_show_batch_func, show_batch, show_results
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorImage, retain_types, show_image
+from fastai.torch_core import TensorImage, num_distrib, rank_distrib, retain_types, show_image
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import get_grid
 from fastcore.basics import fastuple, store_attr
@@ -261,18 +261,20 @@ class TwoViewDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.draws:
-            self.pass_seed = torch.randint(2**31, ()).item()  # workers start after this, and take it over
-
-    def wif(self):
-        cv2.setNumThreads(0)  # one worker, one thread
+            seeds = torch.randint(2**31, (max(1, num_distrib()),))  # of each process in distributed training
+            self.pass_seed = seeds[rank_distrib()].item()  # workers start after this, and take it over
 
     def create_batches(self, samps):
-        "Batches of this process: every `num_workers`-th of the pass, from number `offs` on"
+        "Batches of this worker: of `num_workers` workers, number `id` makes every `num_workers`-th from number `id` on"
+        info = get_worker_info()
+        if info is not None:
+            cv2.setNumThreads(0)  # one worker, one thread
         if not self.draws:
             return (yield from super().create_batches(samps))
         self.it, seed = iter(self.dataset), self.pass_seed
+        first, step = (0, 1) if info is None else (info.id, info.num_workers)
         for i, idxs in enumerate(self.chunkify(samps)):
-            self.seed(seed + self.offs + i * self.num_workers)
+            self.seed(seed + first + i * step)
             yield self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
 
     def seed(

@@ -491,6 +491,8 @@ class ECANLoss(nn.Module):
             compact, alpha = self._compact(out, y)
             parts += [compact, alpha] if self.compact == "mva" else [compact]
             loss = loss + self.l2 * compact
+        else:
+            loss = loss + 0 * out["centers"].sum()  # DistributedDataParallel needs every parameter in the loss
         self.parts = {name: part.detach() for name, part in zip(self.part_names, [*parts, *cosines])}
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 

@@ -361,6 +361,8 @@ class ECANModel(FaceClassifier):
         self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
         self.bank = MemoryBank(bank_size, d)
         self.centers = nn.Parameter(torch.randn(n_classes, d))
+        # every process pushes the same keys, so DistributedDataParallel leaves the bank and its CPU counters alone
+        self._ddp_params_and_buffers_to_ignore = [f"bank.{name}" for name, _ in self.bank.named_buffers()]
         self.train()
 
     def train(self, mode=True):

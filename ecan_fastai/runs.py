@@ -26,10 +26,11 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, defaults, set_seed
+from fastai.torch_core import default_device, defaults, get_model, num_distrib, rank_distrib, set_seed
 from fastcore.foundation import L
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
+from timm.layers import convert_sync_batchnorm
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import crop_size, uses_five_crops
@@ -39,7 +40,7 @@ from ecan_fastai.data import set_stats
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
-from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
+from ecan_fastai.learner import baseline_learner, ecan_learner, images_per_step, paper_opt
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss
 from ecan_fastai.metrics import per_class_table, split_metrics
@@ -97,7 +98,7 @@ def run_learner(cfg, dls, out):
     "Learner of a resolved configuration"
     opt = OPTIMIZER_PRESETS[cfg.opt]
     if cfg.lr is None:
-        cfg.lr = opt["lr"] * (cfg.bs / 256 if cfg.opt == "paper" else 1)
+        cfg.lr = opt["lr"] * (images_per_step(dls) / 256 if cfg.opt == "paper" else 1)
     if cfg.wd is None:
         cfg.wd = opt["wd"]
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
@@ -156,6 +157,34 @@ def _set_precision(learn, precision, device):
     return learn
 
 
+# Several processes, as `accelerate launch` starts them: all train, and the first one writes the files
+
+
+def first_process_first(load, *args):
+    "Result of `load`, which the first process calls before the others do; assigns each process its device"
+    if num_distrib() <= 1:
+        return load(*args)
+    from fastai.distributed import rank0_first
+
+    return rank0_first(load, *args)
+
+
+def distributed(learn):
+    "Context in which `learn` trains in all processes; with one process it does nothing"
+    if num_distrib() <= 1:
+        return nullcontext()
+    import fastai.distributed  # noqa: F401  gives `Learner` its `distrib_ctx`
+
+    if learn.dls.device.type == "cuda":  # by timm: torch's drops the activation of timm's own normalisation layers
+        learn.model = convert_sync_batchnorm(learn.model)
+    return learn.distrib_ctx(sync_bn=False)
+
+
+def _whole(dl):
+    "The loader of all items: in distributed training fastai wraps it"
+    return getattr(dl, "dl", dl)
+
+
 # State between epochs
 
 
@@ -163,21 +192,21 @@ def _rng_state(dls):
     name, keys, *rest = np.random.get_state()
     return dict(
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         numpy=(name, keys.tolist(), *rest),
         python=random.getstate(),
-        shuffle=dls.train.rng.getstate(),
+        shuffle=_whole(dls.train).rng.getstate(),
     )
 
 
 def _set_rng_state(state, dls):
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     random.setstate(state["python"])
-    dls.train.rng.setstate(state["shuffle"])
+    _whole(dls.train).rng.setstate(state["shuffle"])
 
 
 def _plain(x):
@@ -192,7 +221,7 @@ def write_whole(file, write):
 
 
 def _tests(dls):
-    return [(name, dls[name]) for name in dls.split_names[2:] if len(dls[name].dataset)]
+    return [(name, _whole(dls[name])) for name in dls.split_names[2:] if len(dls[name].dataset)]
 
 
 @torch.no_grad()
@@ -213,6 +242,8 @@ class RunState(Callback):
         self.out, self.resumed, self.watch_tests, self.rows, self.started = Path(out), resumed, watch_tests, [], None
 
     def before_fit(self):
+        if rank_distrib():
+            return
         show = self.logger if hasattr(self.learn, "progress") else self._print_row
         self.learn.logger = lambda row: (
             show(row) if len(row) > 2 else None
@@ -250,17 +281,18 @@ class RunState(Callback):
         row = dict(zip(self.recorder.metric_names, [self.epoch, *self.recorder.values[-1]]))
         row["seconds"] = round(time.time() - self.started, 2)
         if self.watch_tests:
-            row |= {f"{name}_accuracy": _accuracy(self.model, dl) for name, dl in _tests(self.dls)}
+            row |= {f"{name}_accuracy": _accuracy(get_model(self.model), dl) for name, dl in _tests(self.dls)}
         self.rows.append(row)
         self.started = None
-        self._save()
+        if not rank_distrib():
+            self._save()
 
     def _save(self):
         rec, opt = self.recorder, self.opt.state_dict()
         state = dict(
             epochs=self.epoch + 1,
             rows=self.rows,
-            model=self.model.state_dict(),
+            model=get_model(self.model).state_dict(),
             rng=_rng_state(self.dls),
             opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
             scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
@@ -416,6 +448,7 @@ def _environment(dls):
         commit=_commit(),
         device=f"{device.type}: {name}",
         cpus=os.cpu_count(),
+        **({"processes": num_distrib()} if num_distrib() > 1 else {}),
     )
 
 
@@ -498,14 +531,17 @@ def _write_results(learn, cfg, out, rows):
 def start_run(
     cfg,  # `RunConfig`
     out,  # Folder of the run, new or empty
-) -> dict:  # The record that is written to `metrics.json`
+) -> dict | None:  # The record that is written to `metrics.json`; of several processes the first one returns it
     "Train, evaluate and write a new run; a folder that is not empty is refused"
     out = Path(out)
+    if rank_distrib():
+        return _start(cfg, out)
     with lock_run(out):
+        _check_new(out)
         return _start(cfg, out)
 
 
-def _start(cfg, out):
+def _check_new(out):
     if (out / "metrics.json").exists():
         raise ValueError(f"{out} already holds a finished run: give another folder with --out")
     if (out / "config.json").exists():
@@ -517,12 +553,22 @@ def _start(cfg, out):
     others = sorted(p.name for p in out.iterdir() if p.name != "faces") if out.exists() else []
     if others:
         raise ValueError(f"expected a new or empty folder for the run, and {out} holds {', '.join(others[:5])}")
+
+
+def _start(cfg, out):
     resolve_config(cfg)
     if cfg.kind != "sample":
         cfg.data = os.path.abspath(cfg.data)  # so that the run can go on from anywhere
     set_seed(cfg.seed, reproducible=True)
-    dls = run_loaders(cfg, out)
+    dls = first_process_first(run_loaders, cfg, out)
     learn = run_learner(cfg, dls, out)
+    if not rank_distrib():
+        _write_start(cfg, dls, out)
+    return _train(learn, cfg, out, None)
+
+
+def _write_start(cfg, dls, out):
+    "Configuration, environment and list of images of a new run"
     out.mkdir(parents=True, exist_ok=True)
     side = crop_size(cfg.level, cfg.recipe, cfg.size)
     stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
@@ -535,16 +581,15 @@ def _start(cfg, out):
     )
     write_whole(out / _DATA_FILE, lambda f: _data_table(dls, cfg).to_csv(f, index=False, compression="gzip"))
     write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=_environment(dls)))
-    return _train(learn, cfg, out, None)
 
 
 def resume_run(
     out,  # Folder of a run that was interrupted
     data=None,  # Where the same data lies now, if it was moved
-) -> dict:  # The record that is written to `metrics.json`
+) -> dict | None:  # The record that is written to `metrics.json`; of several processes the first one returns it
     "Resume a run from its last finished epoch, as if it had not stopped; raises `ValueError` if its data has changed"
     out = Path(out)
-    with lock_run(out):
+    with nullcontext() if rank_distrib() else lock_run(out):
         return _resume(out, data)
 
 
@@ -558,13 +603,14 @@ def _resume(out, data):
     if moved:
         cfg.data = os.path.abspath(data)
     set_seed(cfg.seed, reproducible=True)
-    dls = run_loaders(cfg, out)
+    dls = first_process_first(run_loaders, cfg, out)
     _check_data(dls, cfg, out)
-    if moved:
+    if moved and not rank_distrib():
         written = json.loads((out / "config.json").read_text())
         written["config"]["data"] = cfg.data
         write_json(out / "config.json", written)
-    _note_environment(dls, out)
+    if not rank_distrib():
+        _note_environment(dls, out)
     about = json.loads((out / "config.json").read_text())["about"]
     set_stats(dls, about["mean"], about["std"])
     state = _read_checkpoint(out, dls.device)
@@ -644,7 +690,7 @@ def _settle_precision(cfg):
 def _warn_short(learn, cfg):
     if cfg.method in ("baseline", "center"):
         return
-    steps, memory = cfg.epochs * len(learn.dls.train), 1 / (1 - cfg.momentum)
+    steps, memory = cfg.epochs * len(learn.dls.train) // max(1, num_distrib()), 1 / (1 - cfg.momentum)
     if steps < 3 * memory:
         warnings.warn(
             f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about "
@@ -658,13 +704,13 @@ def _train(learn, cfg, out, state):
         _load_weights(learn, state)
     keeper, done = RunState(out, state, cfg.watch_tests), state["epochs"] if state else 0
     with warnings.catch_warnings():
-        if done < cfg.epochs:
+        if done < cfg.epochs and not rank_distrib():
             _warn_short(learn, cfg)
         warnings.filterwarnings(
             "ignore", message="y_pred contains classes not in y_true"
         )  # a small split may lack a class
         if done < cfg.epochs:
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
-            with nullcontext() if sys.stdout.isatty() else learn.no_bar():
+            with distributed(learn), nullcontext() if sys.stdout.isatty() else learn.no_bar():
                 fit(cfg.epochs, cfg.lr, cbs=keeper, start_epoch=done)
-        return _write_results(learn, cfg, out, keeper.rows or state["rows"])
+        return None if rank_distrib() else _write_results(learn, cfg, out, keeper.rows or state["rows"])
