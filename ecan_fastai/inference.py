@@ -36,6 +36,7 @@ from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
 from .readers.records import Face, check_names, expression_name, image_files
+from .weights import shipped_run
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class ImageModel(nn.Module):
@@ -53,9 +54,10 @@ class ImageModel(nn.Module):
         side: int,  # Side of the images
         view_size: int,  # Side of the views that the classifier was trained on
         crops: str = "center",  # One of `CROPS`
+        temperature: float = 1.0,  # By which the logits are divided, so that probabilities are calibrated
     ):
         super().__init__()
-        self.classifier, self.side, self.view_size = classifier, side, view_size
+        self.classifier, self.side, self.view_size, self.temperature = classifier, side, view_size, temperature
         self.boxes = eval_boxes(side, view_size, crops)
         for name, value in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1))
@@ -74,7 +76,7 @@ class ImageModel(nn.Module):
         return f(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.each_view(self.classifier, x).mean(1).softmax(-1)
+        return (self.each_view(self.classifier, x).mean(1) / self.temperature).softmax(-1)
 
 # %% ../nbs/10_inference.ipynb #106a095a
 def _is_whole(value):
@@ -105,6 +107,7 @@ _EXPECTED = dict(
         mean=(_are_numbers, "a list of numbers"),
         std=(lambda v: _are_numbers(v, 0), "a list of numbers above 0"),
         view_size=(_is_whole, "a number of pixels"),
+        temperature=(lambda v: _are_numbers([v], 0), "a number above 0"),
     ),
 )
 
@@ -114,6 +117,7 @@ def _read_config(file):
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
         parts = {part: dict(written[part]) for part in _EXPECTED}
+        parts["about"].setdefault("temperature", 1.0)  # of runs before calibration
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{file} is not the configuration of a run: {type(e).__name__}, {e}") from e
     for part, keys in _EXPECTED.items():
@@ -158,13 +162,17 @@ def _expected_tensors(config, about, file):
     return model.state_dict()
 
 # %% ../nbs/10_inference.ipynb #cfc80b61
+def _tensor_kind(v):
+    return f"{'float' if v.is_floating_point() else v.dtype} {tuple(v.shape)}"  # half precision is as good
+
+
 def _read_weights(file, expected):
     "Weights of a run; raises `ValueError` where they are not those of its configuration, or not finite"
     try:
         weights = load_file(file)
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{file} is broken: {e}") from e
-    kinds = [{k: f"{v.dtype} {tuple(v.shape)}" for k, v in tensors.items()} for tensors in (expected, weights)]
+    kinds = [{k: _tensor_kind(v) for k, v in tensors.items()} for tensors in (expected, weights)]
     wrong = [k for k in {**expected, **weights} if kinds[0].get(k) != kinds[1].get(k)]
     if wrong:
         wanted, got = (kind.get(wrong[0], "none") for kind in kinds)
@@ -213,16 +221,17 @@ class Predictor:
 
     def __init__(
         self,
-        run,  # Folder of a finished run
+        run=None,  # Folder of a finished run; default the model that ships with the package
         crops: str
         | None = None,  # Views to average: "center", "flip", "five" or "ten"; default as the run was evaluated
         device=None,  # Default: a GPU if there is one
     ):
-        self.run: Path | None = Path(run)
+        self.run: Path | None = shipped_run() if run is None else Path(run)
         cfg, about, model = _read_run(self.run)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         views = {k: cfg[k] for k in ("level", "recipe", "size", "channels")}
-        self._build(model, about["vocab"], (about["mean"], about["std"]), views, crops or cfg["eval_crops"], device)
+        stats = about["mean"], about["std"]
+        self._build(model, about["vocab"], stats, views, crops or cfg["eval_crops"], device, about["temperature"])
 
     @classmethod
     def from_learner(
@@ -255,11 +264,12 @@ class Predictor:
         predictor._build(model, learn.dls.vocab, stats, tfm.views, crops or tfm.views["eval_crops"], learn.dls.device)
         return predictor
 
-    def _build(self, classifier, vocab, stats, views, crops, device):
+    def _build(self, classifier, vocab, stats, views, crops, device, temperature=1.0):
         level, recipe, size = views["level"], views["recipe"], views["size"]
         side = image_side(level, recipe, size, crops)
         self.vocab, self.channels, self.crops = list(vocab), views["channels"], crops
-        self.model = ImageModel(classifier, *stats, side, crop_size(level, recipe, size), crops).eval()
+        view_size = crop_size(level, recipe, size)
+        self.model = ImageModel(classifier, *stats, side, view_size, crops, temperature).eval()
         try:
             torch.zeros(1, device=(device := torch.device(device))).cpu()
             self.model.to(device)
@@ -311,8 +321,8 @@ class Predictor:
         bs: int | None = None,  # Images at a time; default by their size
         num_workers: int = 0,  # Processes that read images, where there are many
     ) -> np.ndarray:  # (n, n_classes)
-        "Probabilities of the classes, in the order of `vocab`"
-        return self.logits(x, bs, num_workers).mean(1).softmax(-1).numpy()
+        "Calibrated probabilities of the classes, in the order of `vocab`"
+        return (self.logits(x, bs, num_workers).mean(1) / self.model.temperature).softmax(-1).numpy()
 
     def features(
         self,
