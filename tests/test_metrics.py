@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from ecan_fastai.metrics import calibration_error, fit_temperature
+
+
+def drawn(n=40000, scale=1.0):
+    "Logits, and labels drawn from the probabilities that these logits mean when they are divided by `scale`"
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (n, 5))
+    targets = (softmax(logits, 1).cumsum(1) > rng.random((n, 1))).argmax(1)
+    return scale * logits, targets
+
+
+def test_calibration_error_is_zero_for_labels_drawn_from_the_probabilities():
+    logits, targets = drawn()
+    assert calibration_error(softmax(logits, 1), targets) < 0.01
+
+
+def test_calibration_error_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.35, 0.65]])
+    # bins of a fifth: {0.9, 0.9}: right once, gap 0.4; {0.6, 0.65}: both right, gap 0.375
+    assert calibration_error(probabilities, [0, 1, 1, 1], n_bins=5) == pytest.approx((2 * 0.4 + 2 * 0.375) / 4)
+
+
+def test_calibration_error_of_a_sure_and_right_model_is_zero_and_of_a_sure_and_wrong_one_is_one():
+    sure = np.eye(3)[[0, 1, 2, 0]]
+    assert calibration_error(sure, [0, 1, 2, 0]) == 0
+    assert calibration_error(sure, [1, 2, 0, 1]) == 1
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_temperature_is_the_factor_by_which_logits_are_too_large(scale):
+    logits, targets = drawn(scale=scale)
+    assert fit_temperature(logits, targets) == pytest.approx(scale, rel=0.03)
+
+
+def test_the_temperature_is_where_the_cross_entropy_is_smallest():
+    logits, targets = drawn(3000, 2.5)
+    best = fit_temperature(logits, targets)
+
+    def cross_entropy(t):
+        return -np.log(softmax(logits / t, 1)[np.arange(len(targets)), targets]).mean()
+
+    assert all(cross_entropy(best) <= cross_entropy(best * f) for f in (0.9, 0.99, 1.01, 1.1))
