@@ -1,0 +1,115 @@
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from ecan_fastai.inference import Predictor
+from ecan_fastai.learner import baseline_learner, ecan_learner
+from ecan_fastai.loaders import ExpressionDataLoaders
+from ecan_fastai.model import FaceClassifier
+from ecan_fastai.readers.records import Face
+from ecan_fastai.sample import draw_face
+from ecan_fastai.weights import NAMES, available, model_card, named_arch, named_stats, named_weights, shipped_run
+
+VOCAB = ["happy", "sad"]
+
+
+def loaders(channels=1, **kwargs):
+    faces = [
+        Face(draw_face(VOCAB[i % 2], np.random.default_rng(i), 48, channels), VOCAB[i % 2], split, f"{split} {i}")
+        for split in ("train", "valid")
+        for i in range(8)
+    ]
+    settings = dict(size=48, channels=channels, recipe="fer2013", level="weak", bs=4, num_workers=0, device="cpu")
+    return ExpressionDataLoaders.from_faces(faces, **{**settings, **kwargs})
+
+
+def test_the_shipped_model_is_small_finite_and_in_half_precision():
+    weights = named_weights("fer2013")
+    assert all(v.dtype == torch.float16 for v in weights.values() if v.is_floating_point())
+    assert all(v.isfinite().all() for v in weights.values())
+    assert (shipped_run() / "model.safetensors").stat().st_size < 25e6
+
+
+def test_nothing_of_a_machine_is_in_the_shipped_folder():
+    for file in shipped_run().glob("*.*"):
+        assert b"/home/" not in (text := file.read_bytes()) and b"/tmp/" not in text and b"/root/" not in text
+
+
+def test_predictor_without_a_run_is_the_shipped_model():
+    predictor = Predictor()
+    assert predictor.run == shipped_run() and predictor.vocab[3] == "happy"
+    weights = named_weights("fer2013")
+    for name, value in predictor.model.classifier.state_dict().items():
+        assert torch.equal(value, weights[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_starts_from_named_weights(name):
+    encoder = FaceClassifier.create(n_classes=3, in_chans=len(named_stats(name)[0]), pretrained=name).encoder
+    weights = named_weights(name)
+    for key, value in encoder.state_dict().items():
+        stored = weights.get(key, weights.get(f"encoder.{key}"))
+        assert torch.equal(value, stored.to(value.dtype)), key
+
+
+def standing_out(weights):
+    "Median distance, in standard deviations, of a layer's channel means from the means that its normalisation keeps"
+    model = timm.create_model(named_arch("imagenet"))
+    model.load_state_dict(weights)
+    coarse = torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    gaps = []
+    for norm in [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
+        norm.register_forward_hook(
+            lambda m, x, out: gaps.append(
+                (x[0].mean((0, 2, 3)) - m.running_mean).abs() / m.running_var.add(1e-3).sqrt()
+            )
+        )
+    with torch.no_grad():
+        model.eval()(torch.nn.functional.interpolate(coarse, size=224, mode="bicubic"))
+    return torch.stack([gap.median() for gap in gaps]).median()
+
+
+def test_tensors_of_imagenet_belong_to_the_layers_that_their_order_gives_them():
+    weights, shuffled, alike = named_weights("imagenet"), {}, {}
+    for name, value in weights.items():
+        alike.setdefault((value.shape, name.rpartition(".")[2]), []).append(name)
+    for names in alike.values():
+        shuffled |= zip(names, [weights[name] for name in names[1:] + names[:1]])
+    assert standing_out(weights) < 0.5 < 1 < standing_out(shuffled)
+
+
+def test_the_architecture_follows_from_the_name_and_another_is_refused():
+    learn = baseline_learner(loaders(), pretrained="fer2013")
+    assert tuple(learn.model.encoder.conv1.weight.shape) == (64, 1, 3, 3)
+    with pytest.raises(ValueError, match="the weights fer2013 are of resnet18_cifar, and not of resnet18"):
+        ecan_learner(loaders(), "resnet18", pretrained="fer2013")
+
+
+def test_images_are_normalised_as_the_weights_want_it():
+    learn = baseline_learner(loaders(channels=3), pretrained="imagenet")
+    (norm,) = [t for t in learn.dls.after_batch.fs if hasattr(t, "mean")]
+    assert norm.mean.flatten().tolist() == [0.5] * 3 and norm.std.flatten().tolist() == [0.5] * 3
+
+
+def test_a_missing_extra_is_told_in_one_sentence(monkeypatch):
+    monkeypatch.setattr("ecan_fastai.weights.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'needs the extra: pip install "ecan_fastai\[imagenet\]"'):
+        named_weights("imagenet")
+    assert not available().loc["imagenet", "installed"]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no shipped model 'vgg'"):
+        shipped_run("vgg")
+
+
+def test_the_card_holds_what_the_records_say():
+    card, metrics = model_card(shipped_run()), json.loads((shipped_run() / "metrics.json").read_text())
+    measured = metrics["splits"]["PrivateTest"]
+    assert f"{100 * measured['accuracy']:.2f}" in card and f"{100 * measured['ten_crops_accuracy']:.2f}" in card
+    for name, m in measured["per_class"].items():
+        assert f"| PrivateTest | {name} | {m['n']} | {100 * m['precision']:.2f} | {100 * m['recall']:.2f}" in card
+    assert card == (shipped_run() / "card.md").read_text()
