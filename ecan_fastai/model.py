@@ -204,7 +204,7 @@ def arch_name(
     "What an architecture is called in messages"
     return arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
 
-
+# %% ../nbs/05_model.ipynb #40af912b
 def _timm_encoder(arch, in_chans, pretrained):
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch}*")[:5]
@@ -220,19 +220,25 @@ def _timm_encoder(arch, in_chans, pretrained):
             f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights"
         ) from e
 
-
+# %% ../nbs/05_model.ipynb #6c1d7b5d
 def _with_pooling(body):
     "A body that gives feature maps, as an encoder that gives features"
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-
+# %% ../nbs/05_model.ipynb #593f01f2
 @torch.no_grad()
-def _module_encoder(module, in_chans):
+def _features(encoder, in_chans, size):
+    "What an encoder gives for one image, in evaluation mode; the encoder stays as it is"
+    return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, *size))
+
+# %% ../nbs/05_model.ipynb #4234c1ed
+def _module_encoder(module, in_chans, size):
     "A user's own module as an encoder"
     try:
-        out = copy.deepcopy(module).eval()(torch.zeros(1, in_chans, 64, 64))
+        out = _features(module, in_chans, size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{arch_name(module)} does not take an image of shape (1, {in_chans}, 64, 64): {e}") from e
+        shape = 1, in_chans, *size
+        raise ValueError(f"{arch_name(module)} does not take an image of shape {shape}: {e}") from e
     shape = tuple(getattr(out, "shape", ()))
     if len(shape) not in (2, 4):
         raise ValueError(
@@ -241,8 +247,8 @@ def _module_encoder(module, in_chans):
         )
     return module if len(shape) == 2 else _with_pooling(module)
 
-
-def _encoder(arch, in_chans, pretrained):
+# %% ../nbs/05_model.ipynb #00bc1824
+def _encoder(arch, in_chans, pretrained, size):
     "Encoder that gives features (n, d), and d"
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
@@ -254,7 +260,7 @@ def _encoder(arch, in_chans, pretrained):
             raise ValueError(
                 "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
             )
-        encoder = _module_encoder(arch, in_chans)
+        encoder = _module_encoder(arch, in_chans, size)
     elif isinstance(arch, str):
         encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):
@@ -266,16 +272,10 @@ def _encoder(arch, in_chans, pretrained):
         )
     if pretrained and pretrained is not True:
         print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
-    return speed_up_small_maps(encoder), _n_features(encoder, in_chans)
+    d = getattr(encoder, "head_hidden_size", None) or _features(encoder, in_chans, size).shape[1]
+    return speed_up_small_maps(encoder), d
 
-
-@torch.no_grad()
-def _n_features(encoder, in_chans):
-    if hasattr(encoder, "head_hidden_size"):
-        return encoder.head_hidden_size
-    return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, 64, 64)).shape[1]
-
-
+# %% ../nbs/05_model.ipynb #e12eeca1
 class FaceClassifier(nn.Module):
     "Encoder and linear classifier: a view (n, channels, height, width) or a pair of views to logits (n, n_classes)"
 
@@ -294,14 +294,16 @@ class FaceClassifier(nn.Module):
         n_classes: int = 7,  # Number of expressions
         in_chans: int = 3,  # 1 or 3
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
+        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
     ):
         "Build from an architecture"
-        encoder, d = _encoder(arch, in_chans, pretrained)
+        encoder, d = _encoder(arch, in_chans, pretrained, size)
         return cls(encoder, nn.Linear(d, n_classes))
 
     def forward(
         self,
         x,  # View (n, channels, height, width), crops (n, crops, channels, height, width), or a pair: its first
+        x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`; not used
     ) -> Tensor:  # Logits (n, n_classes), of crops their mean
         "Logits of a view; raises `ValueError` for crops in training"
         if isinstance(x, (tuple, list)):
@@ -334,11 +336,12 @@ class ECANModel(FaceClassifier):
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-        key_eval: bool = False,  # Key encoder in evaluation mode; `update_keys` moves its running statistics too
+        key_eval: bool = False,  # As in `PaperReading`
+        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
     ):
         if n_classes < 2:
             raise ValueError(f"expected at least 2 classes, got {n_classes}")
-        encoder, d = _encoder(arch, in_chans, pretrained)
+        encoder, d = _encoder(arch, in_chans, pretrained, size)
         super().__init__(encoder, nn.Linear(d, n_classes))
         self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
         self.bank = MemoryBank(bank_size, d)
@@ -356,15 +359,17 @@ class ECANModel(FaceClassifier):
     def forward(
         self,
         x,  # A view (n, channels, height, width), or a pair of views (query's, key's)
+        x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`
     ):  # Logits (n, n_classes); in training with a pair, a dict
         """Logits of a view, or of a pair's first view. In training with a pair, a dict of all that `ECANLoss` needs:
-        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d)"""
-        if not (self.training and isinstance(x, (tuple, list))):
+        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d). Under
+        `torch.jit.trace` logits alone"""
+        if x_k is not None:
+            x = x, x_k
+        if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
             return super().forward(x)
         x_q, x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
-        z_k = self.keys(
-            x_k
-        )  # first, so that its memory is free again when the query's activations are kept for the backward pass
+        z_k = self.keys(x_k)  # first: its memory is free again when the query's activations are kept for backward
         z_q = self.encoder(x_q)
         bank_z, bank_y = self.bank.rows()
         return dict(
