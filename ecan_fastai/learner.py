@@ -214,7 +214,7 @@ def baseline_learner(
 
 # %% ../nbs/07_learner.ipynb #fa975eaa
 def _check_fits(dls, model, view, arch):
-    "One view through the encoder: a size or number of channels that it does not take is told now"
+    "Fail early if the encoder rejects views of this size or number of channels"
     if dls.train.bs < 2:
         raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
     if view.ndim == 4:
@@ -223,7 +223,7 @@ def _check_fits(dls, model, view, arch):
         with torch.no_grad():
             model.eval()(view[None].as_subclass(torch.Tensor).float())
     except (AssertionError, RuntimeError) as e:
-        raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
+        raise ValueError(f"{arch_name(arch)} does not take images of shape {tuple(view.shape)}: {e}") from e
     model.train()
 
 # %% ../nbs/07_learner.ipynb #8bb1cda8

@@ -32,21 +32,21 @@ def _full_precision(loss):
 
     return _inner
 
-
+# %% ../nbs/04_losses.ipynb #351781ca
 def _check_rows(z, y, name="z"):
     if z.ndim != 2 or y.ndim != 1 or len(z) != len(y):
         raise ValueError(
             f"expected {name} of shape (n, d) and as many labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
         )
 
-
+# %% ../nbs/04_losses.ipynb #6b931149
 def _check_temperature(temperature):
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
-    "Bank rows a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU is given more work a call"
+    "Bank rows in a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU gets more work in each call"
     return max(1, 2 ** (19 if z.device.type == "cpu" else 21) // max(z.shape))
 
 # %% ../nbs/04_losses.ipynb #9052548c
@@ -256,7 +256,7 @@ def _check_classes(bank_positives, n_classes=None):
             f"{bank_positives.dtype} of shape {tuple(bank_positives.shape)}"
         )
 
-
+# %% ../nbs/04_losses.ipynb #75d7b9e9
 @_full_precision
 def ensc_loss(
     z: Tensor,  # Features of all views (M, d)
@@ -284,7 +284,7 @@ def mean_cosines(
     y: Tensor,  # Labels (n,)
     center: Tensor | None = None,  # Constant (d,), subtracted first
 ):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
-    "How alike features are, within and between classes"
+    "Mean cosine similarity of features within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
     same = y[:, None] == y
     cosines = z @ z.T
@@ -300,11 +300,11 @@ def _check_centers(x, y, centers):
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]:
         raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
 
-
+# %% ../nbs/04_losses.ipynb #6e7f6a83
 def _square_distances(x, y, centers):
     return (x - centers[y]).pow(2).sum(-1)
 
-
+# %% ../nbs/04_losses.ipynb #4691c513
 @_full_precision
 def center_loss(
     x: Tensor,  # Features (m, d)
@@ -320,7 +320,7 @@ def _check_reduction(reduction):
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
-
+# %% ../nbs/04_losses.ipynb #d6097e1b
 @_full_precision
 def affinity_loss(
     x: Tensor,  # Features (m, d)
@@ -343,7 +343,7 @@ def mva_weight(
     "Weight of the multi-view affinity loss (Eq. 9): 1 + population variance"
     return 1 + losses.detach().var(unbiased=False)
 
-
+# %% ../nbs/04_losses.ipynb #cc252693
 def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     "Multi-view affinity loss and its alpha; the older groups decide alpha alone, and are no part of the graph"
     current = affinity_loss(x, y, centers, reduction)
@@ -352,7 +352,7 @@ def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     alpha = mva_weight(torch.stack([current, *older]))
     return alpha * current, alpha
 
-
+# %% ../nbs/04_losses.ipynb #3a2c91f2
 def mva_loss(
     x: Tensor,  # Current features (n, d)
     y: Tensor,  # Their labels (n,)

@@ -54,7 +54,7 @@ class MemoryBank(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "A bank of another size cannot be taken over: it starts empty, and the next fit fills it"
+        "Start empty where the saved bank has another size; the next fit fills it"
         saved = state_dict.get(prefix + "z")
         if saved is not None and saved.shape[1:] == self.z.shape[1:] and len(saved) != self.size:
             for name, buffer in self.named_buffers():
@@ -105,7 +105,7 @@ def _safe_load(file):
     with torch.serialization.safe_globals([L]):  # the list in which fastai's `save` keeps an optimizer's settings
         return torch.load(file, map_location="cpu", weights_only=True)
 
-
+# %% ../nbs/05_model.ipynb #ea9b032b
 def _read_weights(path):
     "Tensors by name: of a run's folder, a safetensors file, or a checkpoint; nothing in it is executed"
     path = Path(path)
@@ -129,51 +129,63 @@ def _read_weights(path):
         raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
-
+# %% ../nbs/05_model.ipynb #01ad0c14
 def _fit_channels(w, want):
-    "A stem's weights for another number of channels: the response to a grey picture stays"
+    "A stem's weights for another number of channels: the response to a grey image stays"
     if w.ndim != 4 or w.shape == want or w.shape[0] != want[0] or w.shape[2:] != want[2:]:
         return w
     if (w.shape[1], want[1]) == (3, 1):
         return w.sum(1, keepdim=True)
     return w.repeat(1, 3, 1, 1) / 3 if (w.shape[1], want[1]) == (1, 3) else w
 
+# %% ../nbs/05_model.ipynb #cd7247ea
+def _best_prefix(tensors, state):
+    "The prefix under which most of an encoder's `tensors` are found in `state`, and what is found there"
+    prefixes = dict.fromkeys(
+        name[: -len(k)]
+        for name in state
+        for k in tensors
+        if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
+    )
 
+    def found(prefix):
+        fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in tensors.items() if prefix + k in state}
+        return {k: w for k, w in fitted.items() if w.shape == tensors[k].shape}
+
+    # of two alike, MoCo's query and key encoder, the first in the file
+    prefix = max(prefixes or [""], key=lambda p: len(found(p)))
+    return prefix, found(prefix)
+
+# %% ../nbs/05_model.ipynb #b620eab1
+def _match_report(path, n_matched, n_tensors, prefix, left):
+    report = f"{n_matched} of {n_tensors} tensors matched those of {path}"
+    if prefix:
+        report += f" under {prefix}"
+    if left:
+        report += f"; left out there: {', '.join(left[:4])}"
+    if len(left) > 4:
+        report += f" and {len(left) - 4} more"
+    return report
+
+# %% ../nbs/05_model.ipynb #f9d567b9
 def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Folder of a finished run, `.safetensors` file, or checkpoint of torch, with names as in torchvision or timm
 ) -> str:  # How many tensors matched, and what was left out
     """Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises
     `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"""
-    own, state = encoder.state_dict(), _read_weights(path)
-    prefixes = dict.fromkeys(
-        name[: -len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
-    ) or [""]
-
-    def found(prefix):
-        fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in own.items() if prefix + k in state}
-        return {k: w for k, w in fitted.items() if w.shape == own[k].shape}
-
-    prefix = max(
-        prefixes, key=lambda p: len(found(p))
-    )  # of two alike, MoCo's query and key encoder, the first in the file
-    matched = found(prefix)
+    tensors, state = encoder.state_dict(), _read_weights(path)
+    prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
-    said = f"{len(matched)} of {len(own)} tensors matched those of {path}"
-    if prefix:
-        said += f" under {prefix}"
-    if left:
-        said += f"; left out there: {', '.join(left[:4])}"
-    if len(left) > 4:
-        said += f" and {len(left) - 4} more"
+    report = _match_report(path, len(matched), len(tensors), prefix, left)
     deeper = 2 * sum(k.startswith(prefix) for k in left) > len(matched)
-    if 2 * len(matched) < len(own) or deeper:
+    if 2 * len(matched) < len(tensors) or deeper:
         raise ValueError(
-            f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights "
+            f"{report}; expected at least half to match, and nothing but a head to be left out: are these the weights "
             "of the same architecture?"
         )
-    encoder.load_state_dict({**own, **matched})
-    return said
+    encoder.load_state_dict({**tensors, **matched})
+    return report
 
 # %% ../nbs/05_model.ipynb #6d070501
 def _resnet18_with_stem(name, stride, pretrained, kwargs):
@@ -185,13 +197,13 @@ def _resnet18_with_stem(name, stride, pretrained, kwargs):
     model.maxpool = nn.Identity()
     return model
 
-
+# %% ../nbs/05_model.ipynb #4e794ecb
 @register_model
 def resnet18_half(pretrained=False, **kwargs):
     "ResNet-18 with a stem for small images: one 3x3 convolution of stride 2, no pooling"
     return _resnet18_with_stem("resnet18_half", 2, pretrained, kwargs)
 
-
+# %% ../nbs/05_model.ipynb #4425f33e
 @register_model
 def resnet18_cifar(pretrained=False, **kwargs):
     "ResNet-18 with CIFAR's stem: one 3x3 convolution without stride, no pooling"
@@ -201,7 +213,7 @@ def resnet18_cifar(pretrained=False, **kwargs):
 def arch_name(
     arch,  # As `FaceClassifier.create` takes it
 ) -> str:
-    "What an architecture is called in messages"
+    "Name of an architecture in messages"
     return arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
 
 # %% ../nbs/05_model.ipynb #40af912b
@@ -311,7 +323,7 @@ class FaceClassifier(nn.Module):
         if x.ndim == 5:
             if self.training:
                 raise ValueError(
-                    f"expected pictures (n, channels, height, width) in training, got {tuple(x.shape)}; the "
+                    f"expected images (n, channels, height, width) in training, got {tuple(x.shape)}; the "
                     "CropsAsImages callback unfolds crops"
                 )
             n, crops = x.shape[:2]

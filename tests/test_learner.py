@@ -248,7 +248,7 @@ def test_one_view_is_refused(make_dls):
 
 
 def test_what_a_model_does_not_take_is_told_before_training(make_dls):
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take pictures of shape \(1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of shape \(1, 32, 32\)"):
         ecan_learner(make_dls(), "vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="batch size of at least 2, got 1"):
         baseline_learner(make_dls(n_views=1, bs=1))

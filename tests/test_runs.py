@@ -479,7 +479,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     assert "learning rate must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
     (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
     assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
-    assert "does not take pictures of shape" in fails(
+    assert "does not take images of shape" in fails(
         capsys,
         faces,
         "--arch",
