@@ -42,6 +42,7 @@ from ecan_fastai.losses import (
     ENSCLoss,
     ESCLoss,
     MVALoss,
+    PaperReading,
     SupConLoss,
     affinity_loss,
     center_loss,

@@ -9,8 +9,6 @@ __all__ = ['MomentumUpdate', 'MemoryBankUpdate', 'unfold_crops', 'CropsAsImages'
            'CPUMixedPrecision']
 
 # %% ../nbs/06_callbacks.ipynb #5492425b
-import math
-
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -21,6 +19,7 @@ from fastai.torch_core import get_model, maybe_gather, to_device
 from fastcore.basics import store_attr
 from torch import Tensor
 
+from .fastai_internals import add_columns, fill_columns
 from .progress import progress
 
 # %% ../nbs/06_callbacks.ipynb #b43935b6
@@ -96,15 +95,15 @@ class MemoryBankUpdate(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):
-    """Stack of crops (n, crops, ...) and labels (n,) to pictures (n*crops, ...) and as many labels; pictures pass
+    """Stack of crops (n, crops, ...) and labels (n,) to images (n*crops, ...) and as many labels; images pass
     through"""
     if x.ndim < 5:
         return x, y
     return x.flatten(0, 1), y.repeat_interleave(x.shape[1], 0)
 
-
+# %% ../nbs/06_callbacks.ipynb #c4e7da06
 class CropsAsImages(Callback):
-    "Train on every crop as a picture of its own"
+    "Train on every crop as an image of its own"
 
     order, run_valid = TrainEvalCallback.order + 1, False
 
@@ -158,9 +157,7 @@ class LossPartsRecorder(Callback):
 
     def before_fit(self):
         self.batches = []
-        names = list(self.recorder.metric_names)
-        self.at = at = len(names) - bool(self.recorder.add_time)
-        self.recorder.metric_names = self.recorder.metric_names[:at] + self.loss_func.part_names + names[at:]
+        self.at = add_columns(self.recorder, self.loss_func.part_names)
 
     def before_train(self):
         self.batches = []
@@ -170,10 +167,8 @@ class LossPartsRecorder(Callback):
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
-        if self.batches:
-            skipped = [math.nan] * (self.at - len(self.recorder.log))  # columns of a validation that did not happen
-            means = maybe_gather(torch.stack(self.batches)).nanmean(0).tolist()  # a batch may hold no pair of one class
-            self.recorder.log += skipped + means
+        if self.batches:  # of which one may hold no pair of a class
+            fill_columns(self.recorder, self.at, maybe_gather(torch.stack(self.batches)).nanmean(0).tolist())
         self.batches = []
 
 # %% ../nbs/06_callbacks.ipynb #cb24b77a

@@ -34,6 +34,7 @@ from plum import dispatch
 from torch.utils.data import get_worker_info
 
 from .augment import eval_pipelines, seed_pipeline, train_pipeline
+from .fastai_internals import batch_types
 
 # %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):
@@ -306,9 +307,7 @@ class TwoViewDL(TfmdDL):
         )
 
     def _retain_dl(self, b):
-        if not getattr(self, "_types", None):
-            self._one_pass()
-        ((batch, (_, *targets)),) = self._types.items()
+        batch, (_, *targets) = batch_types(self)
         views = {TwoView: [FaceImage, FaceImage]} if isinstance(b[0], (tuple, list)) else FaceImage
         return retain_types(b, typs={batch: [views, *targets]})
 

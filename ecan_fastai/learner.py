@@ -10,6 +10,7 @@ __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', '
 
 # %% ../nbs/07_learner.ipynb #77f2e63a
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,13 @@ from fastai.metrics import BalancedAccuracy, F1Score, accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorMultiCategory, num_distrib, params
 from fastai.vision import learner  # noqa: F401  `show_results` of images
-from fastcore.basics import patch
+from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
 from .data import TwoViewDL, set_stats
-from .losses import ECANLoss
+from .losses import ECANLoss, PaperReading
 from .model import ECANModel, FaceClassifier, arch_name, choose_arch
 from .weights import NAMES, named_stats
 
@@ -55,7 +56,7 @@ def cosine_with_warmup(
 
     return rate
 
-
+# %% ../nbs/07_learner.ipynb #fadff639
 @patch
 def fit_cosine(
     self: Learner,
@@ -81,25 +82,25 @@ def face_splitter(model):
     head = [p for name, p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
     return L(params(model.encoder), head)
 
-
+# %% ../nbs/07_learner.ipynb #6a44de5d
 def face_metrics():
     "Accuracy, average accuracy (mean of the confusion matrix's diagonal) and macro-F1"
     return [accuracy, BalancedAccuracy(), F1Score(average="macro")]
 
-
+# %% ../nbs/07_learner.ipynb #cacf261e
 def images_per_step(
     dls,  # DataLoaders
 ) -> int:
     "Images of an optimizer step: a batch from each process of distributed training"
     return dls.train.bs * max(1, num_distrib())
 
-
+# %% ../nbs/07_learner.ipynb #fad4a330
 def _first_item(dls):
     "The first training item as a batch holds it"
     made_by_fastai = isinstance(dls.train, TfmdDL) and not isinstance(dls.train, TwoViewDL)
     return dls.train.do_item(0) if made_by_fastai else dls.train_ds[0]
 
-
+# %% ../nbs/07_learner.ipynb #0441b17b
 def _views(dls):
     """Views of the first training item, as a list, and the number of classes; raises `ValueError` for other targets
     than one class an image"""
@@ -116,7 +117,7 @@ def _views(dls):
 
 # %% ../nbs/07_learner.ipynb #f7d5f094
 class ECANLearner(Learner):
-    "A `Learner` whose `export` holds only what inference needs"
+    "A `Learner` whose `export` holds only what inference needs, and whose `summary` counts all parameters"
 
     @delegates(Learner.export)
     def export(self, fname="export.pkl", **kwargs):
@@ -131,6 +132,17 @@ class ECANLearner(Learner):
         )
         plain.export(fname, **kwargs)
 
+    def summary(self):
+        """Summarise as fastai does: layers that evaluation runs, and in the totals those of the key encoder and the
+        class centres too"""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
+        totals = {"params": total, "trainable params": trained, "non-trainable params": total - trained}
+        text = str(super().summary())
+        for name, n in totals.items():
+            text = re.sub(rf"Total {name}: [\d,]+", f"Total {name}: {n:,}", text)
+        return PrettyString(text)
+
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter")
 def ecan_learner(
@@ -143,8 +155,8 @@ def ecan_learner(
     temperature: float | None = None,  # Temperature of ENSC; default 0.1
     momentum: float = 0.999,  # m of the key encoder; about 1/(1-m) steps of memory
     bank_groups: int = 16,  # K: batches that the memory bank holds
-    key_eval: bool = False,  # Key encoder in evaluation mode
-    loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups and temperature
+    reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
+    loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
     **kwargs,
@@ -152,7 +164,7 @@ def ecan_learner(
     """Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its
     rate of 0.1 in proportion to the batch size"""
     arch = choose_arch(arch, pretrained)
-    loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature))
+    loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
     views, n_classes = _views(dls)
     if len(views) != 2:
         raise ValueError(
@@ -162,14 +174,14 @@ def ecan_learner(
     if bank_groups < 1:
         raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
-    model = ECANModel(
-        arch, n_classes, views[0].shape[-3], bank_groups * images_per_step(dls) * crops, pretrained, key_eval
-    )
+    in_chans, *size = views[0].shape[-3:]
+    bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
+    model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     _check_fits(dls, model, views[0], arch)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
-    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, views[0].shape[-3], kwargs)
+    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs)
 
-
+# %% ../nbs/07_learner.ipynb #a6346018
 def _ecan_loss(loss_func, settings):
     settings = {k: v for k, v in settings.items() if v is not None}
     if loss_func is None:
@@ -197,23 +209,15 @@ def baseline_learner(
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
     arch = choose_arch(arch, pretrained)
     views, n_classes = _views(dls)
-    model = FaceClassifier.create(arch, n_classes, views[0].shape[-3], pretrained)
+    in_chans, *size = views[0].shape[-3:]
+    model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     _check_fits(dls, model, views[0], arch)
-    return _learner(
-        Learner,
-        dls,
-        model,
-        loss_func or CrossEntropyLossFlat(flatten=False),
-        metrics,
-        [CropsAsImages(), *L(cbs)],
-        pretrained,
-        views[0].shape[-3],
-        kwargs,
-    )
+    loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), [CropsAsImages(), *L(cbs)]
+    return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs)
 
-
+# %% ../nbs/07_learner.ipynb #fa975eaa
 def _check_fits(dls, model, view, arch):
-    "One view through the encoder: a size or number of channels that it does not take is told now"
+    "Fail early if the encoder rejects views of this size or number of channels"
     if dls.train.bs < 2:
         raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
     if view.ndim == 4:
@@ -222,10 +226,10 @@ def _check_fits(dls, model, view, arch):
         with torch.no_grad():
             model.eval()(view[None].as_subclass(torch.Tensor).float())
     except (AssertionError, RuntimeError) as e:
-        raise ValueError(f"{arch_name(arch)} does not take pictures of shape {tuple(view.shape)}: {e}") from e
+        raise ValueError(f"{arch_name(arch)} does not take images of shape {tuple(view.shape)}: {e}") from e
     model.train()
 
-
+# %% ../nbs/07_learner.ipynb #8bb1cda8
 def _use_own_stats(dls, encoder, in_chans):
     "Normalise by the statistics that a timm model's weights were trained with, unless the user chose other ones"
     cfg = getattr(encoder, "pretrained_cfg", None)
@@ -236,7 +240,7 @@ def _use_own_stats(dls, encoder, in_chans):
         mean, std = [sum(mean) / 3], [sum(std) / 3]
     set_stats(dls, mean, std, defaults_only=True)
 
-
+# %% ../nbs/07_learner.ipynb #984652d1
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs):
     if pretrained is True:
         _use_own_stats(dls, model.encoder, in_chans)

@@ -7,9 +7,10 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/losses.html.md"""
 # %% auto #0
 __all__ = ['CONTRASTS', 'COMPACTS', 'selfcon_loss', 'supcon_loss', 'esc_loss', 'ensc_loss', 'mean_cosines', 'center_loss',
            'affinity_loss', 'mva_weight', 'mva_loss', 'SupConLoss', 'ESCLoss', 'ENSCLoss', 'CenterLoss', 'AffinityLoss',
-           'MVALoss', 'ECANLoss']
+           'MVALoss', 'PaperReading', 'ECANLoss']
 
 # %% ../nbs/04_losses.ipynb #51326d5d
+from dataclasses import dataclass
 from functools import wraps
 
 import torch
@@ -31,120 +32,160 @@ def _full_precision(loss):
 
     return _inner
 
-
+# %% ../nbs/04_losses.ipynb #351781ca
 def _check_rows(z, y, name="z"):
     if z.ndim != 2 or y.ndim != 1 or len(z) != len(y):
         raise ValueError(
             f"expected {name} of shape (n, d) and as many labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
         )
 
-
+# %% ../nbs/04_losses.ipynb #6b931149
 def _check_temperature(temperature):
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
-    "Bank rows a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU is given more work a call"
+    "Bank rows in a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU gets more work in each call"
     return max(1, 2 ** (19 if z.device.type == "cpu" else 21) // max(z.shape))
 
+# %% ../nbs/04_losses.ipynb #9052548c
+@dataclass
+class _Bank:
+    "The memory bank as the contrastive losses read it"
 
-def _bank_chunks(z, bank_z, bank_y, normalize, center=None):
-    "Pieces of the bank: rows in the type of `z`, less `center`; labels or None"
-    n = _chunk_rows(z)
-    for i in range(0, len(bank_z), n):
-        rows = bank_z[i : i + n].to(z.dtype)
-        if center is not None:
-            rows = rows - center
-        yield F.normalize(rows, dim=1) if normalize else rows, None if bank_y is None else bank_y[i : i + n]
+    z: Tensor  # Rows (B, d), B may be 0
+    y: Tensor | None  # Their labels (B,); None: every row is a negative of every anchor
+    positives: Tensor | None  # Classes (C,) whose rows are positives of their own class
+    normalize: bool  # Of the rows, after the centre is subtracted
+    center: Tensor | None  # Constant (d,)
 
+    def chunks(self, like):
+        "Pieces of the bank: rows in the type of the tensor `like`, and their labels or None"
+        n = _chunk_rows(like)
+        for i in range(0, len(self.z), n):
+            rows = self.z[i : i + n].to(like.dtype)
+            if self.center is not None:
+                rows = rows - self.center
+            yield F.normalize(rows, dim=1) if self.normalize else rows, None if self.y is None else self.y[i : i + n]
 
-def _below(y, labels, joins):
-    """Which bank rows are in each anchor's denominator (M, B): those of another class, and its own where the anchor
-    joins them"""
-    other = y[:, None] != labels
-    return other if joins is None else other | joins[:, None]
+    def compared_with(self, y, labels):
+        "Which bank rows are in each anchor's denominator (M, B): those of other classes, and positives"
+        other = y[:, None] != labels
+        return other if self.positives is None else other | self.positives[y][:, None]
 
+    def class_sums(self, like):
+        "Sum (C, d) and number (C,) of the positive rows of each class, all that a mean over positives needs of them"
+        wanted, device = self.positives, like.device
+        sums = like.new_zeros(len(wanted), like.shape[1])
+        counts = torch.zeros(len(wanted), dtype=torch.long, device=device)
+        for rows, labels in self.chunks(like):
+            member = (labels == torch.arange(len(wanted), device=device)[:, None]) & wanted[:, None]
+            sums.addmm_(member.to(like.dtype), rows)
+            counts += member.sum(1)
+        return sums, counts
 
-def _largest(sim, a, y, chunks, joins):
+# %% ../nbs/04_losses.ipynb #6bfca7a6
+def _positives(
+    sim: Tensor,  # Similarities of the anchors to the batch, over the temperature (M, M)
+    a: Tensor,  # Anchors over the temperature (M, d)
+    y: Tensor,  # Labels (M,)
+    bank: _Bank,
+):  # Mask of the positives in the batch (M, M); sum of those in the bank (M, d) or None; number and similarity (M,)
+    "Positives of each anchor, in the batch and in the bank"
+    mask = (y[:, None] == y).fill_diagonal_(False)
+    count, similarity = mask.sum(1), (sim * mask).sum(1)
+    if bank.positives is None:
+        return mask, None, count, similarity
+    sums, counts = bank.class_sums(a)
+    rows = sums[y]
+    return mask, rows, count + counts[y], similarity + (a * rows).sum(1)
+
+# %% ../nbs/04_losses.ipynb #b138bf80
+def _largest(sim, a, y, bank):
     "Largest exponent of each row's denominator (M, 1), 0 where it is empty"
     top = sim.clone().fill_diagonal_(-torch.inf).amax(1)
-    for rows, labels in chunks:
+    for rows, labels in bank.chunks(a):
         s = a @ rows.T
         if labels is not None:
-            s.masked_fill_(~_below(y, labels, joins), -torch.inf)
+            s.masked_fill_(~bank.compared_with(y, labels), -torch.inf)
         top = torch.maximum(top, s.amax(1))
     return top.masked_fill_(top == -torch.inf, 0)[:, None]
 
-
+# %% ../nbs/04_losses.ipynb #66b66b83
 def _exp_(sim, shift):
     "exp(sim - shift) in place; what is above the shift is masked afterwards and must only stay finite"
     if shift is not None:
         sim.sub_(shift).clamp_(max=0)
     return sim.exp_()
 
+# %% ../nbs/04_losses.ipynb #f28ede54
+def _denominators(
+    sim: Tensor,  # As in `_positives`; overwritten
+    a: Tensor,
+    y: Tensor,
+    bank: _Bank,
+    shift: Tensor | None,  # Subtracted from all exponents of a row (M, 1)
+    with_rows: bool,  # Whether the sum of bank rows is needed
+):  # S of each anchor (M,); its terms in the batch (M, M); G, the bank rows weighted by theirs (M, d)
+    "Sums of exponentials over what each anchor is compared with"
+    terms = _exp_(sim, shift).fill_diagonal_(0)
+    total, weighted_rows = terms.sum(1), torch.zeros_like(a)
+    for rows, labels in bank.chunks(a):
+        e = _exp_(a @ rows.T, shift)
+        if labels is not None:
+            e *= bank.compared_with(y, labels)
+        total += e.sum(1)
+        if with_rows:
+            weighted_rows.addmm_(e, rows)
+    return total, terms, weighted_rows
 
-def _class_sums(chunks, classes, z):
-    """Sum (C, d) and number (C,) of the bank rows of each class that is True in `classes`; all that a mean over
-    positives needs of them"""
-    sums, counts = z.new_zeros(len(classes), z.shape[1]), torch.zeros(len(classes), dtype=torch.long, device=z.device)
-    for rows, labels in chunks:
-        member = (labels == torch.arange(len(classes), device=z.device)[:, None]) & classes[:, None]
-        sums.addmm_(member.to(z.dtype), rows)
-        counts += member.sum(1)
-    return sums, counts
+# %% ../nbs/04_losses.ipynb #aa0a1ced
+def _gradient(
+    z: Tensor,  # Features (M, d)
+    mask: Tensor,
+    positive_rows: Tensor | None,  # From `_positives`
+    total: Tensor,
+    terms: Tensor,  # Overwritten
+    weighted_rows: Tensor,  # From `_denominators`; overwritten
+    weight: Tensor,  # Of each anchor in the mean (M,)
+    share: Tensor,  # Of each of its positives (M,)
+    anchors_only: bool,
+) -> Tensor:  # (M, d), of the loss by z over the temperature
+    "Gradient of the weighted mean over anchors"
+    pull = terms.mul_((weight / total)[:, None]).sub_(mask * share[:, None])
+    grad = weighted_rows.mul_((weight / total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
+    return grad if positive_rows is None else grad.sub_(share[:, None] * positive_rows)
 
-
+# %% ../nbs/04_losses.ipynb #d55ed1ef
 class _Contrast(torch.autograd.Function):
     "Mean contrastive loss over the anchors with a positive; the gradient is ready when the forward pass ends"
 
     @staticmethod
-    def forward(ctx, z, y, temperature, normalize, bank_z, bank_y, bank_positives, anchors_only, center):
-        def chunks():
-            return _bank_chunks(z, bank_z, bank_y, normalize, center)
-
+    def forward(ctx, z, y, temperature, anchors_only, bank):
         a = z / temperature
         sim = a @ z.T
-        positive = (y[:, None] == y).fill_diagonal_(False)
-        count, numerator, joins = positive.sum(1), (sim * positive).sum(1), None
-        if bank_positives is not None:
-            sums, counts = _class_sums(chunks(), bank_positives, z)
-            joins, pulls = bank_positives[y], sums[y]
-            count = count + counts[y]
-            numerator = numerator + (a * pulls).sum(1)
-        safe = normalize and temperature >= 1 / 40
-        shift = None if safe else _largest(sim, a, y, chunks(), joins)
-        own = _exp_(sim, shift).fill_diagonal_(0)
-        total, grad = own.sum(1), torch.zeros_like(z)
-        for rows, labels in chunks():
-            e = _exp_(a @ rows.T, shift)
-            if labels is not None:
-                e *= _below(y, labels, joins)
-            total += e.sum(1)
-            if ctx.needs_input_grad[0]:
-                grad.addmm_(e, rows)
+        mask, positive_rows, count, similarity = _positives(sim, a, y, bank)
+        bounded = bank.normalize and temperature >= 1 / 40
+        shift = None if bounded else _largest(sim, a, y, bank)
+        needs_grad = ctx.needs_input_grad[0]
+        total, terms, weighted_rows = _denominators(sim, a, y, bank, shift, needs_grad)
         has = count > 0
         weight = has.to(z.dtype) / has.sum().clamp(min=1)
-        total = torch.where(has, total, 1)
-        share = weight / count.clamp(min=1)
-        if ctx.needs_input_grad[0]:
-            pull = own.mul_((weight / total)[:, None]).sub_(
-                positive * share[:, None]
-            )  # rows: on the anchors; columns: on what they are compared with
-            grad.mul_((weight / total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
-            if joins is not None:
-                grad -= share[:, None] * pulls
+        share, total = weight / count.clamp(min=1), torch.where(has, total, 1)
+        if needs_grad:
+            grad = _gradient(z, mask, positive_rows, total, terms, weighted_rows, weight, share, anchors_only)
             ctx.save_for_backward(grad.div_(temperature))
-        log_denominator = total.log() if shift is None else total.log() + shift[:, 0]
-        return (log_denominator * weight - numerator * share).sum()
+        log_total = total.log() if shift is None else total.log() + shift[:, 0]
+        return (log_total * weight - similarity * share).sum()
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # once_differentiable lets this pass where `g` is a constant, with a wrong result
             raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
-        return g * ctx.saved_tensors[0], *[None] * 8
+        return g * ctx.saved_tensors[0], None, None, None, None
 
-
+# %% ../nbs/04_losses.ipynb #6a655e83
 def _contrast(
     z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False, center=None
 ):
@@ -162,9 +203,8 @@ def _contrast(
         z = z - center
     if normalize:
         z = F.normalize(z, dim=1)
-    return _Contrast.apply(
-        z, y.as_subclass(Tensor), temperature, normalize, bank_z.detach(), bank_y, bank_positives, anchors_only, center
-    )
+    bank = _Bank(bank_z.detach(), bank_y, bank_positives, normalize, center)
+    return _Contrast.apply(z, y.as_subclass(Tensor), temperature, anchors_only, bank)
 
 # %% ../nbs/04_losses.ipynb #ec631beb
 @_full_precision
@@ -216,7 +256,7 @@ def _check_classes(bank_positives, n_classes=None):
             f"{bank_positives.dtype} of shape {tuple(bank_positives.shape)}"
         )
 
-
+# %% ../nbs/04_losses.ipynb #75d7b9e9
 @_full_precision
 def ensc_loss(
     z: Tensor,  # Features of all views (M, d)
@@ -244,7 +284,7 @@ def mean_cosines(
     y: Tensor,  # Labels (n,)
     center: Tensor | None = None,  # Constant (d,), subtracted first
 ):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
-    "How alike features are, within and between classes"
+    "Mean cosine similarity of features within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
     same = y[:, None] == y
     cosines = z @ z.T
@@ -260,11 +300,11 @@ def _check_centers(x, y, centers):
     if centers.ndim != 2 or centers.shape[1] != x.shape[1]:
         raise ValueError(f"expected centers of shape (C, {x.shape[1]}), got {tuple(centers.shape)}")
 
-
+# %% ../nbs/04_losses.ipynb #6e7f6a83
 def _square_distances(x, y, centers):
     return (x - centers[y]).pow(2).sum(-1)
 
-
+# %% ../nbs/04_losses.ipynb #4691c513
 @_full_precision
 def center_loss(
     x: Tensor,  # Features (m, d)
@@ -280,7 +320,7 @@ def _check_reduction(reduction):
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
 
-
+# %% ../nbs/04_losses.ipynb #d6097e1b
 @_full_precision
 def affinity_loss(
     x: Tensor,  # Features (m, d)
@@ -303,7 +343,7 @@ def mva_weight(
     "Weight of the multi-view affinity loss (Eq. 9): 1 + population variance"
     return 1 + losses.detach().var(unbiased=False)
 
-
+# %% ../nbs/04_losses.ipynb #cc252693
 def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     "Multi-view affinity loss and its alpha; the older groups decide alpha alone, and are no part of the graph"
     current = affinity_loss(x, y, centers, reduction)
@@ -312,7 +352,7 @@ def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     alpha = mva_weight(torch.stack([current, *older]))
     return alpha * current, alpha
 
-
+# %% ../nbs/04_losses.ipynb #3a2c91f2
 def mva_loss(
     x: Tensor,  # Current features (n, d)
     y: Tensor,  # Their labels (n,)
@@ -328,7 +368,12 @@ def mva_loss(
 class SupConLoss(nn.Module):
     "Module form of `supcon_loss` (Eq. 4)"
 
-    def __init__(self, temperature: float = 0.1, normalize: bool = True, anchors_only: bool = False):
+    def __init__(
+        self,
+        temperature: float = 0.1,  # Temperature, above 0
+        normalize: bool = True,  # L2-normalise all rows first
+        anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    ):
         super().__init__()
         _check_temperature(temperature)
         self.temperature, self.normalize, self.anchors_only = temperature, normalize, anchors_only
@@ -339,32 +384,36 @@ class SupConLoss(nn.Module):
     def forward(self, z, y):
         return supcon_loss(z, y, self.temperature, self.normalize, self.anchors_only)
 
-
+# %% ../nbs/04_losses.ipynb #d2cabf74
 class ESCLoss(SupConLoss):
     "Module form of `esc_loss` (Eq. 5)"
 
-    def forward(self, z, y, bank_z):
-        return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only)
+    def forward(self, z, y, bank_z, center=None):
+        return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only, center)
 
-
+# %% ../nbs/04_losses.ipynb #b64d7e6b
 class ENSCLoss(SupConLoss):
     "Module form of `ensc_loss` (Eq. 6)"
 
-    def forward(self, z, y, bank_z, bank_y, bank_positives=None):
-        return ensc_loss(z, y, bank_z, bank_y, self.temperature, self.normalize, bank_positives, self.anchors_only)
+    def forward(self, z, y, bank_z, bank_y, bank_positives=None, center=None):
+        settings = self.temperature, self.normalize, bank_positives, self.anchors_only
+        return ensc_loss(z, y, bank_z, bank_y, *settings, center)
 
-
+# %% ../nbs/04_losses.ipynb #9fe594bc
 class CenterLoss(nn.Module):
     "Module form of `center_loss` (Eq. 7)"
 
     def forward(self, x, y, centers):
         return center_loss(x, y, centers)
 
-
+# %% ../nbs/04_losses.ipynb #be6f473e
 class AffinityLoss(nn.Module):
     "Module form of `affinity_loss` (Eq. 8)"
 
-    def __init__(self, reduction: str = "mean"):
+    def __init__(
+        self,
+        reduction: str = "mean",  # "mean" divides by the number of features, "sum" is the literal equation
+    ):
         super().__init__()
         _check_reduction(reduction)
         self.reduction = reduction
@@ -375,18 +424,60 @@ class AffinityLoss(nn.Module):
     def forward(self, x, y, centers):
         return affinity_loss(x, y, centers, self.reduction)
 
-
+# %% ../nbs/04_losses.ipynb #6ae1e124
 class MVALoss(AffinityLoss):
-    "Module form of `mva_loss` (Eq. 9 and 10)"
+    "Module form of `mva_loss` (Eq. 9 and 10); leaves the weight of its last call in `alpha`"
+
+    alpha: Tensor | None = None
 
     def forward(self, x, y, centers, groups, group_labels):
-        return mva_loss(x, y, centers, groups, group_labels, self.reduction)
+        loss, self.alpha = _weighted_affinity(x, y, centers, groups, group_labels, self.reduction)
+        return loss
 
 # %% ../nbs/04_losses.ipynb #9067dde0
-CONTRASTS = ("ensc", "esc", "supcon")
-COMPACTS = ("mva", "affinity", "center")
+@dataclass(frozen=True)
+class PaperReading:
+    "How the paper is read where it leaves a choice; the defaults are this package's reading"
 
+    key_eval: bool = False  # Run the key encoder in evaluation mode, and move its running statistics by Eq. 1 too
+    normalize_compact: bool = False  # L2-normalise the features before the compactness loss
+    affinity_reduction: str = "mean"  # Affinity loss as "mean" over the batch, or as the literal "sum" of Eq. 8
+    anchors_only: bool = False  # Gradient of the contrastive loss through its anchors alone; the value is the same
 
+    def __post_init__(self):
+        _check_reduction(self.affinity_reduction)
+
+# %% ../nbs/04_losses.ipynb #a0ff12d2
+CONTRASTS = {"ensc": ENSCLoss, "esc": ESCLoss, "supcon": SupConLoss}
+COMPACTS = {"mva": MVALoss, "affinity": AffinityLoss, "center": CenterLoss}
+
+# %% ../nbs/04_losses.ipynb #0130e045
+def _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing):
+    if not 0 <= l1 <= 1:
+        raise ValueError(f"l1 is a share between 0 and 1, got {l1}")
+    if not l2 >= 0:
+        raise ValueError(f"l2 must not be negative, got {l2}")
+    if n_groups < 1:
+        raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
+    if contrast not in CONTRASTS:
+        raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
+    if compact not in COMPACTS:
+        raise ValueError(f"unknown compact {compact!r}, expected one of {', '.join(COMPACTS)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+
+# %% ../nbs/04_losses.ipynb #4b45b675
+def _check_bank_options(contrast, bank_positives, center_features):
+    if bank_positives is not None and contrast != "ensc":
+        raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
+    if center_features and contrast == "supcon":
+        raise ValueError(
+            "center_features subtracts the bank's mean, and contrast 'supcon' has no bank: use 'ensc' or 'esc'"
+        )
+    if bank_positives is not None:
+        _check_classes(bank_positives)
+
+# %% ../nbs/04_losses.ipynb #0ac42a6c
 class ECANLoss(nn.Module):
     """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
     logits"""
@@ -402,58 +493,26 @@ class ECANLoss(nn.Module):
         temperature: float = 0.1,  # Temperature of the contrastive loss
         contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
         compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
-        affinity_reduction: str = "mean",  # "mean", or "sum" for the literal Eq. 8
+        reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
         weight=None,  # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
         label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
-        normalize_compact: bool = False,  # L2-normalise the features before the compactness loss; the paper does not
         bank_positives=None,  # Classes (C,) whose bank entries are positives in `ensc_loss`; default none
-        anchors_only: bool = False,  # Gradient of the contrastive loss through the anchors alone; its value is the same
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):
         super().__init__()
-        if not 0 <= l1 <= 1:
-            raise ValueError(f"l1 is a share between 0 and 1, got {l1}")
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-        if not l2 >= 0:
-            raise ValueError(f"l2 must not be negative, got {l2}")
-        if n_groups < 1:
-            raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
-        if contrast not in CONTRASTS:
-            raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
-        if compact not in COMPACTS:
-            raise ValueError(f"unknown compact {compact!r}, expected one of {', '.join(COMPACTS)}")
-        if center_features and contrast == "supcon":
-            raise ValueError(
-                "center_features subtracts the bank's mean, and contrast 'supcon' has no bank: use 'ensc' or 'esc'"
-            )
-        if bank_positives is not None and contrast != "ensc":
-            raise ValueError(f"bank_positives is an option of contrast 'ensc', got {contrast!r}")
-        _check_temperature(temperature)
-        _check_reduction(affinity_reduction)
-        if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.float32)
-        if bank_positives is not None:
-            bank_positives = torch.as_tensor(bank_positives)
-            _check_classes(bank_positives)
-        self.register_buffer(
-            "weight", weight, persistent=False
-        )  # settings, not state: they follow the device, and are not saved
+        weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        bank_positives = None if bank_positives is None else torch.as_tensor(bank_positives)
+        _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
+        _check_bank_options(contrast, bank_positives, center_features)
+        # settings, not state: they follow the device, and are not saved
+        self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bank_positives", bank_positives, persistent=False)
-        self.l1, self.l2, self.n_groups, self.temperature = l1, l2, n_groups, temperature
-        self.contrast, self.compact, self.affinity_reduction, self.normalize_compact = (
-            contrast,
-            compact,
-            affinity_reduction,
-            normalize_compact,
-        )
-        self.anchors_only, self.center_features, self.label_smoothing, self.reduction = (
-            anchors_only,
-            center_features,
-            label_smoothing,
-            reduction,
-        )
+        self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
+        self.label_smoothing, self.center_features, self.reduction = label_smoothing, center_features, reduction
+        self.reading = reading = reading or PaperReading()
+        self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=reading.anchors_only)
+        self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (reading.affinity_reduction,)))
         self.parts: dict[str, Tensor] = {}
 
     @property
@@ -481,19 +540,20 @@ class ECANLoss(nn.Module):
         loss, parts = (1 - self.l1) * ce, [ce.mean()]
         if y.ndim == 2:
             y = y.argmax(1)
-        cosines = []
         if self.l1:
             center = out["bank_z"].mean(0) if self.center_features and len(out["bank_z"]) else None
             parts.append(self._contrast(out, y, center))
             loss = loss + self.l1 * parts[-1]
-            cosines = mean_cosines(out["z_q"].detach(), y, center)
         if self.l2:
-            compact, alpha = self._compact(out, y)
-            parts += [compact, alpha] if self.compact == "mva" else [compact]
-            loss = loss + self.l2 * compact
+            parts.append(self._compact(out, y))
+            loss = loss + self.l2 * parts[-1]
         else:
             loss = loss + 0 * out["centers"].sum()  # DistributedDataParallel needs every parameter in the loss
-        self.parts = {name: part.detach() for name, part in zip(self.part_names, [*parts, *cosines])}
+        if self.l2 and self.compact == "mva":
+            parts.append(self.compact_loss.alpha)
+        if self.l1:
+            parts += mean_cosines(out["z_q"].detach(), y, center)
+        self.parts = {name: part.detach() for name, part in zip(self.part_names, parts)}
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
 
     def _cross_entropy(self, logits, y, reduction):
@@ -502,37 +562,27 @@ class ECANLoss(nn.Module):
         )
 
     def _contrast(self, out, y, center):
-        z, yy = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
+        z, y = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
         if self.contrast == "supcon":
-            return supcon_loss(z, yy, self.temperature, anchors_only=self.anchors_only)
-        shared = dict(anchors_only=self.anchors_only, center=center)
+            return self.contrast_loss(z, y)
         if self.contrast == "esc":
-            return esc_loss(z, yy, out["bank_z"], self.temperature, **shared)
+            return self.contrast_loss(z, y, out["bank_z"], center)
         if self.bank_positives is not None:
             _check_classes(self.bank_positives, len(out["centers"]))
-        return ensc_loss(
-            z, yy, out["bank_z"], out["bank_y"], self.temperature, bank_positives=self.bank_positives, **shared
-        )
+        return self.contrast_loss(z, y, out["bank_z"], out["bank_y"], self.bank_positives, center)
 
     def _compact(self, out, y):
         def unit(z):
-            return F.normalize(z.float(), dim=-1) if self.normalize_compact else z
+            return F.normalize(z.float(), dim=-1) if self.reading.normalize_compact else z
 
         x, centers = unit(out["z_q"]), out["centers"]
-        one = x.new_ones((), dtype=torch.float32)
-        if self.compact == "center":
-            at_full_rate = (
-                centers.detach() + (centers - centers.detach()) / self.l2
-            )  # same value; undoes l2 in the centres' gradient
-            return center_loss(x, y, at_full_rate), one
+        if self.compact == "center":  # the same value; undoes l2 in the gradient of the centres
+            return self.compact_loss(x, y, centers.detach() + (centers - centers.detach()) / self.l2)
         if self.compact == "affinity":
-            return affinity_loss(x, y, centers, self.affinity_reduction), one
-        rows = out["bank_order"]
-        whole = min(self.n_groups - 1, len(rows) // len(y))
-        rows = rows[: whole * len(y)].view(whole, len(y))
-        return _weighted_affinity(
-            x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows], self.affinity_reduction
-        )
+            return self.compact_loss(x, y, centers)
+        whole = min(self.n_groups - 1, len(out["bank_order"]) // len(y))
+        rows = out["bank_order"][: whole * len(y)].view(whole, len(y))
+        return self.compact_loss(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows])
 
     def activation(self, out: Tensor):
         return out.float().softmax(-1)
@@ -541,21 +591,5 @@ class ECANLoss(nn.Module):
         return out.argmax(-1)
 
     def extra_repr(self):
-        return ", ".join(
-            f"{k}={getattr(self, k)!r}"
-            for k in (
-                "l1",
-                "l2",
-                "n_groups",
-                "temperature",
-                "contrast",
-                "compact",
-                "affinity_reduction",
-                "normalize_compact",
-                "weight",
-                "bank_positives",
-                "anchors_only",
-                "center_features",
-                "label_smoothing",
-            )
-        )
+        names = "l1 l2 n_groups reading weight label_smoothing bank_positives center_features".split()
+        return ", ".join(f"{k}={getattr(self, k)!r}" for k in names)

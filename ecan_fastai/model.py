@@ -56,7 +56,7 @@ class MemoryBank(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "A bank of another size cannot be taken over: it starts empty, and the next fit fills it"
+        "Start empty where the saved bank has another size; the next fit fills it"
         saved = state_dict.get(prefix + "z")
         if saved is not None and saved.shape[1:] == self.z.shape[1:] and len(saved) != self.size:
             for name, buffer in self.named_buffers():
@@ -107,7 +107,7 @@ def _safe_load(file):
     with torch.serialization.safe_globals([L]):  # the list in which fastai's `save` keeps an optimizer's settings
         return torch.load(file, map_location="cpu", weights_only=True)
 
-
+# %% ../nbs/05_model.ipynb #ea9b032b
 def _read_weights(path):
     "Tensors by name: named weights, or of a run's folder, a safetensors file, or a checkpoint; nothing is executed"
     if path in NAMES:
@@ -133,51 +133,63 @@ def _read_weights(path):
         raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
-
+# %% ../nbs/05_model.ipynb #01ad0c14
 def _fit_channels(w, want):
-    "A stem's weights for another number of channels: the response to a grey picture stays"
+    "A stem's weights for another number of channels: the response to a grey image stays"
     if w.ndim != 4 or w.shape == want or w.shape[0] != want[0] or w.shape[2:] != want[2:]:
         return w
     if (w.shape[1], want[1]) == (3, 1):
         return w.sum(1, keepdim=True)
     return w.repeat(1, 3, 1, 1) / 3 if (w.shape[1], want[1]) == (1, 3) else w
 
+# %% ../nbs/05_model.ipynb #cd7247ea
+def _best_prefix(tensors, state):
+    "The prefix under which most of an encoder's `tensors` are found in `state`, and what is found there"
+    prefixes = dict.fromkeys(
+        name[: -len(k)]
+        for name in state
+        for k in tensors
+        if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
+    )
 
+    def found(prefix):
+        fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in tensors.items() if prefix + k in state}
+        return {k: w for k, w in fitted.items() if w.shape == tensors[k].shape}
+
+    # of two alike, MoCo's query and key encoder, the first in the file
+    prefix = max(prefixes or [""], key=lambda p: len(found(p)))
+    return prefix, found(prefix)
+
+# %% ../nbs/05_model.ipynb #b620eab1
+def _match_report(path, n_matched, n_tensors, prefix, left):
+    report = f"{n_matched} of {n_tensors} tensors matched those of {path}"
+    if prefix:
+        report += f" under {prefix}"
+    if left:
+        report += f"; left out there: {', '.join(left[:4])}"
+    if len(left) > 4:
+        report += f" and {len(left) - 4} more"
+    return report
+
+# %% ../nbs/05_model.ipynb #f9d567b9
 def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
 ) -> str:  # How many tensors matched, and what was left out
     """Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises
     `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"""
-    own, state = encoder.state_dict(), _read_weights(path)
-    prefixes = dict.fromkeys(
-        name[: -len(k)] for name in state for k in own if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
-    ) or [""]
-
-    def found(prefix):
-        fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in own.items() if prefix + k in state}
-        return {k: w for k, w in fitted.items() if w.shape == own[k].shape}
-
-    prefix = max(
-        prefixes, key=lambda p: len(found(p))
-    )  # of two alike, MoCo's query and key encoder, the first in the file
-    matched = found(prefix)
+    tensors, state = encoder.state_dict(), _read_weights(path)
+    prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
-    said = f"{len(matched)} of {len(own)} tensors matched those of {path}"
-    if prefix:
-        said += f" under {prefix}"
-    if left:
-        said += f"; left out there: {', '.join(left[:4])}"
-    if len(left) > 4:
-        said += f" and {len(left) - 4} more"
+    report = _match_report(path, len(matched), len(tensors), prefix, left)
     deeper = 2 * sum(k.startswith(prefix) for k in left) > len(matched)
-    if 2 * len(matched) < len(own) or deeper:
+    if 2 * len(matched) < len(tensors) or deeper:
         raise ValueError(
-            f"{said}; expected at least half to match, and nothing but a head to be left out: are these the weights "
+            f"{report}; expected at least half to match, and nothing but a head to be left out: are these the weights "
             "of the same architecture?"
         )
-    encoder.load_state_dict({**own, **matched})
-    return said
+    encoder.load_state_dict({**tensors, **matched})
+    return report
 
 # %% ../nbs/05_model.ipynb #6d070501
 def _resnet18_with_stem(name, stride, pretrained, kwargs):
@@ -189,13 +201,13 @@ def _resnet18_with_stem(name, stride, pretrained, kwargs):
     model.maxpool = nn.Identity()
     return model
 
-
+# %% ../nbs/05_model.ipynb #4e794ecb
 @register_model
 def resnet18_half(pretrained=False, **kwargs):
     "ResNet-18 with a stem for small images: one 3x3 convolution of stride 2, no pooling"
     return _resnet18_with_stem("resnet18_half", 2, pretrained, kwargs)
 
-
+# %% ../nbs/05_model.ipynb #4425f33e
 @register_model
 def resnet18_cifar(pretrained=False, **kwargs):
     "ResNet-18 with CIFAR's stem: one 3x3 convolution without stride, no pooling"
@@ -218,10 +230,10 @@ def choose_arch(
 def arch_name(
     arch,  # As `FaceClassifier.create` takes it
 ) -> str:
-    "What an architecture is called in messages"
+    "Name of an architecture in messages"
     return arch if isinstance(arch, str) else getattr(arch, "__name__", type(arch).__name__)
 
-
+# %% ../nbs/05_model.ipynb #40af912b
 def _timm_encoder(arch, in_chans, pretrained):
     if not timm.is_model(arch):
         near = timm.list_models(f"*{arch}*")[:5]
@@ -237,19 +249,25 @@ def _timm_encoder(arch, in_chans, pretrained):
             f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights"
         ) from e
 
-
+# %% ../nbs/05_model.ipynb #6c1d7b5d
 def _with_pooling(body):
     "A body that gives feature maps, as an encoder that gives features"
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-
+# %% ../nbs/05_model.ipynb #593f01f2
 @torch.no_grad()
-def _module_encoder(module, in_chans):
+def _features(encoder, in_chans, size):
+    "What an encoder gives for one image, in evaluation mode; the encoder stays as it is"
+    return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, *size))
+
+# %% ../nbs/05_model.ipynb #4234c1ed
+def _module_encoder(module, in_chans, size):
     "A user's own module as an encoder"
     try:
-        out = copy.deepcopy(module).eval()(torch.zeros(1, in_chans, 64, 64))
+        out = _features(module, in_chans, size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f"{arch_name(module)} does not take an image of shape (1, {in_chans}, 64, 64): {e}") from e
+        shape = 1, in_chans, *size
+        raise ValueError(f"{arch_name(module)} does not take an image of shape {shape}: {e}") from e
     shape = tuple(getattr(out, "shape", ()))
     if len(shape) not in (2, 4):
         raise ValueError(
@@ -258,8 +276,8 @@ def _module_encoder(module, in_chans):
         )
     return module if len(shape) == 2 else _with_pooling(module)
 
-
-def _encoder(arch, in_chans, pretrained):
+# %% ../nbs/05_model.ipynb #00bc1824
+def _encoder(arch, in_chans, pretrained, size):
     "Encoder that gives features (n, d), and d"
     arch = choose_arch(arch, pretrained)
     if in_chans not in (1, 3):
@@ -272,7 +290,7 @@ def _encoder(arch, in_chans, pretrained):
             raise ValueError(
                 "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
             )
-        encoder = _module_encoder(arch, in_chans)
+        encoder = _module_encoder(arch, in_chans, size)
     elif isinstance(arch, str):
         encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):
@@ -284,16 +302,10 @@ def _encoder(arch, in_chans, pretrained):
         )
     if pretrained and pretrained is not True:
         print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
-    return speed_up_small_maps(encoder), _n_features(encoder, in_chans)
+    d = getattr(encoder, "head_hidden_size", None) or _features(encoder, in_chans, size).shape[1]
+    return speed_up_small_maps(encoder), d
 
-
-@torch.no_grad()
-def _n_features(encoder, in_chans):
-    if hasattr(encoder, "head_hidden_size"):
-        return encoder.head_hidden_size
-    return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, 64, 64)).shape[1]
-
-
+# %% ../nbs/05_model.ipynb #e12eeca1
 class FaceClassifier(nn.Module):
     "Encoder and linear classifier: a view (n, channels, height, width) or a pair of views to logits (n, n_classes)"
 
@@ -312,14 +324,16 @@ class FaceClassifier(nn.Module):
         n_classes: int = 7,  # Number of expressions
         in_chans: int = 3,  # 1 or 3
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
+        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
     ):
         "Build from an architecture"
-        encoder, d = _encoder(arch, in_chans, pretrained)
+        encoder, d = _encoder(arch, in_chans, pretrained, size)
         return cls(encoder, nn.Linear(d, n_classes))
 
     def forward(
         self,
         x,  # View (n, channels, height, width), crops (n, crops, channels, height, width), or a pair: its first
+        x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`; not used
     ) -> Tensor:  # Logits (n, n_classes), of crops their mean
         "Logits of a view; raises `ValueError` for crops in training"
         if isinstance(x, (tuple, list)):
@@ -327,7 +341,7 @@ class FaceClassifier(nn.Module):
         if x.ndim == 5:
             if self.training:
                 raise ValueError(
-                    f"expected pictures (n, channels, height, width) in training, got {tuple(x.shape)}; the "
+                    f"expected images (n, channels, height, width) in training, got {tuple(x.shape)}; the "
                     "CropsAsImages callback unfolds crops"
                 )
             n, crops = x.shape[:2]
@@ -352,11 +366,12 @@ class ECANModel(FaceClassifier):
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-        key_eval: bool = False,  # Key encoder in evaluation mode; `update_keys` moves its running statistics too
+        key_eval: bool = False,  # As in `PaperReading`
+        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
     ):
         if n_classes < 2:
             raise ValueError(f"expected at least 2 classes, got {n_classes}")
-        encoder, d = _encoder(arch, in_chans, pretrained)
+        encoder, d = _encoder(arch, in_chans, pretrained, size)
         super().__init__(encoder, nn.Linear(d, n_classes))
         self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
         self.bank = MemoryBank(bank_size, d)
@@ -374,15 +389,17 @@ class ECANModel(FaceClassifier):
     def forward(
         self,
         x,  # A view (n, channels, height, width), or a pair of views (query's, key's)
+        x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`
     ):  # Logits (n, n_classes); in training with a pair, a dict
         """Logits of a view, or of a pair's first view. In training with a pair, a dict of all that `ECANLoss` needs:
-        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d)"""
-        if not (self.training and isinstance(x, (tuple, list))):
+        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d). Under
+        `torch.jit.trace` logits alone"""
+        if x_k is not None:
+            x = x, x_k
+        if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
             return super().forward(x)
         x_q, x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
-        z_k = self.keys(
-            x_k
-        )  # first, so that its memory is free again when the query's activations are kept for the backward pass
+        z_k = self.keys(x_k)  # first: its memory is free again when the query's activations are kept for backward
         z_q = self.encoder(x_q)
         bank_z, bank_y = self.bank.rows()
         return dict(

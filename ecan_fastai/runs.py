@@ -13,7 +13,7 @@ import time
 import warnings
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,12 +37,13 @@ from ecan_fastai.augment import crop_size, uses_five_crops
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.data import set_stats
+from ecan_fastai.fastai_internals import recorder_state, set_recorder_state, undistributed
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, ecan_learner, images_per_step, paper_opt
 from ecan_fastai.loaders import ExpressionDataLoaders
-from ecan_fastai.losses import ECANLoss
+from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.metrics import per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
 from ecan_fastai.readers.factory import detect_kind
@@ -121,13 +122,12 @@ def run_learner(cfg, dls, out):
                 "l2",
                 "n_groups",
                 "temperature",
-                "affinity_reduction",
-                "normalize_compact",
-                "anchors_only",
                 "center_features",
             )
             if k not in UNUSED[cfg.method]
         }
+        names = [f.name for f in fields(PaperReading) if f.name not in UNUSED[cfg.method]]
+        settings["reading"] = PaperReading(**{k: getattr(cfg, k) for k in names})
         settings |= dict(
             ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0)
         )[cfg.method]
@@ -138,9 +138,7 @@ def run_learner(cfg, dls, out):
             bank_positives=dls.minority_classes() if cfg.balance == "positives" else None,
         )
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
-        learn = ecan_learner(
-            dls, momentum=cfg.momentum, bank_groups=groups, key_eval=cfg.key_eval, loss_func=loss, **kwargs
-        )
+        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
     if cfg.pretrained:
         learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     if cfg.small_size:
@@ -180,11 +178,6 @@ def distributed(learn):
     return learn.distrib_ctx(sync_bn=False)
 
 
-def _whole(dl):
-    "The loader of all items: in distributed training fastai wraps it"
-    return getattr(dl, "dl", dl)
-
-
 # State between epochs
 
 
@@ -195,7 +188,7 @@ def _rng_state(dls):
         cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         numpy=(name, keys.tolist(), *rest),
         python=random.getstate(),
-        shuffle=_whole(dls.train).rng.getstate(),
+        shuffle=undistributed(dls.train).rng.getstate(),
     )
 
 
@@ -206,7 +199,7 @@ def _set_rng_state(state, dls):
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     random.setstate(state["python"])
-    _whole(dls.train).rng.setstate(state["shuffle"])
+    undistributed(dls.train).rng.setstate(state["shuffle"])
 
 
 def _plain(x):
@@ -221,7 +214,7 @@ def write_whole(file, write):
 
 
 def _tests(dls):
-    return [(name, _whole(dls[name])) for name in dls.split_names[2:] if len(dls[name].dataset)]
+    return [(name, undistributed(dls[name])) for name in dls.split_names[2:] if len(dls[name].dataset)]
 
 
 @torch.no_grad()
@@ -288,7 +281,7 @@ class RunState(Callback):
             self._save()
 
     def _save(self):
-        rec, opt = self.recorder, self.opt.state_dict()
+        opt = self.opt.state_dict()
         state = dict(
             epochs=self.epoch + 1,
             rows=self.rows,
@@ -296,26 +289,13 @@ class RunState(Callback):
             rng=_rng_state(self.dls),
             opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
             scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
-            recorder=dict(
-                values=[list(map(_plain, v)) for v in rec.values],
-                losses=list(map(_plain, rec.losses)),
-                lrs=list(map(_plain, rec.lrs)),
-                iters=list(rec.iters),
-                smooth=(rec.smooth_loss.count, _plain(rec.smooth_loss.val)),
-            ),
+            recorder=recorder_state(self.recorder),
         )
         write_whole(self.out / "checkpoint.pth", lambda f: torch.save(state, f))
         write_whole(self.out / "history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
 
     def _restore(self, state):
-        rec, old = self.recorder, state["recorder"]
-        rec.values, rec.losses, rec.lrs, rec.iters = (
-            L(map(L, old["values"])),
-            [torch.tensor(x) for x in old["losses"]],
-            old["lrs"],
-            old["iters"],
-        )
-        rec.smooth_loss.count, rec.smooth_loss.val = old["smooth"][0], torch.tensor(old["smooth"][1])
+        set_recorder_state(self.recorder, state["recorder"])
         self.rows = list(state["rows"])
         if state["scaler"] and hasattr(self.learn, "scaler"):
             self.learn.scaler.load_state_dict(state["scaler"])

@@ -199,7 +199,6 @@ def model_card(
     written, metrics = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "metrics"))
     config, about = written["config"], written["about"]
     colour = "grey" if config["channels"] == 1 else "RGB"
-    calibrated = about.get("calibrated_on")
     parts = [
         f"# Model card: {config['arch']}, {config['kind']}",
         f"**Labels:** {', '.join(about['vocab'])}.",

@@ -145,6 +145,10 @@ def test_a_loss_without_centres_trains(seen):
     assert same(first["model"], second["model"]) and first["model"]["bank.filled"] == 32
 
 
+def test_the_bank_is_not_broadcast(seen):
+    assert [s["bank_counters"] for s in seen] == [0, 1]
+
+
 @pytest.mark.slow
 def test_ecan_train_in_two_processes_resumes_as_if_it_had_not_stopped(faces, tmp_path):
     options = "--kind folder --size 32 --channels 1 --recipe fer2013 --level weak --opt adam --momentum 0.9".split()

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import numpy as np
@@ -12,9 +13,10 @@ from fastai.metrics import error_rate
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+from torch import nn
 
 from ecan_fastai.learner import *
-from ecan_fastai.losses import ECANLoss
+from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import FaceClassifier
 
 MAKERS = [ecan_learner, baseline_learner]
@@ -159,6 +161,27 @@ def test_save_and_load_keep_bank_keys_and_centres(make):
     assert all(torch.equal(a[k], b[k]) for k in a) and len(other.model.bank) == 48 and other.model.bank.y.sum() > 0
 
 
+# Parameters
+
+
+def totals(learn):
+    "The totals of a summary: all parameters, trainable ones, others"
+    said = str(learn.summary())
+    kinds = ("params", "trainable params", "non-trainable params")
+    return [int(re.search(rf"Total {kind}: ([\d,]+)", said)[1].replace(",", "")) for kind in kinds]
+
+
+def test_the_summary_counts_key_encoder_and_centres(make):
+    learn = make()
+    encoder, head = sum(p.numel() for p in learn.model.encoder.parameters()), 7 * 512 + 7
+    assert totals(learn) == [2 * encoder + head + 7 * 512, encoder + head + 7 * 512, encoder]
+    learn.freeze()
+    norms = sum(
+        p.numel() for m in learn.model.encoder.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()
+    )  # fastai trains the normalisation layers of a frozen group
+    assert totals(learn)[1] == norms + head + 7 * 512
+
+
 # Parameter groups
 
 
@@ -192,12 +215,8 @@ def test_frozen_encoder_stays_and_centres_train(make):
 
 def test_settings_arrive(make):
     learn = make(l1=0.1, l2=0.3, n_groups=3, temperature=0.2, momentum=0.5, bank_groups=2, opt_func=Adam, lr=1e-3)
-    assert (learn.loss_func.l1, learn.loss_func.l2, learn.loss_func.n_groups, learn.loss_func.temperature) == (
-        0.1,
-        0.3,
-        3,
-        0.2,
-    )
+    loss = learn.loss_func
+    assert (loss.l1, loss.l2, loss.n_groups, loss.contrast_loss.temperature) == (0.1, 0.3, 3, 0.2)
     assert (
         learn.momentum_update.momentum == 0.5
         and learn.model.bank.size == 32
@@ -207,6 +226,8 @@ def test_settings_arrive(make):
     assert learn.moms == (0.95, 0.85, 0.95) and learn.wd_bn_bias is False  # fastai's own, not those of the paper's SGD
     assert make(lr=0.05).wd == 5e-4 and make(lr=0.05).lr == 0.05
     assert make(loss_func=ECANLoss(l2=0)).loss_func.l2 == 0
+    for given in (dict(reading=PaperReading(key_eval=True)), dict(loss_func=ECANLoss(reading=PaperReading(True)))):
+        assert make(**given).model.key_eval and not make().model.key_eval
     assert make(dls=dict(level="strong", size=48, all_crops=True)).model.bank.size == 16 * 16 * 5
 
 
@@ -227,7 +248,7 @@ def test_one_view_is_refused(make_dls):
 
 
 def test_what_a_model_does_not_take_is_told_before_training(make_dls):
-    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take pictures of shape \(1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of shape \(1, 32, 32\)"):
         ecan_learner(make_dls(), "vit_tiny_patch16_224")
     with pytest.raises(ValueError, match="batch size of at least 2, got 1"):
         baseline_learner(make_dls(n_views=1, bs=1))
@@ -331,7 +352,14 @@ def maps():
     return torch.nn.Sequential(torch.nn.Conv2d(1, 6, 3, stride=2), torch.nn.ReLU())
 
 
-@pytest.mark.parametrize("arch,d", [(timm_fn, 512), (timm_module, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6)])
+def only_at_32():
+    "An encoder that takes images of 32x32 pixels and no others"
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 4, stride=4), torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 9))
+
+
+@pytest.mark.parametrize(
+    "arch,d", [(timm_fn, 512), (timm_module, 512), (torchvision_fn, 512), (pooled, 5), (maps, 6), (only_at_32, 9)]
+)
 def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
     learn = make(arch=arch(), lr=1e-3)
     assert learn.model.classifier.in_features == learn.model.bank.z.shape[1] == d
@@ -343,14 +371,15 @@ def test_an_architecture_may_be_a_function_or_a_module(make, arch, d):
     "kwargs,said",
     [
         (dict(arch=3), "name of a timm model, a function that makes a model, or a module, got 3"),
-        (dict(arch=torch.nn.Linear(3, 3)), r"Linear does not take an image of shape \(1, 1, 64, 64\)"),
-        (dict(arch=torch.nn.Flatten(0)), r"got \(4096,\) from Flatten"),
+        (dict(arch=torch.nn.Linear(3, 3)), r"Linear does not take an image of shape \(1, 1, 32, 32\)"),
+        (dict(arch=torch.nn.Flatten(0)), r"got \(1024,\) from Flatten"),
         (dict(arch=torch.nn.Conv2d(1, 4, 3), pretrained=True), "pretrained=True has no effect with a module"),
         (
             dict(loss_func=CrossEntropyLossFlat()),
             "trains with an ECANLoss, got CrossEntropyLossFlat: use baseline_learner",
         ),
         (dict(loss_func=ECANLoss(), l1=0.2, temperature=0.2), "l1, temperature has no effect beside loss_func"),
+        (dict(loss_func=ECANLoss(), reading=PaperReading()), "reading has no effect beside loss_func"),
     ],
 )
 def test_what_cannot_be_used_is_told_at_once(make, kwargs, said):
@@ -482,3 +511,49 @@ def test_an_export_keeps_the_users_metrics(make, tmp_path):
     learn = make(metrics=[error_rate], lr=1e-3)
     learn.export("mine.pkl")
     assert [m.name for m in load(tmp_path / "mine.pkl").metrics] == ["error_rate"]
+
+
+# fastai's extras
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_tensorboard_gets_graph_terms_and_predictions(maker, make, tmp_path):
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    learn = make(maker)
+    learn.fit(1, 0.01, cbs=TensorBoardCallback(tmp_path / "logs"))
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    tags, terms = events.Tags(), ["ce", "ensc", "mva", "alpha"] if maker is ecan_learner else []
+    assert tags["graph"] and tags["images"]
+    assert {"train_loss", "valid_loss", "accuracy", *terms} <= {*tags["scalars"]}
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[0]))
+    for name in ("accuracy", *terms):
+        assert events.Scalars(name)[0].value == pytest.approx(row[name], rel=1e-5)
+
+
+def test_tracing_moves_neither_keys_nor_bank(make):
+    learn = make()
+    (q, k), _ = learn.dls.one_batch()
+    learn.model.train()
+    before = {n: v.clone() for n, v in learn.model.state_dict().items() if n.startswith(("key_encoder.", "bank."))}
+    traced = torch.jit.trace(learn.model, (q, k), check_trace=False)
+    assert all(torch.equal(v, learn.model.state_dict()[n]) for n, v in before.items())
+    assert torch.allclose(traced(q, k), learn.model.classifier(learn.model.encoder(q)), atol=1e-5)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_cleaner_lists_a_class_by_its_losses(maker, make, monkeypatch):
+    from fastai.vision import widgets
+    from PIL import Image
+
+    monkeypatch.setattr(widgets, "display", lambda *args: None, raising=False)  # a notebook's
+    learn = make(maker)
+    cleaner = widgets.ImageClassifierCleaner(learn, max_n=1000)
+    for i, split in enumerate(("Train", "Valid")):
+        cleaner.dd_ds.value, cleaner.dd_cats.value = split, "happy"
+        faces = [f for f in learn.dls[i].dataset.items if f.label == "happy"]
+        assert {*cleaner.fns} == {*faces} and Image.open(cleaner.fns[0]).size == Image.open(faces[0].image).size
+    probs = learn.get_preds()[0][[f.label == "happy" for f in learn.dls.valid_ds.items]]
+    order = probs[:, learn.dls.vocab.o2i["happy"]].argsort()  # the least likely has the largest loss
+    assert [f.image for f in cleaner.fns] == [faces[i].image for i in order]

@@ -315,7 +315,7 @@ def naive_total(out, y, l1, l2, n_groups, tau, reduction="mean"):
 def test_ecan_loss_is_equation_11(bank, reduction):
     out, y = output(bank=bank)
     close(
-        ECANLoss(0.3, 0.5, 4, 0.2, affinity_reduction=reduction)(out, y),
+        ECANLoss(0.3, 0.5, 4, 0.2, reading=PaperReading(affinity_reduction=reduction))(out, y),
         naive_total(out, y, 0.3, 0.5, 4, 0.2, reduction),
     )
 
@@ -418,7 +418,9 @@ def test_ecan_loss_with_its_gradient_through_anchors_alone(contrast):
     if contrast == "ensc":
         bank["bank_y"] = out["bank_y"]
     ce = torch.nn.functional.cross_entropy(out["logits"], y)
-    total = lambda z, alone: ECANLoss(0.3, 0, contrast=contrast, anchors_only=alone)({**out, "z_q": z}, y)
+    total = lambda z, alone: ECANLoss(0.3, 0, contrast=contrast, reading=PaperReading(anchors_only=alone))(
+        {**out, "z_q": z}, y
+    )
     twin = lambda z: (
         0.7 * ce + 0.3 * plain.contrast(torch.cat([z, out["z_k"]]), torch.cat([y, y]), 0.1, **bank, anchors_only=True)
     )
@@ -437,7 +439,8 @@ def test_compactness_on_normalised_features(compact):
     unit = lambda z: z / z.norm(dim=1, keepdim=True)
     normalised = {**out, "z_q": unit(out["z_q"]), "bank_z": unit(out["bank_z"])}
     assert torch.allclose(
-        ECANLoss(l1=0, compact=compact, normalize_compact=True)(out, y), ECANLoss(l1=0, compact=compact)(normalised, y)
+        ECANLoss(l1=0, compact=compact, reading=PaperReading(normalize_compact=True))(out, y),
+        ECANLoss(l1=0, compact=compact)(normalised, y),
     )
     assert not torch.allclose(ECANLoss(l1=0, compact=compact)(out, y), ECANLoss(l1=0, compact=compact)(normalised, y))
 
@@ -548,6 +551,29 @@ def test_modules_are_their_functions():
     assert MVALoss("sum")(z, y, c, groups, labels) == mva_loss(z, y, c, groups, labels, "sum")
 
 
+def test_ecan_loss_is_composed_of_the_modules():
+    reading = PaperReading(affinity_reduction="sum", anchors_only=True)
+    (out, y), loss = output(), ECANLoss(0.3, 0.5, 3, 0.2, reading=reading)
+    assert type(loss.contrast_loss) is ENSCLoss and type(loss.compact_loss) is MVALoss
+    assert (loss.contrast_loss.temperature, loss.contrast_loss.anchors_only, loss.compact_loss.reduction) == (
+        0.2,
+        True,
+        "sum",
+    )
+    before = loss(out, y)
+    loss.contrast_loss.temperature = 0.4  # what the modules hold is what counts
+    assert loss(out, y) != before
+    close(loss.parts["alpha"], loss.compact_loss.alpha)
+
+
+def test_every_parameter_of_the_model_is_in_the_graph_without_compactness():
+    out, y = output()
+    centers = out["centers"].clone().requires_grad_()
+    loss = ECANLoss(l2=0)({**out, "centers": centers}, y)
+    assert torch.equal(torch.autograd.grad(loss, centers)[0], torch.zeros_like(centers))
+    assert loss == ECANLoss(l2=0)(out, y)
+
+
 @pytest.mark.parametrize(
     "call,said",
     [
@@ -597,6 +623,7 @@ def test_modules_are_their_functions():
             ),
             r"center of shape \(2,\)",
         ),
+        (lambda: PaperReading(affinity_reduction="max"), "reduction must be .mean. or .sum., got .max."),
         (lambda: ECANLoss(l1=2), "between 0 and 1"),
         (lambda: ECANLoss(l2=-1), "negative"),
         (lambda: ECANLoss(n_groups=0), "at least 1"),

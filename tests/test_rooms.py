@@ -10,7 +10,7 @@ import pytest
 import ecan_fastai
 
 ROOT = Path(ecan_fastai.__file__).parent
-ROOMS = """progress config weights augment data layers losses model callbacks learner metrics interpret
+ROOMS = """progress fastai_internals config weights augment data layers losses model callbacks learner metrics interpret
            readers.records readers.folder readers.fer2013 readers.rafdb readers.ferplus
            readers.affectnet readers.expw readers.ckplus
            readers.factory sample loaders check inference detector runs experiments cli all""".split()

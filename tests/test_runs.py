@@ -242,10 +242,10 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
         (dict(l1=0.3), lambda l: l.loss_func.l1),
         (dict(l2=0.4), lambda l: l.loss_func.l2),
         (dict(n_groups=3), lambda l: l.loss_func.n_groups),
-        (dict(temperature=0.3), lambda l: l.loss_func.temperature),
-        (dict(affinity_reduction="sum"), lambda l: l.loss_func.affinity_reduction),
-        (dict(normalize_compact=True), lambda l: l.loss_func.normalize_compact),
-        (dict(anchors_only=True), lambda l: l.loss_func.anchors_only),
+        (dict(temperature=0.3), lambda l: l.loss_func.contrast_loss.temperature),
+        (dict(affinity_reduction="sum"), lambda l: l.loss_func.reading.affinity_reduction),
+        (dict(normalize_compact=True), lambda l: l.loss_func.reading.normalize_compact),
+        (dict(anchors_only=True), lambda l: l.loss_func.reading.anchors_only),
         (dict(key_eval=True), lambda l: l.model.key_eval),
         (dict(momentum=0.7), lambda l: l.momentum_update.momentum),
         (dict(bank_groups=3), lambda l: l.model.bank.size / l.dls.bs),
@@ -263,7 +263,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
             ),
         ),
         (dict(arch="resnet10t"), lambda l: l.model.encoder.default_cfg["architecture"]),
-        (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.temperature),
+        (dict(method="supcon", temperature=0.3), lambda l: l.loss_func.contrast_loss.temperature),
         (dict(method="center", l2=0.1), lambda l: l.loss_func.l2),
     ],
 )
@@ -479,7 +479,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     assert "learning rate must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
     (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
     assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
-    assert "does not take pictures of shape" in fails(
+    assert "does not take images of shape" in fails(
         capsys,
         faces,
         "--arch",

@@ -88,9 +88,18 @@ def without_centres(folder):
     return dict(model=learn.model.state_dict(), before=before)
 
 
+def bank_counters(folder):
+    "The bank's counters, which stay on the CPU where NCCL cannot send them, differ here and must stay as they are"
+    model = torch.nn.parallel.DistributedDataParallel(make_learner(ITEMS, bs=4, loss=ECANLoss()).model.train())
+    model.module.bank.position.fill_(rank_distrib())
+    views = torch.stack([torch.stack(pair) for pair, _ in ITEMS[:4]], 1)
+    model((views[0], views[1]))
+    return int(model.module.bank.position)
+
+
 def learners(folder):
     "All of the above"
-    return {f.__name__: f(folder) for f in (exact, whole, draws, without_centres)}
+    return {f.__name__: f(folder) for f in (exact, whole, draws, without_centres, bank_counters)}
 
 
 def train(folder, stop_at, *args):

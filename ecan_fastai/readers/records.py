@@ -41,6 +41,10 @@ class Face:
     def __str__(self):
         return self.name or str(self.image)
 
+    def __fspath__(self):
+        "Path of the image file, so that `Image.open(face)` works; raises `TypeError` for an image that is no file"
+        return os.fspath(self.image)
+
 # %% ../../nbs/03_records.ipynb #3d1788fb
 EXPRESSIONS_8 = tuple(sorted((*EXPRESSIONS, "contempt")))
 _SYNONYMS = dict(

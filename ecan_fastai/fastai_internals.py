@@ -1,0 +1,71 @@
+"""What this package uses of fastai beyond its documented interface, in one place. `tests/test_fastai_internals.py`
+names what a release of fastai has changed."""
+
+import math
+
+import torch
+from fastcore.foundation import L
+
+
+def batch_types(
+    dl,  # `TfmdDL`
+):  # Type of a batch, and the types of its parts
+    "Types to which fastai casts a collated batch, found on a first item"
+    if not getattr(dl, "_types", None):
+        dl._one_pass()
+    ((batch, parts),) = dl._types.items()
+    return batch, parts
+
+
+def undistributed(
+    dl,  # Loader of a Learner during a fit
+):
+    "The loader of all items: in distributed training fastai wraps it in one of a share of them"
+    return getattr(dl, "dl", dl)
+
+
+def add_columns(
+    recorder,  # `Recorder`, after its own `before_fit`
+    names: list,  # Of the columns
+) -> int:  # Number of columns in front of them
+    "Add columns to the table of a fit, in front of the time"
+    columns = list(recorder.metric_names)
+    at = len(columns) - bool(recorder.add_time)
+    recorder.metric_names = L([*columns[:at], *names, *columns[at:]])
+    return at
+
+
+def fill_columns(
+    recorder,  # `Recorder`, before its own `after_epoch`
+    at: int,  # What `add_columns` returned
+    values: list,  # Of the columns
+):
+    "Write an epoch's values into added columns; columns of a validation that did not happen become NaN"
+    recorder.log += [math.nan] * (at - len(recorder.log)) + values
+
+
+def _plain(x):
+    return x.item() if hasattr(x, "item") else x
+
+
+def recorder_state(
+    recorder,  # `Recorder`
+) -> dict:  # Of plain numbers and lists
+    "History and smoothed loss of a fit, as `set_recorder_state` puts them back"
+    return dict(
+        values=[list(map(_plain, v)) for v in recorder.values],
+        losses=list(map(_plain, recorder.losses)),
+        lrs=list(map(_plain, recorder.lrs)),
+        iters=list(recorder.iters),
+        smooth=(recorder.smooth_loss.count, _plain(recorder.smooth_loss.val)),
+    )
+
+
+def set_recorder_state(
+    recorder,  # `Recorder`
+    state: dict,  # From `recorder_state`
+):
+    "Put history and smoothed loss of a fit back"
+    recorder.values, recorder.lrs, recorder.iters = L(map(L, state["values"])), state["lrs"], state["iters"]
+    recorder.losses = [torch.tensor(x) for x in state["losses"]]
+    recorder.smooth_loss.count, recorder.smooth_loss.val = state["smooth"][0], torch.tensor(state["smooth"][1])
