@@ -215,7 +215,7 @@ class VideoWriter:
     ):
         "Write a frame as often as its time needs, so that time passes as in the source"
         if self.video is None:
-            codec = cv2.VideoWriter_fourcc(*self.codecs[self.file.suffix.lower()])
+            codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
             self.video = cv2.VideoWriter(str(self.file), codec, self.rate, frame.shape[1::-1])
             if not self.video.isOpened():
                 raise ValueError(f"OpenCV cannot write {self.file}: try another of .mp4, .avi, .webm")

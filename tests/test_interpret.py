@@ -327,3 +327,41 @@ def test_class_names_with_dollars_are_drawn_as_they_are():
     for fig in figures:
         fig.canvas.draw()  # "$\bad$" as mathematics raises here
     plt.close("all")
+
+
+def test_groups_of_people_by_hand():
+    correct = [1, 0, np.nan, 1, 1, 0]
+    people = pd.DataFrame(dict(gender=["f", "f", "f", "m", None, "m"]), index=[9, 3, 1, 0, 5, 5])
+    table = subgroup_table(correct, people)
+    assert table[["group", "images", "found", "correct"]].values.tolist() == [
+        ["f", 3, 2, 1],
+        ["m", 2, 2, 1],
+        ["unknown", 1, 1, 1],
+    ]
+    assert list(table["accuracy"]) == [0.5, 0.5, 1]
+    nobody = subgroup_table([np.nan], people[:1]).iloc[0]
+    assert nobody["found"] == 0 and np.isnan(nobody["accuracy"])
+
+
+def test_intervals_of_groups_are_scipys():
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 7), (3, 7), (7, 7), (40, 90)):
+        row = subgroup_table([1] * k + [0] * (n - k), pd.DataFrame(dict(a=["x"] * n))).iloc[0]
+        expected = binomtest(k, n).proportion_ci(method="wilson")
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_ages_are_put_into_bands_of_ten():
+    ages = [*map(str, range(18, 32)), None]
+    table = subgroup_table([1] * 15, pd.DataFrame(dict(age=ages, code=[0, 1] * 7 + [1])))
+    assert table[["attribute", "group", "images"]].values.tolist() == [
+        ["age", "10-19", 2],
+        ["age", "20-29", 10],
+        ["age", "30-39", 2],
+        ["age", "unknown", 1],
+        ["code", "0", 7],
+        ["code", "1", 8],
+    ]
+    few = subgroup_table([1] * 12, pd.DataFrame(dict(age=[*range(18, 29), "old"])))
+    assert len(few) == 12  # not all of them are numbers
