@@ -25,7 +25,9 @@ setup(
     packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),
     package_data={"ecan_fastai": ["*.json", "py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "explain", "faces", "onnx")},
+    extras_require={
+        extra: cfg[f"{extra}_requirements"].split() for extra in ("app", "dev", "explain", "faces", "onnx")
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -400,6 +400,38 @@ def _print_report(report):
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
 
 
+@_script
+def ecan_app(args=None):
+    "Serve a page that labels the faces of photographs"
+    p = argparse.ArgumentParser(
+        "ecan_app",
+        description="Open a page on this computer that labels the faces of photographs (needs the extra `app`). "
+        "Nothing is kept and nothing is sent anywhere.",
+        epilog="Example: ecan_app runs/mine",
+    )
+    p.add_argument(
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run (default: the model that comes with the package)",
+    )
+    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; default 127.0.0.1, which is reached from this computer alone",
+    )
+    p.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    given = p.parse_args(args)
+    with _one_sentence(p):
+        from ecan_fastai.app import launch_app
+        from ecan_fastai.inference import Predictor
+
+        launch_app(Predictor(given.run, device=given.device), given.host, given.port)
+
+
 # The paper's experiments
 
 

@@ -13,7 +13,8 @@ ROOT = Path(ecan_fastai.__file__).parent
 ROOMS = """progress config augment data layers losses model callbacks learner metrics
            readers.records readers.folder readers.fer2013 readers.rafdb readers.ferplus
            readers.affectnet readers.expw readers.ckplus
-           readers.factory sample loaders check inference interpret video detector runs experiments cli all""".split()
+           readers.factory sample loaders check inference interpret video detector app runs experiments cli
+           all""".split()
 
 
 def source(room):
