@@ -191,7 +191,7 @@ def launch_app(
     page = build_app(predictor)
     page.kept_files = folder  # deleted with the page
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    options = dict(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[])
+    options: dict = dict(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[])
     _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
     print(f"ecan_app: open {url} in a browser, end with Ctrl+C", flush=True)
     if wait:

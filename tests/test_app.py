@@ -12,7 +12,6 @@ from PIL import Image
 from ecan_fastai.app import LARGEST_SIDE, FaceApp, _one_sentence, launch_app
 from ecan_fastai.cli import ecan_app
 from ecan_fastai.data import read_face
-from ecan_fastai.detector import FaceFinder
 from ecan_fastai.inference import Predictor
 from ecan_fastai.learner import baseline_learner
 
@@ -135,7 +134,9 @@ def browser():
 
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
+        context = browser.new_context()
+        context.set_default_timeout(120_000)
+        yield context
         browser.close()
 
 
@@ -145,7 +146,8 @@ SAID = "document.querySelector('#said').innerText.includes('{}')"
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_in_a_browser(page, browser, uploads, width):
-    tab, asked, errors = browser.new_page(viewport=dict(width=width, height=900)), [], []
+    tab, asked, errors = browser.new_page(), [], []
+    tab.set_viewport_size(dict(width=width, height=900))
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(page.local_url)
