@@ -1,4 +1,5 @@
-"A Hugging Face Space: the page of `ecan_app` with the model that comes with the package, or with the run folder `run` beside this file."
+"""A Hugging Face Space: the page of `ecan_app` with the model that comes with the package, or with the run folder `run`
+beside this file."""
 
 from pathlib import Path
 
