@@ -23,9 +23,9 @@ setup(
     python_requires=f">={cfg['min_python']}",
     keywords=cfg["keywords"].split(),
     packages=find_packages(include=["ecan_fastai", "ecan_fastai.*"]),
-    package_data={"ecan_fastai": ["*.json", "py.typed"]},
+    package_data={"ecan_fastai": ["*.json", "py.typed", "shipped/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "distributed", "faces", "onnx")},
+    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

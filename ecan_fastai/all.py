@@ -18,12 +18,15 @@ from ecan_fastai.detector import FaceFinder
 from ecan_fastai.experiments import EXPERIMENTS, experiment_results, experiment_table, reproduce
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import (
+    grad_cam,
     plot_class_counts,
     plot_confusion,
     plot_confusions,
+    plot_grad_cam,
     plot_history,
     plot_sweep,
     plot_tsne,
+    probe,
 )
 from ecan_fastai.learner import (
     ECANLearner,

@@ -221,7 +221,35 @@ def ecan_predict(args=None):
         "--every",
         type=float,
         metavar="SECONDS",
-        help="with --faces: time between the frames of a video that are looked at; default 1",
+        help="with --faces: time between the frames of a video that are looked at, 0 for every frame; default 1, with "
+        "--annotated 0",
+    )
+    p.add_argument("--seconds", type=float, metavar="N", help="with --faces: stop after N seconds of video or `webcam`")
+    p.add_argument(
+        "--smoothing",
+        type=float,
+        metavar="SECONDS",
+        help="with --faces: time constant over which a video's probabilities are averaged, 0 for none; default 0.5",
+    )
+    p.add_argument(
+        "--annotated",
+        type=Path,
+        metavar="FILE",
+        help="with --faces: write the photograph or video, one alone, with boxes and labels drawn in, as .png, .jpg, "
+        ".mp4, .avi or .webm",
+    )
+    p.add_argument(
+        "--by",
+        type=Path,
+        metavar="PEOPLE.csv",
+        help="also print accuracy by age, gender or any other column of a table of the people on the images; its first "
+        "column is the file's name; the expression is its column `label`, or else the image's folder",
+    )
+    p.add_argument(
+        "--heatmaps",
+        type=Path,
+        metavar="FILE",
+        help="also draw where the model looks (Grad-CAM, needs the extra `explain`) in the first 16 images to FILE.png",
     )
     p.add_argument(
         "--out",
@@ -231,24 +259,36 @@ def ecan_predict(args=None):
     )
     given = p.parse_args(args)
     _out(p, given.out, ".csv", ".json")
-    if given.every is not None and not given.faces:
-        p.error("--every goes with --faces")
+    _out(p, given.heatmaps, ".png", flag="--heatmaps")
+    for option in ("every", "seconds", "smoothing", "annotated"):
+        if getattr(given, option) is not None and not given.faces:
+            p.error(f"--{option} goes with --faces")
+    if given.heatmaps and given.faces:
+        p.error("--heatmaps takes images of faces: leave --faces out")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, find_images
         from ecan_fastai.readers.records import write_csv
 
+        if given.by and not given.by.is_file():
+            raise FileNotFoundError(f"no such file: {given.by}")
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
-            table = _found_faces(predictor, given)
+            files, table = _found_faces(predictor, given)
         else:
             files = [f for path in given.images for f in find_images(path)]
             table = predictor.predict(files, skip_broken=True)
+        if given.heatmaps:
+            from ecan_fastai.interpret import plot_grad_cam
+
+            plot_grad_cam(predictor, files[:16]).savefig(given.heatmaps, dpi=110)
         if given.out is None:
             _print_faces(table)
         elif given.out.suffix == ".csv":
             write_csv(table.round(5), given.out)
         else:
             given.out.write_text(table.round(5).to_json(orient="records", indent=1))
+        if given.by:
+            _print_groups(table, files, given.by, predictor.vocab)
         if not given.faces and len(table) < len(files):
             p.exit(1, f"{p.prog}: {len(files) - len(table)} of {len(files)} images are left out\n")
 
@@ -257,18 +297,29 @@ def _found_faces(predictor, given):
     from ecan_fastai.detector import media_files
 
     files = [f for path in given.images for f in media_files(path)]
-    table = predictor.predict_faces(files, every=1.0 if given.every is None else given.every)
+    options = {k: v for k in ("every", "seconds", "smoothing", "annotated") if (v := getattr(given, k)) is not None}
+    table = predictor.predict_faces(files, **options)
     for f in files:
         if str(f) not in set(table["image"]):
             print(f"ecan_predict: no face found in {printable(f)}", file=sys.stderr)
-    return table
+    return files, table
+
+
+def _print_groups(table, files, people, vocab):
+    from ecan_fastai.detector import accuracy_by_group
+
+    groups = accuracy_by_group(table, files, people, vocab)
+    print("\nAccuracy by group, with the 95 % interval from low to high; found: images in which a face was found")
+    print(groups.to_string(index=False, float_format="{:.3f}".format))
 
 
 def _print_faces(table):
     "Pixels as whole numbers, and no seconds where there is no video"
     if not len(table):
         return print("no face found")
-    columns = [c for c in ("image", "second", "left", "top", "right", "bottom", "label", "probability") if c in table]
+    columns = [
+        c for c in ("image", "second", "track", "left", "top", "right", "bottom", "label", "probability") if c in table
+    ]
     box = {c: int for c in ("left", "top", "right", "bottom") if c in table}
     table = table[columns].assign(image=table["image"].map(printable))
     print(table.dropna(axis=1, how="all").astype(box).to_string(index=False, float_format="{:.3f}".format))
@@ -358,6 +409,38 @@ def _print_report(report):
         print(f"  {printable(said)}")
     print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)")
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
+
+
+@_script
+def ecan_app(args=None):
+    "Serve a page that labels the faces of photographs"
+    p = argparse.ArgumentParser(
+        "ecan_app",
+        description="Open a page on this computer that labels the faces of photographs (needs the extra `app`). "
+        "Nothing is kept and nothing is sent anywhere.",
+        epilog="Example: ecan_app runs/mine",
+    )
+    p.add_argument(
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run (default: the model that comes with the package)",
+    )
+    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    p.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; default 127.0.0.1, which is reached from this computer alone",
+    )
+    p.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    given = p.parse_args(args)
+    with _one_sentence(p):
+        from ecan_fastai.app import launch_app
+        from ecan_fastai.inference import Predictor
+
+        launch_app(Predictor(given.run, device=given.device), given.host, given.port)
 
 
 # The paper's experiments

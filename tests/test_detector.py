@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,9 +10,10 @@ from matplotlib.cbook import get_sample_data
 from ecan_fastai.cli import ecan_predict
 from ecan_fastai.config import RunConfig
 from ecan_fastai.data import read_face
-from ecan_fastai.detector import FaceFinder, _upright, media_files, video_frames
+from ecan_fastai.detector import FaceFinder, _upright, accuracy_by_group, media_files
 from ecan_fastai.inference import Predictor
 from ecan_fastai.runs import start_run
+from ecan_fastai.video import VideoWriter, video_frames
 
 PHOTO = get_sample_data("grace_hopper.jpg", asfileobj=False)
 
@@ -54,11 +56,9 @@ def rotated(img, angle):
 
 
 def video(path, frames, rate=10):
-    h, w = frames[0].shape[:2]
-    out = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), rate, (w, h))
-    for f in frames:
-        out.write(np.ascontiguousarray(f[..., ::-1]))
-    out.release()
+    with VideoWriter(path, rate) as out:
+        for i, f in enumerate(frames):
+            out.write(i / rate, f)
     return path
 
 
@@ -124,19 +124,6 @@ def test_no_face_several_faces_and_the_threshold(photo, finder):
     assert FaceFinder(threshold=0.9999999, device="cpu")(rotated(two, 40)) == []
 
 
-def test_frames_are_taken_at_regular_times(tmp_path):
-    file = video(tmp_path / "v.avi", [np.full((48, 64, 3), 10 * i, np.uint8) for i in range(25)])
-    seconds, frames = zip(*video_frames(file, 0.5))
-    assert list(seconds) == [0, 0.5, 1, 1.5, 2] and all(
-        abs(int(f.mean()) - 100 * s) < 5 for s, f in zip(seconds, frames)
-    )
-    assert (
-        len(list(video_frames(file, 10))) == 1
-        and len(list(video_frames(file, 0.01))) == 25
-        and [round(s, 1) for s, _ in video_frames(file, 0.75)] == [0, 0.8, 1.5, 2.3]
-    )
-
-
 def test_faces_of_photos_and_videos_are_labelled_as_cut_out(photo, finder, run, tmp_path):
     predictor = Predictor(run)
     cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
@@ -185,7 +172,17 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "args,said", [(["--every", "1"], "--every goes with --faces"), (["--faces", "--every", "0"], "seconds above 0")]
+    "args,said",
+    [
+        (["--every", "1"], "--every goes with --faces"),
+        (["--annotated", "a.mp4"], "--annotated goes with --faces"),
+        (["--faces", "--every", "-1"], "every: expected 0 or more seconds"),
+        (["--faces", "--seconds", "0"], "seconds: expected more than 0"),
+        (["--faces", "--smoothing", "-1"], "smoothing: expected a time of 0 or more"),
+        (["--faces", "--annotated", "a.gif"], "expected a video's name ending in .mp4, .avi or .webm, got a.gif"),
+        (["--faces", "--heatmaps", "a.png"], "leave --faces out"),
+        (["--by", "nobody.csv"], "no such file: nobody.csv"),
+    ],
 )
 def test_what_is_wrong_is_said(run, tmp_path, args, said, capsys):
     file = video(tmp_path / "v.avi", [np.zeros((48, 48, 3), np.uint8)] * 3)
@@ -214,3 +211,103 @@ def test_without_the_extra_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
     with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[faces\]'"):
         FaceFinder()
+
+
+def test_several_images_give_what_each_gives_alone(photo, finder):
+    half = cv2.resize(photo, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    two = np.zeros_like(photo)
+    two[:210, :160], two[210:, 160:] = half, half
+    images = [photo, np.zeros_like(photo), two, half, half[:30, :30], photo]
+    together, alone = finder.find(images), [finder(image) for image in images]
+    assert [len(faces) for faces in together] == [1, 0, 2, 1, 0, 1]
+    for a, b in zip(sum(together, []), sum(alone, [])):
+        assert np.allclose([a.left, a.top, a.right, a.bottom], [b.left, b.top, b.right, b.bottom], atol=0.01)
+        assert a.found == pytest.approx(b.found, abs=1e-4) and np.abs(a.image.astype(int) - b.image).max() <= 2
+
+
+def moving(photo, n=12):
+    "A face that moves to the right, 4 pixels a frame"
+    frames = [np.zeros((420, 400, 3), np.uint8) for _ in range(n)]
+    for i, frame in enumerate(frames):
+        frame[:, 4 * i : 4 * i + 320] = photo
+    return frames
+
+
+def test_a_face_of_a_video_keeps_its_number_and_its_probabilities_are_smoothed(photo, finder, run, tmp_path):
+    file, predictor = video(tmp_path / "v.avi", moving(photo)), Predictor(run)
+    raw = predictor.predict_faces(file, finder, every=0, smoothing=0)
+    table = predictor.predict_faces(file, finder, every=0, smoothing=0.2)
+    assert list(table["track"]) == [1] * 12 and np.allclose(table["second"], np.arange(12) / 10)
+    expected = raw.loc[0, predictor.vocab].to_numpy(float)
+    for i in range(1, 12):
+        share = 1 - np.exp(-0.1 / 0.2)
+        expected = (1 - share) * expected + share * raw.loc[i, predictor.vocab].to_numpy(float)
+        assert np.allclose(table.loc[i, predictor.vocab].to_numpy(float), expected, atol=1e-6)
+    assert not np.allclose(table[predictor.vocab], raw[predictor.vocab], atol=1e-3)
+    one_by_one = predictor.predict_faces(file, finder, every=0, smoothing=0.2, n_frames=1)
+    assert np.allclose(one_by_one[predictor.vocab], table[predictor.vocab], atol=2e-3)
+    assert len(predictor.predict_faces(file, finder, every=0, seconds=0.35)) == 4
+
+
+def test_annotated_video_shows_the_box_where_the_face_is(photo, finder, run, tmp_path):
+    file, predictor = video(tmp_path / "v.avi", moving(photo)), Predictor(run)
+    table = predictor.predict_faces(file, finder, annotated=tmp_path / "out.avi")
+    assert len(table) == 12  # every frame, unless told otherwise
+    plain, drawn = (dict(video_frames(f, 0)) for f in (file, tmp_path / "out.avi"))
+    assert list(plain) == pytest.approx(list(drawn)) and len(drawn) == 12
+    for row, a, b in zip(table.to_dict("records"), plain.values(), drawn.values()):
+        changed = np.abs(a.astype(int) - b).sum(-1) > 120
+        x, y = np.where(changed.any(0))[0], np.where(changed.any(1))[0]
+        assert abs(x.min() - row["left"]) < 6 and abs(y.max() - row["bottom"]) < 6
+        inside = changed[
+            round(row["top"]) + 12 : round(row["bottom"]) - 12, round(row["left"]) + 12 : round(row["right"]) - 12
+        ]
+        assert inside.mean() < 0.02
+    predictor.predict_faces(photo, finder, annotated=tmp_path / "out.png")
+    assert (np.abs(read_face(tmp_path / "out.png").astype(int) - photo).sum(-1) > 0).mean() < 0.1
+    with pytest.raises(ValueError, match="expected one photograph or video"):
+        predictor.predict_faces([photo, photo], finder, annotated=tmp_path / "out.png")
+
+
+def test_accuracy_by_group_counts_by_hand(tmp_path):
+    files = [tmp_path / folder / f"{name}.jpg" for folder in ("happy", "sad") for name in ("01", "02", "03")]
+    files.append(tmp_path / "puzzled" / "01.jpg")
+    table = pd.DataFrame(dict(image=[str(f) for f in files[:5]], label=["Happy", "sad", "Happy", "sad", "sad"]))
+    table = pd.concat([table, table[:1].assign(label="sad")])  # a smaller face on the first photograph
+    (tmp_path / "people.csv").write_text("id,group\n01,a\n02,b\n03,\n")
+    with pytest.warns(UserWarning, match="1 of 7 files are left out"):
+        found = accuracy_by_group(table, files, tmp_path / "people.csv", ["Happy", "sad"])
+    # a: 01 happy right, 01 sad right; b: 02 happy wrong, 02 sad right; unknown: 03 happy right, 03 sad not found
+    assert found[["group", "images", "found", "correct"]].values.tolist() == [
+        ["a", 2, 2, 2],
+        ["b", 2, 2, 1],
+        ["unknown", 2, 1, 1],
+    ]
+    people = pd.DataFrame(dict(file=["01.jpg", "02.jpg", "03"], label=["sad", "happy", "happy"], group=["a", "b", "c"]))
+    found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])  # labels of the table, not of the folders
+    assert list(found["accuracy"]) == [0, 0, 1]
+    with pytest.raises(ValueError, match="no file has its name in the column 'id'"):
+        accuracy_by_group(table, [tmp_path / "x.jpg"], tmp_path / "people.csv", ["happy"])
+    with pytest.raises(ValueError, match="id '01' has several rows"):
+        accuracy_by_group(table, files, pd.DataFrame(dict(id=["01", "01"], group=["a", "b"])), ["happy"])
+
+
+def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
+    images = sorted((faces / "test").glob("*/*.png"))[::5]
+    rows = [f"{f.name},{age}" for f, age in zip(images, range(20, 20 + len(images)))]
+    (tmp_path / "people.csv").write_text("\n".join(["file,age", *dict.fromkeys(rows)]))
+    args = [
+        str(run),
+        *map(str, images[:8]),
+        "--by",
+        str(tmp_path / "people.csv"),
+        "--heatmaps",
+        str(tmp_path / "h.png"),
+    ]
+    ecan_predict(args)
+    said = capsys.readouterr().out
+    table = Predictor(run).predict(images[:8])
+    right = sum(label == Path(f).parent.name for f, label in zip(table["image"], table["label"]))
+    counts = [line.split()[2:5] for line in said.splitlines() if line.split()[:1] == ["age"]]
+    assert sum(int(n) for n, _, _ in counts) == 8 and sum(int(k) for _, _, k in counts) == right
+    assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100

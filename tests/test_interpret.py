@@ -1,11 +1,21 @@
+import sys
+
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
+from torch import nn
 
+from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import *
+from ecan_fastai.interpret import _on_image
+from ecan_fastai.learner import baseline_learner
 from ecan_fastai.metrics import *
+from ecan_fastai.model import FaceClassifier
 
 VOCAB = list("abcd")
 
@@ -109,9 +119,9 @@ def test_tsne_keeps_far_classes_apart_and_repeats():
             np.linalg.norm(p - middles[i]) < min(np.linalg.norm(p - m) for j, m in enumerate(middles) if j != i)
             for p in a[i]
         )
-    with pytest.raises(ValueError, match="few: expected features of 60 faces, got 10"):
+    with pytest.raises(ValueError, match="few: expected features of 60 images, got 10"):
         plot_tsne({"few": z[:10]}, y, VOCAB)
-    with pytest.raises(ValueError, match="marks for 9 classes"):
+    with pytest.raises(ValueError, match="markers for 9 classes"):
         plot_tsne({"far": z}, y, list("abcdefghij"))
     plt.close("all")
 
@@ -143,3 +153,215 @@ def test_sweep_shows_mean_and_standard_deviation_over_seeds():
     )
     assert [t.get_text() for t in named.get_xticklabels()] == ["cosine", "one-cycle"]
     plt.close("all")
+
+
+class Brightness(nn.Module):
+    "Two features, each the mean of one half of the image: bright on the left, bright on the right"
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1, bias=False)
+        with torch.no_grad():
+            self.conv.weight.fill_(1)
+        mask = torch.zeros(2, 8, 8)
+        mask[0, :, :4], mask[1, :, 4:] = 1, 1
+        self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return (self.conv(x) * self.mask).mean((2, 3))
+
+
+def predictor_of(encoder, n_features, vocab, channels=1, side=8, crops="center"):
+    model = FaceClassifier(encoder, nn.Linear(n_features, len(vocab), bias=False)).eval()
+    predictor = Predictor.__new__(Predictor)
+    views = dict(level="weak", recipe="rafdb", size=side, channels=channels)
+    stats = [0.0] * channels, [1.0] * channels
+    predictor._build(model, vocab, stats, views, crops, "cpu")
+    return predictor
+
+
+def test_grad_cam_of_a_model_whose_evidence_is_known():
+    """logit = w . features and features = mean(conv * mask) = mean(x * mask): the gradient is constant on a half, and
+    so is the weight of its map; the heat is the image, whichever half decides"""
+    predictor = predictor_of(Brightness(), 2, ["$left$", "right"])
+    with torch.no_grad():
+        predictor.model.classifier.classifier.weight.copy_(torch.eye(2))
+    image = np.zeros((8, 8, 1), np.uint8)
+    image[2, 1], image[5, 6] = 200, 100
+    heat = grad_cam(predictor, [image, image], ["$left$", "right"])
+    assert heat.shape == (2, 8, 8) and np.allclose(heat, image[..., 0] / 200, atol=1e-6)
+    with torch.no_grad():
+        predictor.model.classifier.classifier.weight[0].neg_()
+    assert (grad_cam(predictor, image, "$left$") == 0).all()  # the image speaks against the class
+    fig = plot_grad_cam(predictor, image, "$left$")
+    fig.canvas.draw()
+    assert fig.axes[0].get_title().startswith("$left$ 0.")
+    with pytest.raises(ValueError, match="the model has no class 'up', its classes are"):
+        grad_cam(predictor, image, "up")
+    with pytest.raises(ValueError, match="one class for each of 1 images, got 2"):
+        grad_cam(predictor, image, ["right", "right"])
+    plt.close("all")
+
+
+def naive_heat(maps, gradient):
+    "Grad-CAM by its formula, of (channels, h, w) in float64"
+    weights = gradient.mean((1, 2))
+    return np.maximum(sum(w * a for w, a in zip(weights, maps)), 0)
+
+
+@pytest.mark.parametrize(
+    "arch,size,where,layout",
+    [
+        ("resnet18", 96, "layer4", "maps"),
+        ("efficientnet_lite0", 96, "blocks.6", "maps"),
+        ("swin_tiny_patch4_window7_224", 224, "layers.3", "channels last"),
+        ("vit_tiny_patch16_224", 224, "blocks.11", "tokens"),
+    ],
+)
+def test_grad_cam_is_its_formula_on_the_last_maps_of(arch, size, where, layout):
+    torch.manual_seed(0)
+    encoder = timm.create_model(arch, num_classes=0, in_chans=3).eval()
+    predictor = predictor_of(encoder, encoder.num_features, list("abc"), 3, size)
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    kept = {}
+
+    def keep(x):
+        x.retain_grad()
+        kept["x"] = x
+
+    module = encoder.get_submodule(where)
+    if layout == "tokens":
+        hook = module.register_forward_pre_hook(lambda _, args: keep(args[0]))
+    else:
+        hook = module.register_forward_hook(lambda _, args, out: keep(out))
+    predictor.model.classifier(torch.cat(predictor.model.views(predictor.pixels(image)[None])))[0, 1].backward()
+    hook.remove()
+    maps, gradient = (t[0].detach().double().numpy() for t in (kept["x"], kept["x"].grad))
+    if layout == "tokens":
+        maps, gradient = (t[1:].T.reshape(-1, 14, 14) for t in (maps, gradient))
+    elif layout == "channels last":
+        maps, gradient = (t.transpose(2, 0, 1) for t in (maps, gradient))
+    expected = cv2.resize(naive_heat(maps, gradient), (size, size), interpolation=cv2.INTER_LINEAR)
+    before = predictor.probabilities([image])
+    assert expected.max() > 0
+    assert np.allclose(grad_cam(predictor, image, "b")[0], expected / expected.max(), atol=2e-3)
+    assert np.array_equal(predictor.probabilities([image]), before) and not module._forward_hooks  # nothing is left
+
+
+def test_heat_of_several_views_lies_where_the_views_were_cut_out():
+    views = torch.zeros(3, 1, 2, 2)
+    views[0, 0, 0, 0], views[1, 0, 0, 0], views[2, 0, 1, 1] = 3, 4, 5
+    heat = _on_image(views, [(False, 0, 0), (True, 0, 0), (False, 1, 1)], 3)
+    assert torch.equal(heat[0], torch.tensor([[1.5, 2, 0], [0, 0, 0], [0, 0, 5]]))
+
+
+def test_heat_of_an_encoder_without_maps_or_without_the_extra(monkeypatch):
+    flat = predictor_of(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 3, list("ab"))
+    with pytest.raises(ValueError, match="no feature maps in Sequential"):
+        grad_cam(flat, np.zeros((8, 8), np.uint8))
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[explain\]'"):
+        grad_cam(flat, np.zeros((8, 8), np.uint8))
+
+
+def test_overlay_keeps_cold_pixels():
+    image = np.full((2, 2, 1), 100, np.uint8)
+    over = heat_overlay(image, np.array([[0, 0], [0, 1.0]]))
+    assert (over[0] == 100).all() and over.shape == (2, 2, 3) and over[1, 1, 0] > 150 and over.dtype == np.uint8
+
+
+def test_probe_of_known_features(make_dls):
+    "Features that are the answer give 1, constant features the share of the most frequent class"
+    dls = make_dls()
+    valid = torch.cat([y for *_, y in dls.valid])
+
+    class Answers(nn.Module):
+        "The class of an image, looked up by its pixels' sum"
+
+        def __init__(self, known):
+            super().__init__()
+            self.known, self.scale = known, nn.Parameter(torch.ones(1))
+            self.dropout = nn.Dropout(0.9)
+
+        def forward(self, x):
+            rows = [self.known[round(float(s))] for s in x.double().sum((1, 2, 3)) * 100]
+            return self.dropout(torch.stack(rows)) * self.scale
+
+    known = {}
+    for dl in (dls.test_dl(dls.train_ds.items, with_labels=True), dls.valid):
+        for x, y in dl:
+            for image, label in zip(x, y):
+                known[round(float(image.as_subclass(torch.Tensor).double().sum() * 100))] = torch.eye(7)[int(label)]
+    encoder = Answers(known).train()
+    assert probe(encoder, dls) == 1 and encoder.dropout.training
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.w.expand(len(x), 2)
+
+    train = torch.cat([y for *_, y in dls.test_dl(dls.train_ds.items, with_labels=True)])
+    assert probe(Constant(), dls) == pytest.approx(float((valid == train.mode().values).float().mean()))
+
+
+def test_probe_of_a_learner_is_that_of_its_encoder(make_dls):
+    learn = baseline_learner(make_dls(), "resnet18_half")
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    accuracy = probe(learn, learn.dls)
+    assert accuracy == probe(learn.model.encoder, learn.dls)
+    assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+
+
+def test_class_names_with_dollars_are_drawn_as_they_are():
+    vocab, rng = ["$a", "b$c$", "$\\bad$"], np.random.default_rng(0)
+    y = rng.integers(0, 3, 30)
+    figures = [
+        plot_confusion(y, y, vocab, "$5").figure,
+        plot_confusions({"$x$": (y, y)}, vocab),
+        plot_tsne({"$\\worse$": rng.normal(size=(30, 4))}, y, vocab),
+        plot_class_counts({"$data": dict.fromkeys(vocab, 3)}),
+    ]
+    for fig in figures:
+        fig.canvas.draw()  # "$\bad$" as mathematics raises here
+    plt.close("all")
+
+
+def test_groups_of_people_by_hand():
+    correct = [1, 0, np.nan, 1, 1, 0]
+    people = pd.DataFrame(dict(gender=["f", "f", "f", "m", None, "m"]), index=[9, 3, 1, 0, 5, 5])
+    table = subgroup_table(correct, people)
+    assert table[["group", "images", "found", "correct"]].values.tolist() == [
+        ["f", 3, 2, 1],
+        ["m", 2, 2, 1],
+        ["unknown", 1, 1, 1],
+    ]
+    assert list(table["accuracy"]) == [0.5, 0.5, 1]
+    nobody = subgroup_table([np.nan], people[:1]).iloc[0]
+    assert nobody["found"] == 0 and np.isnan(nobody["accuracy"])
+
+
+def test_intervals_of_groups_are_scipys():
+    from scipy.stats import binomtest
+
+    for k, n in ((0, 7), (3, 7), (7, 7), (40, 90)):
+        row = subgroup_table([1] * k + [0] * (n - k), pd.DataFrame(dict(a=["x"] * n))).iloc[0]
+        expected = binomtest(k, n).proportion_ci(method="wilson")
+        assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_ages_are_put_into_bands_of_ten():
+    ages = [*map(str, range(18, 32)), None]
+    table = subgroup_table([1] * 15, pd.DataFrame(dict(age=ages, code=[0, 1] * 7 + [1])))
+    assert table[["attribute", "group", "images"]].values.tolist() == [
+        ["age", "10-19", 2],
+        ["age", "20-29", 10],
+        ["age", "30-39", 2],
+        ["age", "unknown", 1],
+        ["code", "0", 7],
+        ["code", "1", 8],
+    ]
+    few = subgroup_table([1] * 12, pd.DataFrame(dict(age=[*range(18, 29), "old"])))
+    assert len(few) == 12  # not all of them are numbers

@@ -1,0 +1,203 @@
+"A page in the browser that labels the faces of uploaded photographs, built with Gradio."
+
+import os
+import signal
+import sys
+import tempfile
+from functools import wraps
+from pathlib import Path
+
+import cv2
+import pandas as pd
+
+from ecan_fastai.data import read_face
+from ecan_fastai.detector import FaceFinder
+from ecan_fastai.inference import Predictor
+from ecan_fastai.interpret import grad_cam, heat_overlay
+from ecan_fastai.video import draw_faces
+
+LARGEST_FILE = "20mb"
+LARGEST_SIDE = 1600  # Larger photographs are made smaller, in pixels
+MOST_FILES = 200
+MOST_HEATMAPS = 12
+KEPT_SECONDS = 120  # Uploads and results are deleted after this time, and all of them when the page is closed down
+
+
+def _photo(file):
+    "Read an uploaded photograph, made smaller if it is large"
+    try:
+        image = read_face(file, 3)
+    except ValueError:
+        raise ValueError(
+            f"{Path(file).name} is not an image, or it is broken: expected a JPEG, PNG or WebP file"
+        ) from None
+    scale = LARGEST_SIDE / max(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+
+
+def _rounded(table):
+    "Three decimals, as float64: a float32 would be shown with the digits that it does not have"
+    return table.astype({c: float for c in table.select_dtypes("number")}).round(3)
+
+
+def _said(n):
+    return "One face found." if n == 1 else f"{n} faces found." if n else "No face found in this photograph."
+
+
+class FaceApp:
+    "What the page answers: each method takes file paths and returns values for the page"
+
+    def __init__(
+        self,
+        predictor: Predictor,  # Model that labels the faces
+        finder=None,  # Default `FaceFinder()`
+    ):
+        self.predictor, self.finder = predictor, finder or FaceFinder(device=predictor.device)
+
+    def label(self, file):  # Sentence, image with boxes, table
+        "Label the faces of a photograph"
+        image = _photo(file)
+        faces = self.predictor.predict_faces(image, self.finder)
+        table = _rounded(faces[["label", "probability", *self.predictor.columns]])
+        table.insert(0, "face", range(1, len(table) + 1))
+        return _said(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
+
+    def heatmaps(self, file):  # Sentence, list of (image, caption)
+        "Draw where the model looks, in the largest faces of a photograph"
+        crops = [f.image for f in self.finder(_photo(file))]
+        if not crops:
+            return _said(0), []
+        shown = crops[:MOST_HEATMAPS]
+        heat, table = grad_cam(self.predictor, shown), self.predictor.predict(shown)
+        captions = (
+            f"{i}: {label} {100 * p:.0f} %" for i, label, p in zip(range(1, 99), table["label"], table["probability"])
+        )
+        over = [heat_overlay(face, cv2.resize(h, face.shape[1::-1])) for face, h in zip(shown, heat)]
+        left = f" Heat maps of the {MOST_HEATMAPS} largest are shown." if len(crops) > MOST_HEATMAPS else ""
+        return _said(len(crops)) + left, list(zip(over, captions))
+
+    def label_files(self, files):  # Sentence, table, csv file
+        "Label the faces of several photographs"
+        if len(files) > MOST_FILES:
+            raise ValueError(f"Expected at most {MOST_FILES} files at a time, got {len(files)}")
+        tables, left_out = [], []
+        for file in files:
+            try:
+                table = self.predictor.predict_faces(_photo(file), self.finder)
+            except ValueError:
+                left_out.append(Path(file).name)
+                continue
+            tables.append(table.assign(image=Path(file).name))
+        if not tables:
+            raise ValueError("None of the files is an image: expected JPEG, PNG or WebP files")
+        faces = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+        faces = _rounded(faces.drop(columns=["second", "track"]))
+        none = sum(not len(t) for t in tables)
+        said = f"{len(faces)} faces found in {len(tables)} photographs."
+        said += f" {none} photographs have no face." if none else ""
+        said += f" Left out, because they are not images: {', '.join(left_out)}." if left_out else ""
+        csv = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / "faces.csv"
+        faces.to_csv(csv, index=False)
+        return said, faces[["image", "label", "probability"]], str(csv)
+
+
+def _one_sentence(answer, n_outputs):
+    "The answer, or one sentence on the page and one line in the log"
+
+    @wraps(answer)
+    def _inner(value):
+        if not value:
+            return ["", *[None] * (n_outputs - 1)]
+        try:
+            return answer(value)
+        except (ValueError, OSError, ImportError) as e:
+            print(f"ecan_app: {e}", file=sys.stderr)
+            return [f"{e}.", *[None] * (n_outputs - 1)]
+
+    return _inner
+
+
+def _gradio():
+    "Gradio, which is told before it is imported that it reports nothing and where it keeps files"
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio
+    except ImportError as e:
+        raise ImportError(f"the page needs the package {e.name}: pip install 'ecan_fastai[app]'") from e
+    return gradio
+
+
+def _uploaded_file(payload):
+    "Path of an upload as it came: Gradio would decode it first, with a traceback for what is no image"
+    return None if payload is None else payload.path
+
+
+def build_app(
+    predictor: Predictor,  # Model that labels the faces
+    finder=None,  # Default `FaceFinder()`
+):  # gradio.Blocks, to `launch`
+    "Build the page; raises `ImportError` without the extra `app`"
+    gr, app = _gradio(), FaceApp(predictor, finder)
+
+    with gr.Blocks(title="Facial expressions", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)) as page:
+        gr.Markdown(
+            "# Facial expressions\nUpload or paste a photograph, or take one with the camera: each face is found and "
+            "labelled. Photographs stay on the computer that runs this page and are deleted after a few minutes. A "
+            "label says what a face looks like to a model, not what a person feels."
+        )
+        with gr.Tab("One photograph"):
+            with gr.Row():
+                sources = ["upload", "clipboard", "webcam"]
+                photo = gr.Image(label="Photograph", sources=sources, height=380, elem_id="photo")
+                photo.preprocess = _uploaded_file
+                drawn = gr.Image(
+                    label="Faces", interactive=False, height=380, format="jpeg", elem_id="drawn", buttons=[]
+                )
+            said = gr.Markdown(elem_id="said")
+            table = gr.Dataframe(label="Probabilities", interactive=False, buttons=[], elem_id="table")
+            look = gr.Button("Show where the model looks", elem_id="look")
+            heat = gr.Gallery(
+                label="Heat maps (Grad-CAM)",
+                columns=3,
+                fit_columns=False,
+                height="auto",
+                format="jpeg",
+                buttons=[],
+                elem_id="heat",
+            )
+            photo.change(_one_sentence(app.label, 3), photo, [said, drawn, table], show_progress="minimal")
+            photo.change(lambda: None, None, heat)
+            look.click(_one_sentence(app.heatmaps, 2), photo, [said, heat], show_progress="minimal")
+        with gr.Tab("Several photographs"):
+            files = gr.File(label="Photographs", file_count="multiple", elem_id="files")
+            said_of_files = gr.Markdown(elem_id="said-of-files")
+            faces = gr.Dataframe(label="Faces", interactive=False, buttons=[], elem_id="faces")
+            csv = gr.File(label="Table with all probabilities", interactive=False, elem_id="csv")
+            files.change(_one_sentence(app.label_files, 3), files, [said_of_files, faces, csv], show_progress="minimal")
+    return page
+
+
+def launch_app(
+    predictor: Predictor,  # Model that labels the faces
+    host: str = "127.0.0.1",  # Address to listen on; the default is reached from this computer alone
+    port: int | None = None,  # Default: the first free one from 7860 on
+    wait: bool = True,  # Return when the page is closed down, not at once
+):  # gradio.Blocks, running
+    "Serve the page; uploads over 20 MB are refused, nothing is kept, and nothing is sent anywhere"
+    folder = tempfile.TemporaryDirectory(prefix="ecan_app_")
+    os.environ["GRADIO_TEMP_DIR"] = folder.name
+    gr = _gradio()
+    page = build_app(predictor)
+    page.kept_files = folder  # deleted with the page
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    options: dict = dict(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[])
+    _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
+    print(f"ecan_app: open {url} in a browser, end with Ctrl+C", flush=True)
+    if wait:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it deletes its files as well
+        try:
+            page.block_thread()
+        finally:
+            folder.cleanup()
+    return page

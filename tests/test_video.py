@@ -1,0 +1,125 @@
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from ecan_fastai.video import FaceTracker, VideoWriter, box_iou, camera_index, draw_faces, is_video, video_frames
+
+
+def grey_video(file, n=25, rate=10):
+    with VideoWriter(file, rate) as video:
+        for i in range(n):
+            video.write(i / rate, np.full((48, 64, 3), 10 * i % 256, np.uint8))
+    return file
+
+
+def test_frames_are_taken_at_regular_times(tmp_path):
+    file = grey_video(tmp_path / "v.avi")
+    seconds, frames = zip(*video_frames(file, 0.5))
+    assert list(seconds) == [0, 0.5, 1, 1.5, 2]
+    assert all(abs(int(f.mean()) - 100 * s) < 5 for s, f in zip(seconds, frames))
+    assert len(list(video_frames(file, 10))) == 1
+    assert len(list(video_frames(file, 0.01))) == len(list(video_frames(file, 0))) == 25
+    assert [round(s, 1) for s, _ in video_frames(file, 0.75)] == [0, 0.8, 1.5, 2.3]
+    assert [round(s, 1) for s, _ in video_frames(file, 0.5, seconds=1.2)] == [0, 0.5, 1]
+
+
+def test_a_camera_is_read_for_so_many_seconds_by_the_real_clock(tmp_path, monkeypatch):
+    "A video of 1000 frames stands in for the camera: only the clock can end it so early"
+    import time
+
+    file, opened, now = grey_video(tmp_path / "v.avi", 1000), [], [0.0]
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: opened.append(source) or capture(str(file)))
+
+    def clock():
+        now[0] += 0.01
+        return now[0]
+
+    monkeypatch.setattr(time, "monotonic", clock)
+    seconds = [s for s, _ in video_frames("webcam:1", 0.1, seconds=0.55)]
+    assert seconds == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5], abs=0.011) and set(opened) == {1}
+    with pytest.raises(ValueError, match="a camera has no end"):
+        list(video_frames("webcam"))
+
+
+def test_names_of_cameras_and_videos(tmp_path, monkeypatch):
+    assert camera_index("webcam") == 0 and camera_index("webcam:12") == 12
+    assert camera_index("webcam.jpg") is None and camera_index(3) is None and is_video("a.MP4") and is_video("webcam")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "webcam").mkdir()
+    assert camera_index("webcam") is None  # a folder of that name is a folder
+
+
+def test_overlap_is_scikit_images_definition_by_counting_pixels():
+    rng = np.random.default_rng(0)
+    a, b = (np.sort(rng.integers(0, 20, (8, 2, 2)), axis=1).reshape(8, 4) for _ in range(2))
+
+    def pixels(left, top, right, bottom):
+        return {(x, y) for x in range(left, right) for y in range(top, bottom)}
+
+    for i, p in enumerate(a):
+        for j, q in enumerate(b):
+            both, either = pixels(*p) & pixels(*q), pixels(*p) | pixels(*q)
+            assert box_iou(a, b)[i, j] == pytest.approx(len(both) / max(1, len(either)))
+    assert box_iou(np.empty((0, 4)), b).shape == (0, 8)
+
+
+def box(x, side=100):
+    return x, 0, x + side, side
+
+
+def test_numbers_follow_the_faces_whatever_their_order():
+    tracker = FaceTracker()
+    assert tracker.update(0, [box(0), box(300)], [[1, 0], [0, 1]])[0] == [1, 2]
+    assert tracker.update(0.1, [box(310), box(20)], [[0, 1], [1, 0]])[0] == [2, 1]
+    assert tracker.update(0.2, [], np.empty((0, 2)))[0] == []
+    assert tracker.update(0.9, [box(600), box(30)], [[0, 1], [1, 0]])[0] == [3, 1]  # 0.8 s unseen: the same face
+    assert tracker.update(2.5, [box(600), box(310)], [[0, 1], [1, 0]])[0] == [3, 4]  # 3 was in the frame before, 2 not
+    # two candidates: the larger overlap wins, and the other is a new face
+    assert tracker.update(2.6, [box(630), box(605)], [[0, 1], [1, 0]])[0] == [5, 3]
+
+
+def test_smoothing_is_the_exponential_of_time_at_any_frame_rate():
+    for step in (0.1, 0.5):
+        tracker = FaceTracker(smoothing=0.7)
+        tracker.update(0, [box(0)], [[1.0, 0.0]])
+        for i in range(1, round(1 / step) + 1):
+            _, probs = tracker.update(i * step, [box(0)], [[0.0, 1.0]])
+        assert probs[0] == pytest.approx([np.exp(-1 / 0.7), 1 - np.exp(-1 / 0.7)])
+    tracker = FaceTracker(smoothing=0)
+    tracker.update(0, [box(0)], [[1.0, 0.0]])
+    assert tracker.update(0.1, [box(0)], [[0.3, 0.7]])[1].tolist() == [[0.3, 0.7]]
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".webm"])
+def test_a_written_video_keeps_time(tmp_path, suffix):
+    "A frame at 0, 0.2 and 1 s, ten frames a second: the second one is shown from 0.2 s on, until the third comes"
+    with VideoWriter(tmp_path / f"v{suffix}", 10) as video:
+        for second, grey in ((0, 0), (0.2, 100), (1, 200)):
+            video.write(second, np.full((48, 64, 3), grey, np.uint8))
+    found = [round(f.mean()) for _, f in video_frames(tmp_path / f"v{suffix}", 0)]
+    assert len(found) == 11 and found[0] < 20 and found[-1] > 180 and abs(found[2] - 100) < 20
+
+
+def test_wrong_names_and_values(tmp_path):
+    with pytest.raises(ValueError, match="ending in .mp4, .avi or .webm, got v.gif"):
+        VideoWriter("v.gif", 10)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        VideoWriter(tmp_path / "none" / "v.mp4", 10)
+    with pytest.raises(ValueError, match="smoothing: expected"):
+        FaceTracker(smoothing=-1)
+    (tmp_path / "v.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="v.mp4: not a video"):
+        list(video_frames(tmp_path / "v.mp4"))
+
+
+def test_drawing_changes_the_frame_of_the_box_and_takes_any_class_name():
+    image = np.zeros((200, 200, 3), np.uint8)
+    row = dict(left=50.0, top=60.0, right=150.0, bottom=160.0, label="fröhlich $x$", probability=0.5)
+    drawn = draw_faces(image, pd.DataFrame([{**row, "track": pd.NA}]))
+    assert (image == 0).all() and (drawn[60, 60:140] == drawn[60, 60]).all() and drawn[60, 60].any()
+    assert (drawn[80:140, 70:130] == 0).all() and drawn[:60].any()
+    numbered = draw_faces(image, pd.DataFrame([{**row, "track": 12}]))
+    assert (numbered[:60] > 0).sum() > (drawn[:60] > 0).sum()
+    assert (draw_faces(image, pd.DataFrame([{**row, "track": 1}]).iloc[:0]) == 0).all()
