@@ -6,15 +6,17 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
-           'experiment_markdown', 'experiment_figure', 'reproduce', 'recorded_experiments']
+           'experiment_markdown', 'experiment_figure', 'run_stem', 'planned_runs', 'reproduce', 'recorded_experiments']
 
 # %% ../nbs/13_experiments.ipynb #44235c58
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -23,16 +25,8 @@ from .config import COMMON, UNUSED, RunConfig
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
-from ecan_fastai.runs import (
-    as_json,
-    lock_run,
-    read_config,
-    resolve_config,
-    resume_run,
-    start_run,
-    write_json,
-    write_whole,
-)
+from .runfiles import InUse, as_json, check_file, lock_run, read_json, write_whole
+from .runs import read_config, resolve_config, resume_run, start_run
 from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
@@ -108,10 +102,8 @@ def run_record(
 ) -> dict:
     "What is kept of a run; nothing in it tells where the data lay"
     folder = Path(folder)
-    written, metrics = (
-        json.loads((folder / "config.json").read_text()),
-        json.loads((folder / "metrics.json").read_text()),
-    )
+    written, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    check_file(folder / "history.csv")
     history = pd.read_csv(folder / "history.csv")
     config = {k: _name(v) for k, v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
@@ -387,31 +379,117 @@ def _check_same(cfg, folder):
                 "runs, or move that one away"
             )
 
+# %% ../nbs/13_experiments.ipynb #f38d986e
+def run_stem(
+    cfg: RunConfig,  # Resolved
+) -> str:
+    "Name of a run's folder and record"
+    return f"{run_name(cfg)}-seed{cfg.seed}"
 
-def _run(cfg, folder, say):
-    "Make a run, go on with it, or find it done"
-    with lock_run(folder, lambda: say(f"{folder.name}: another process is at it, waiting")):
+# %% ../nbs/13_experiments.ipynb #2e9766b6
+def _kind(data, kind):
+    if kind != "auto":
+        return kind
+    return "sample" if str(data) == "sample" else detect_kind(data)
+
+
+def planned_runs(
+    name: str,  # Of an experiment
+    data: str,  # Path of a data set, or `sample`
+    seeds: int = 1,  # Number of runs of each row, with seeds from 0
+    kind: str = "auto",  # Kind of the data
+    **settings,  # Of `RunConfig`, for all runs
+) -> list:  # (label, `RunConfig`), the rows of the first seed first
+    "The runs of an experiment, for all seeds"
+    if seeds < 1:
+        raise ValueError(f"expected at least one seed, got {seeds}")
+    if "seed" in settings:
+        raise ValueError("seeds are counted from 0: give their number as seeds")
+    kind = _kind(data, kind)
+    return [run for seed in range(seeds) for run in experiment_runs(name, data, kind, seed=seed, **settings).items()]
+
+# %% ../nbs/13_experiments.ipynb #8042b1a9
+def _train_run(cfg, folder, record, say):
+    "Train a run, resume it, or find it finished; then write its record. `InUse` if another process is at it"
+    with lock_run(folder):
         begun = (folder / "config.json").exists()
         if begun:
             _check_same(cfg, folder)
-        if (folder / "metrics.json").exists():
-            return
-        say(f"{folder.name}: {'goes on' if begun else 'starts'}")
-        resume_run(folder) if begun else start_run(cfg, folder)
+        if not (folder / "metrics.json").exists():
+            say(f"{folder.name}: {'resumes' if begun else 'starts'}")
+            resume_run(folder) if begun else start_run(replace(cfg), folder)  # which fills in what it settles
+        _save_record(folder, record)
 
 
+def _make_runs(runs, make):
+    """Make the runs that no other process is at, again and again while there are any; return those that are left to
+    other processes"""
+    pending = list(runs)
+    while True:
+        left = []
+        for cfg in pending:
+            try:
+                make(cfg)
+            except InUse:
+                left.append(cfg)
+        if len(left) in (0, len(pending)):
+            return left
+        pending = left
+
+# %% ../nbs/13_experiments.ipynb #2c008552
 def _needed_faces(exp, name, data, kind, out):
     "Faces for the experiment's picture, read before anything is trained"
     if "picture" not in exp:
         return None
-    faces = (
-        read_faces(sample_faces(out / "faces", channels=1), "folder") if kind == "sample" else read_faces(data, kind)
-    )
+    if kind == "sample":
+        with lock_run(out / "faces", timeout=-1):
+            data, kind = sample_faces(out / "faces", channels=1), "folder"
+    faces = read_faces(data, kind)
     if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None:
         raise ValueError(f"{name} is drawn of a test split, and {data} has none")
     return faces
 
+# %% ../nbs/13_experiments.ipynb #c2f79898
+def _check_record(file, cfg, faces):
+    "Raise `ValueError` unless a record is of the run that is asked for, and of these faces (None: not compared)"
+    record = _read_record(file, cfg)
+    if faces is not None:
+        _check_faces(record, file, faces)
 
+
+def _needs_folder(exp, cfg):
+    "Whether the experiment's picture is drawn from the folder of a run"
+    return cfg.seed == 0 and exp.get("picture") in ("tsne", "confusion")
+
+# %% ../nbs/13_experiments.ipynb #f3d81b72
+def _write_table(name, records, kind, given, out, say):
+    "Write table and page from all records that there are, and what the records are for; return results and table"
+    results = experiment_results(name, records, kind, **given)
+    table = experiment_table(name, results, kind)
+    stem = _safe([name, kind, *_settings(given)])
+    if not table.empty:
+        made_for = as_json(dict(name=name, kind=kind, settings=given), indent=1)
+        page = experiment_markdown(name, results, kind, **given)
+        write_whole(records / f"{stem}.json", lambda f: f.write_text(made_for))
+        write_whole(out / f"{stem}.csv", table.to_csv)
+        write_whole(out / f"{stem}.md", lambda f: f.write_text(page))
+        say(f"written: {out / stem}.md and .csv")
+    return results, table
+
+
+def _write_figure(name, results, kind, faces, folders, file, say):
+    "Draw the experiment's picture, if it has one and its runs are finished"
+    unfinished = [f.name for f in folders.values() if not (f / "metrics.json").exists()]
+    if _experiment(name).get("picture") in ("tsne", "confusion") and unfinished:
+        return say(f"no picture yet: it needs the finished runs {', '.join(unfinished)}")
+    with plt.rc_context({"text.parse_math": "axis" in _experiment(name)}):  # no formulas in names of classes
+        figure = experiment_figure(name, results, kind, faces, folders)
+        if figure is not None:
+            write_whole(file, lambda f: figure.savefig(f, dpi=150, format="png"))
+    if figure is not None:
+        say(f"written: {file}")
+
+# %% ../nbs/13_experiments.ipynb #c0cefd38
 def reproduce(
     name: str,  # Of an experiment
     data: str,  # Path of a data set, or `sample`
@@ -420,47 +498,37 @@ def reproduce(
     kind: str = "auto",  # Kind of the data
     records=None,  # Folder of the records; default `records` in `out`
     say=print,  # Called with what is going on
+    only: str | None = None,  # Make this one of the runs alone, by its `run_stem`
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
-    "Make the missing runs of an experiment, then its table (Markdown and CSV) and its picture (PNG)"
-    exp, out = _experiment(name), Path(out)
-    if seeds < 1:
-        raise ValueError(f"expected at least one seed, got {seeds}")
-    if "seed" in settings:
-        raise ValueError("seeds are counted from 0: give their number as seeds")
-    kind = ("sample" if str(data) == "sample" else detect_kind(data)) if kind == "auto" else kind
+    """Make the runs of an experiment that are missing and that no other process is at, then its table (Markdown and
+    CSV) from all that are finished, and its picture (PNG)"""
+    exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
-    faces = _needed_faces(exp, name, data, kind, out)
-    folders: dict[str, Path] = {}
-    for seed in range(seeds):
-        for label, cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
-            stem = f"{run_name(cfg)}-seed{seed}"
-            folder, record = out / kind / stem, records / kind / f"{stem}.json"
-            folders.setdefault(label, folder)
-            drawn = seed == 0 and exp.get("picture") in ("tsne", "confusion")
-            if record.exists() and not folder.exists() and not drawn:
-                found = _read_record(record, cfg)
-                if kind != "sample":
-                    faces = faces or read_faces(data, kind)
-                    _check_faces(found, record, faces)
-                say(f"{stem}: done, by its record")
-            else:
-                _run(cfg, folder, say)
-                _save_record(folder, record)
+    runs = planned_runs(name, data, seeds, kind, **settings)
+    chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
+    if only is not None and not chosen:
+        raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
+    picture_faces = _needed_faces(exp, name, data, kind, out)
+    all_faces = cache(lambda: None if kind == "sample" else picture_faces or read_faces(data, kind))
+
+    def make(cfg):
+        folder, record = out / kind / run_stem(cfg), records / kind / f"{run_stem(cfg)}.json"
+        if record.exists() and not folder.exists() and not _needs_folder(exp, cfg):
+            _check_record(record, cfg, all_faces())
+            say(f"{folder.name}: done, by its record")
+        else:
+            _train_run(cfg, folder, record, say)
+
+    for cfg in _make_runs(chosen, make):
+        say(f"{run_stem(cfg)}: left to another process, which is training it")
     given = {k: _name(v) for k, v in settings.items() if k not in _FREE}
-    results = experiment_results(name, records, kind, **given)
-    table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
-    if not table.empty:
-        write_json(records / f"{stem}.json", dict(name=name, kind=kind, settings=given))
-        table.to_csv(out / f"{stem}.csv")
-        (out / f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
-        say(f"written: {out / stem}.md and .csv")
-    figure = experiment_figure(name, results, kind, faces, folders)
-    if figure is not None:
-        figure.savefig(out / f"{stem}.png", dpi=150)
-        say(f"written: {out / stem}.png")
+    with lock_run(out / stem, timeout=-1):
+        results, table = _write_table(name, records, kind, given, out, say)
+        folders = {label: out / kind / run_stem(cfg) for label, cfg in runs if cfg.seed == 0}
+        _write_figure(name, results, kind, picture_faces, folders, out / f"{stem}.png", say)
     return table
 
 # %% ../nbs/13_experiments.ipynb #3e248cfe

@@ -32,6 +32,7 @@ from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
 from .readers.records import expression_name, image_files
+from .runfiles import check_file
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class PictureModel(nn.Module):
@@ -83,6 +84,7 @@ def _read_run(run):
     for name in ("config.json", "model.safetensors"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
+        check_file(run / name)
     try:
         written = json.loads((run / "config.json").read_text())
         config, about = [{k: written[part][k] for k in keys} for part, keys in _NEEDED.items()]

@@ -22,6 +22,7 @@ from timm.models import is_model_in_modules, register_model
 from torch import Tensor, nn
 
 from .layers import speed_up_small_maps
+from .runfiles import check_file
 
 # %% ../nbs/05_model.ipynb #c4acbbba
 class MemoryBank(nn.Module):
@@ -116,6 +117,7 @@ def _read_weights(path):
             if file == path
             else f"{path} is not the folder of a finished run: no model.safetensors in it"
         )
+    check_file(file)
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
     except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:

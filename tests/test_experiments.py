@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 
@@ -297,26 +296,84 @@ def test_the_results_page_shows_what_the_records_say():
         assert experiment_markdown(name, results, kind, **settings).strip() in page
 
 
-def test_two_commands_make_a_run_once(tmp_path, monkeypatch):
-    made, said = [], []
+def fake_run(monkeypatch, during=lambda folder: None):
+    "Instead of training: the files of a finished run; returns the list of folders that were started"
+    started = []
 
-    def slow(cfg, folder):
-        made.append(folder)
-        time.sleep(0.5)
-        (
-            folder.mkdir(),
-            (folder / "config.json").write_text(json.dumps(dict(config=vars(cfg)))),
-            (folder / "metrics.json").write_text("{}"),
-        )
+    def start(cfg, folder):
+        started.append(folder)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(dict(config=vars(cfg), about=dict(images=dict(train=9)))))
+        during(folder)
+        scores = dict(accuracy=0.5, average_accuracy=0.5)
+        metrics = dict(splits=dict(valid=scores), environment=dict(commit="a"))
+        (folder / "history.csv").write_text("epoch\n0\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
 
-    monkeypatch.setattr(experiments, "start_run", slow)
-    cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
-    threads = [threading.Thread(target=experiments._run, args=(cfg, tmp_path / "run", said.append)) for _ in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert made == [tmp_path / "run"] and sorted(said) == ["run: another process is at it, waiting", "run: starts"]
+    monkeypatch.setattr(experiments, "start_run", start)
+    return started
+
+
+HELD = (
+    "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"
+    "lock = lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)"
+)
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
+    "and the table is made of the runs that are finished; what is free again is taken"
+    started, said = fake_run(monkeypatch), []
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 2, "folder")]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HELD, str(tmp_path / "folder" / stems[0])], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        table = reproduce("affinity", "x", 2, tmp_path, "folder", say=said.append)
+        assert [f.name for f in started] == stems[1:]
+        assert f"{stems[0]}: left to another process, which is training it" in said
+        assert list(table["valid: accuracy"]) == ["50.00 (1)", "50.00 ± 0.00 (2)"]
+    finally:
+        process.kill()
+        process.wait()
+    table = reproduce("affinity", "x", 2, tmp_path, "folder", say=said.append)
+    assert [f.name for f in started[3:]] == stems[:1]
+    assert list(table["valid: accuracy"]) == ["50.00 ± 0.00 (2)"] * 2
+
+
+def test_a_run_that_was_left_is_taken_when_it_is_free_again(tmp_path, monkeypatch):
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HELD, str(tmp_path / "folder" / stems[0])], stdout=subprocess.PIPE
+    )
+
+    def killed_meanwhile(folder):
+        process.kill()
+        process.wait()
+
+    try:
+        assert process.stdout.readline() == b"held\n"
+        started, said = fake_run(monkeypatch, killed_meanwhile), []
+        reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append)
+    finally:
+        process.kill()
+    assert [f.name for f in started] == stems[::-1] and not any("left to another" in text for text in said)
+
+
+def test_one_run_alone(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch)
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 2, "folder")]
+    table = reproduce("affinity", "x", 2, tmp_path, "folder", say=lambda s: None, only=stems[3])
+    assert [f.name for f in started] == [stems[3]] and list(table.index) == ["sum"]
+    with pytest.raises(ValueError, match=f"affinity has no run ecan, but {stems[0]}, "):
+        reproduce("affinity", "x", 2, tmp_path, "folder", only="ecan")
+
+
+def test_a_picture_waits_for_its_runs(tmp_path, monkeypatch, faces):
+    fake_run(monkeypatch)
+    said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("figure7", faces, 1, "folder")]
+    reproduce("figure7", faces, 1, tmp_path, "folder", say=said.append, only=stems[0])
+    assert f"no picture yet: it needs the finished runs {stems[1]}" in said
 
 
 def test_classes_named_by_numbers_have_a_confusion_matrix(tmp_path):
@@ -332,7 +389,7 @@ def test_a_broken_run_folder_is_named(faces, tmp_path):
     folder = tmp_path / "folder" / f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+    with pytest.raises(ValueError, match="config.json is not a JSON file"):
         reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 
@@ -402,34 +459,46 @@ def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch
         reproduce("affinity", faces / "train", out=tmp_path, **QUICK)
     file = next(tmp_path.rglob("config.json"))
     file.write_text(file.read_text().replace('"l2": 0.7', '"l2": 0.6'))
+    with pytest.raises(ValueError, match="config.json is not as the run wrote it"):
+        reproduce("affinity", faces, out=tmp_path, **QUICK)
+    (file.parent / "SHA256SUMS").unlink()  # as in a folder of an earlier version
     with pytest.raises(ValueError, match="holds a run with l2 0.6, and 0.7 is asked for"):
         reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on(faces, tmp_path):
+def test_two_commands_share_the_runs_and_a_killed_one_loses_nothing(faces, tmp_path):
     args = [
         sys.executable,
         "-c",
         "import sys; from ecan_fastai.cli import ecan_reproduce; ecan_reproduce(sys.argv[1:])",
         "affinity",
-        *quick_args(faces, tmp_path),
-        "--set",
-        "epochs=6",
+        *quick_args(faces, tmp_path, "--seeds", "2"),
+        *["--set", "epochs=4"],
     ]
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    start = time.time()
-    while not (done := [f for f in tmp_path.rglob("history.csv") if len(pd.read_csv(f)) >= 2]):
-        assert process.poll() is None and time.time() < start + 120
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (done[0].parent / "metrics.json").exists()
-    said = subprocess.run(
-        args, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ).stdout
-    assert said.count("goes on") == 1 and said.count("starts") == 1 and "written" in said
-    assert all(len(pd.read_csv(f)) == 6 for f in tmp_path.rglob("history.csv"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env)
+    first = killed.stdout.readline().split(":")[0]
+    other = subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        while not (tmp_path / "folder" / first / "history.csv").exists():
+            assert killed.poll() is None
+            time.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+        before = killed.communicate()[0]
+        after = other.communicate(timeout=500)[0]
+    finally:
+        killed.kill()
+        other.kill()
+    # the second command began with another run, came back to the one that was free again, and lost none of its epochs
+    assert other.returncode == 0 and not after.startswith(f"{first}:")
+    assert f"{first}: resumes" in after and f"{first}: starts" not in after
+    assert (before + after).count(": starts") == 4
+    assert all(list(pd.read_csv(f).epoch) == [0, 1, 2, 3] for f in tmp_path.rglob("history.csv"))
+    assert len(list(tmp_path.rglob("metrics.json"))) == len(list((tmp_path / "records" / "folder").iterdir())) == 4
+    (table,) = tmp_path.glob("affinity-folder*.csv")
+    assert pd.read_csv(table, index_col=0)["test: accuracy"].str.endswith("(2)").all()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):

@@ -10,10 +10,11 @@ import pytest
 import ecan_fastai
 
 ROOT = Path(ecan_fastai.__file__).parent
-ROOMS = """progress config augment data layers losses model callbacks learner metrics interpret
+ROOMS = """progress config runfiles augment data layers losses model callbacks learner metrics interpret
            readers.records readers.folder readers.fer2013 readers.rafdb readers.ferplus
            readers.affectnet readers.expw readers.ckplus
-           readers.factory sample loaders check inference detector runs experiments cli all""".split()
+           readers.factory sample loaders check inference detector
+           runstate runresults runs experiments cli all""".split()
 
 
 def source(room):

@@ -14,7 +14,7 @@ import torch
 from fastai.learner import load_learner
 from safetensors.torch import load_file
 
-from ecan_fastai import runs
+from ecan_fastai import runfiles, runresults, runs, runstate
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
@@ -70,6 +70,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
         "export.pkl",
         "checkpoint.pth",
         "data.csv.gz",
+        "SHA256SUMS",
     }
     assert record == json.loads((out / "metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
     about = json.loads((out / "config.json").read_text())
@@ -211,7 +212,7 @@ def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monk
 
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start_run(config(faces, epochs=1), tmp_path)
     (tmp_path / "history.csv").unlink()
@@ -221,15 +222,15 @@ def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_pa
 
 def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        m.setattr(runs, "_commit", lambda: "a")
+        m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(runresults, "package_commit", lambda: "a")
         with pytest.raises(KeyboardInterrupt):
             start_run(config(faces, epochs=1), tmp_path)
-        m.setattr(runs, "_commit", lambda: "b")
+        m.setattr(runresults, "package_commit", lambda: "b")
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 resume_run(tmp_path)
-    monkeypatch.setattr(runs, "_commit", lambda: "c")
+    monkeypatch.setattr(runresults, "package_commit", lambda: "c")
     record = resume_run(tmp_path)
     assert [e["commit"] for e in [record["environment"], *record["resumed"]]] == ["a", "b", "c"] and record[
         "environment"
@@ -457,7 +458,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     run.mkdir(), (run / "config.json").write_text("{}")
     assert (
         fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: "
-        f"give another folder with --out, or go on with it by --resume {run}"
+        f"give another folder with --out, or resume it with --resume {run}"
     )
     (run / "metrics.json").write_text("{}")
     assert (
@@ -476,7 +477,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
         capsys, faces, "--arch", "resnet-18", "--out", tmp_path / "new", "--workers", 0
     )
     assert "kind sample draws its own faces" in fails(capsys, faces, "--kind", "sample")
-    assert "learning rate must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
+    assert "lr must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
     (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
     assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
     assert "does not take pictures of shape" in fails(
@@ -503,7 +504,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
+    assert "config.json is not a JSON file" in fails(capsys, "--resume", tmp_path)
     (tmp_path / "config.json").write_text('{"config": {"data": "x", "colour": 1}}')
     assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
     (tmp_path / "checkpoint.pth").write_bytes(b"nonsense")
@@ -601,7 +602,7 @@ def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
 
 def test_one_process_holds_a_run(faces, tmp_path):
     code = (
-        "import sys, time, pathlib\nfrom ecan_fastai.runs import lock_run\n"
+        "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"
         "lock = lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen(
@@ -609,7 +610,7 @@ def test_one_process_holds_a_run(faces, tmp_path):
     )
     try:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="another process is training in .*run: give another folder"):
+        with pytest.raises(ValueError, match="another process is using .*run: wait until it has finished"):
             start_run(config(faces), tmp_path / "run")
         assert not (tmp_path / "run").exists()
     finally:
@@ -636,7 +637,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(f
 
 
 def test_json_has_no_nan():
-    text = runs.as_json(dict(a=[1.5, float("nan")], b=dict(c=float("inf")), d="NaN"))
+    text = runfiles.as_json(dict(a=[1.5, float("nan")], b=dict(c=float("inf")), d="NaN"))
     assert json.loads(text, parse_constant=pytest.fail) == dict(a=[1.5, None], b=dict(c=None), d="NaN")
 
 
@@ -644,9 +645,9 @@ def test_a_run_folder_by_another_spelling_is_the_same_folder(tmp_path, monkeypat
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
-    with runs.lock_run(Path(".")):
+    with runfiles.lock_run(Path(".")):
         names = {f.name for f in tmp_path.iterdir()}
-    with runs.lock_run(tmp_path / "link"):
+    with runfiles.lock_run(tmp_path / "link"):
         assert {f.name for f in tmp_path.iterdir()} == names
 
 
@@ -657,4 +658,4 @@ def test_looking_at_the_tests_moves_no_generator(faces, tmp_path):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    assert 0 <= runs._accuracy(learn.model, dls["test"]) <= 1 and torch.equal(torch.rand(3), expected)
+    assert 0 <= runstate.split_accuracy(learn.model, dls["test"]) <= 1 and torch.equal(torch.rand(3), expected)
