@@ -3,6 +3,7 @@ the notebooks."""
 
 import os
 import pickle
+import re
 import sys
 import warnings
 import zlib
@@ -391,6 +392,16 @@ def _distributed(learn):
     return learn.distrib_ctx()
 
 
+@contextmanager
+def _own_messages():
+    "Errors of callbacks in their own words, without the callback's name that fastai puts before them"
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        e.args = tuple(re.sub(r"^Exception occured in `\w+` when calling event `\w+`:\s+", "", str(a)) for a in e.args)
+        raise
+
+
 def _train(learn, cfg, out, state):
     "Train the epochs that are left; of several processes that of rank 0 writes the results"
     keeper, done = RunState(out, asdict(cfg), state), state["epochs"] if state else 0
@@ -401,6 +412,6 @@ def _train(learn, cfg, out, state):
             _warn_short(learn, cfg)
             cbs = [keeper, StopOnDivergence(), EpochLines(), *([WatchTests()] if cfg.watch_tests else [])]
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
-            with _distributed(learn), nullcontext() if sys.stdout.isatty() else learn.no_bar():
+            with _own_messages(), _distributed(learn), nullcontext() if sys.stdout.isatty() else learn.no_bar():
                 fit(cfg.epochs, cfg.lr, cbs=cbs, start_epoch=done)
         return None if rank_distrib() else write_results(learn, cfg, out, keeper.rows or state["rows"])

@@ -128,12 +128,8 @@ def test_paths_become_text(tmp_path):
 
 def test_the_order_of_the_fields_is_kept():
     "Runs are found by names whose parts stand in this order"
-    assert (
-        list(asdict(RunConfig("x")))
-        == (
-            "data kind method preset arch pretrained epochs bs lr wd opt schedule size channels level recipe "
-            "small_size small_pct all_crops eval_crops l1 l2 n_groups temperature momentum bank_groups affinity_reduction "
-            "normalize_compact anchors_only center_features label_smoothing key_eval balance valid_pct train_all "
-            "skip_broken seed precision workers watch_tests"
-        ).split()
-    )
+    order = """data kind method preset arch pretrained epochs bs lr wd opt schedule size channels level recipe
+        small_size small_pct all_crops eval_crops l1 l2 n_groups temperature momentum bank_groups affinity_reduction
+        normalize_compact anchors_only center_features label_smoothing key_eval balance valid_pct train_all skip_broken
+        seed precision workers watch_tests"""
+    assert list(asdict(RunConfig("x"))) == order.split()
