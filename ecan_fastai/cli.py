@@ -69,8 +69,7 @@ def _print_record(record, out):
 
 
 def _script(f):
-    """A console script from a function of its arguments: libraries' warnings to their own developers are hidden,
-    ours are one line"""
+    """Decorate a console script: hide libraries' warnings to their developers, and print ours in one line"""
 
     @wraps(f)
     def _inner(args=None):
@@ -103,7 +102,7 @@ def ecan_train(args=None):
     try:
         config = None if resume is not None else RunConfig(**typed)
         out = resume or out or Path("runs") / f"{_data_name(config.data)}-{config.method}-seed{config.seed}"
-        from ecan_fastai.runs import resume_run, start_run  # seconds of imports, after what can be told without them
+        from ecan_fastai.runs import resume_run, start_run  # takes seconds, so after the checks above
 
         record = start_run(config, out) if config else resume_run(out, typed.get("data"))
     except (ValueError, OSError) as e:
@@ -159,10 +158,11 @@ def _with_model(prog, about, example):
 
 @_script
 def ecan_predict(args=None):
-    "Label pictures with a trained model"
+    "Label images with a trained model"
     p = _with_model(
         "ecan_predict",
-        "Label pictures of faces, or with --faces the faces in photographs and video: a table, or a CSV or JSON file.",
+        "Label images of faces, or with --faces the faces in photographs and video. Prints a table, or writes a CSV or "
+        "JSON file.",
         "ecan_predict runs/mine face.jpg more_faces/ --out labels.csv",
     )
     p.add_argument(
@@ -173,12 +173,14 @@ def ecan_predict(args=None):
         help="image file, or folder of images, each a face as the model was trained on; "
         "with --faces also whole photographs and video",
     )
-    p.add_argument("--faces", action="store_true", help="find the faces first (needs the extra `faces`): a row a face")
+    p.add_argument(
+        "--faces", action="store_true", help="find the faces first (needs the extra `faces`), one row for each"
+    )
     p.add_argument(
         "--every",
         type=float,
         metavar="SECONDS",
-        help="with --faces: time between the frames of a video that are looked at; default 1",
+        help="with --faces: time between the frames of a video; default 1",
     )
     p.add_argument(
         "--out",
@@ -189,7 +191,7 @@ def ecan_predict(args=None):
     given = p.parse_args(args)
     _out(p, given.out, ".csv", ".json")
     if given.every is not None and not given.faces:
-        p.error("--every goes with --faces")
+        p.error("--every has no effect without --faces")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, picture_files
 
@@ -235,7 +237,7 @@ def ecan_evaluate(args=None):
         "ecan_evaluate runs/mine path/to/rafdb --split test",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--split",
         action="append",
@@ -259,24 +261,24 @@ def _print_evaluation(record):
     print(f"classes of both: {', '.join(renamed)}")
     if record["left_out"]:
         print(
-            "left out, because the model has no such class: "
+            "left out, because the model does not have the class: "
             f"{', '.join(f'{n} {label}' for label, n in record['left_out'].items())}"
         )
     if record["unseen"]:
-        print(f"classes of the model that the data does not have: {', '.join(record['unseen'])}")
+        print(f"classes that only the model has: {', '.join(record['unseen'])}")
     _print_splits({k: {**m, "eval_crops": record["crops"]} for k, m in record["splits"].items()})
 
 
 @_script
 def ecan_check(args=None):
-    "Look at a data set before training on it"
+    "Check a data set before training on it"
     p = argparse.ArgumentParser(
         "ecan_check",
-        description="Counts of every class and split, broken images, and images that stand in a data set twice.",
+        description="Count the images of every class and split, and find broken and duplicate images.",
         epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--distance",
         type=int,
@@ -285,7 +287,7 @@ def ecan_check(args=None):
         help="bits of 64 in which the perceptual hashes of a near pair may differ; default 2",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
-    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across two splits to FILE.png")
     given = p.parse_args(args)
     _out(p, given.out, ".csv")
     _out(p, given.picture, ".png", flag="--picture")
@@ -299,7 +301,7 @@ def ecan_check(args=None):
         if given.picture and len(report.leaks):
             show_pairs(report).savefig(given.picture, dpi=110)
         elif given.picture:
-            print("no pair across splits, so no picture")
+            print("no pair across two splits: no figure written")
 
 
 def _print_report(report):
@@ -307,7 +309,7 @@ def _print_report(report):
     print(f"\n\n{len(report.broken)} broken images")
     for said in list(report.broken.values())[:10]:
         print(f"  {said}")
-    print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)")
+    print("\nPairs of equal or nearly equal images (check near pairs by eye)")
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
 
 
@@ -324,12 +326,12 @@ def _setting(text):
         raise argparse.ArgumentTypeError(f"expected SETTING=VALUE with a setting of ecan_train, got {text!r}")
     if types[key] is bool or key == "pretrained" and value in ("true", "false"):
         if value not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{key} is true or false, got {value!r}")
+            raise argparse.ArgumentTypeError(f"{key} must be true or false, got {value!r}")
         return key, value == "true"
     try:
         return key, types[key](value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{key} is a number, got {value!r}") from None
+        raise argparse.ArgumentTypeError(f"{key} must be a number, got {value!r}") from None
 
 
 def _reproduce_parser():
@@ -345,7 +347,7 @@ def _reproduce_parser():
         "experiment", nargs="?", metavar="EXPERIMENT", help="table2 to table5, figure3a to figure7, or a question"
     )
     p.add_argument("--data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes, or `sample`")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is; default auto")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; default 1")
     p.add_argument(
         "--out",
@@ -427,7 +429,7 @@ def ecan_reproduce(args=None):
     except (ValueError, OSError) as e:
         p.exit(2, f"{p.prog}: error: {e}\n")
     except KeyboardInterrupt:
-        p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")
+        p.exit(130, f"\n{p.prog}: interrupted; repeat the command to resume\n")
 
 
 def _untouched(parser, given):

@@ -59,7 +59,7 @@ class RunConfig:
 
     # the order of the fields is that of the parts of a run's name, by which finished runs are found: append new ones
     data: str = _setting("data", "folder or csv file, or `sample` for faces that the package draws itself", MISSING)
-    kind: str = _setting("data", "what DATA is", "auto", ("auto", "sample", *KINDS))
+    kind: str = _setting("data", "kind of DATA", "auto", ("auto", "sample", *KINDS))
     method: str = _setting("method", "the paper's method, its baseline, or a row of its Table 3", "ecan", METHODS)
     preset: str = _setting(
         "run",
@@ -203,7 +203,7 @@ class RunConfig:
         if self.kind == "auto" and self.data == "sample":
             self.kind = "sample"
         if self.kind == "auto":
-            raise ValueError(f"the kind of {self.data} is not known: detect_kind tells it")
+            raise ValueError(f"the kind of {self.data} is not known: use resolve_config, which recognises it")
         for name in UNUSED[self.method]:
             if getattr(self, name) not in (None, getattr(RunConfig, name)):
                 warnings.warn(f"{name} has no effect with method {self.method}; ignored")

@@ -90,17 +90,17 @@ def experiment_runs(
         if any(k in s for s in exp["runs"].values()):
             raise ValueError(f"{name} varies {k} itself")
     if "axis" in exp and settings.get("train_all"):
-        raise ValueError(f"{name} is there to choose by valid, and train_all leaves no valid")
+        raise ValueError(f"{name} chooses by the valid split, and train_all leaves none")
     runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label, s in exp["runs"].items()}
     if len(set(map(run_name, runs.values()))) < len(runs):
-        raise ValueError(f"{name} varies what makes no difference with {', '.join(_settings(settings))}")
+        raise ValueError(f"the setting that {name} varies has no effect with {', '.join(_settings(settings))}")
     return runs
 
 # %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
     folder,  # Of a finished run
 ) -> dict:
-    "What is kept of a run; nothing in it tells where the data lay"
+    "Record of a finished run, without the location of its data; raises `ValueError` if a file was changed"
     folder = Path(folder)
     written, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     check_file(folder / "history.csv")
@@ -112,8 +112,8 @@ def run_record(
 def _same_data(record, file, other):
     if record["images"] != other["images"]:
         raise ValueError(
-            f"{file} is of other data than these runs: images {record['images']} there, {other['images']} here; "
-            "choose another folder for the records"
+            f"{file} was made from other data than these runs: it has images {record['images']}, these have "
+            f"{other['images']}; choose another folder for the records"
         )
 
 
@@ -126,7 +126,7 @@ def _save_record(folder, file):
 
 
 def _check_faces(record, file, faces):
-    "That a record is of these faces, by their number"
+    "Check that a record was made from this data set, by comparing image counts"
 
     def counted(n):
         return {
@@ -137,8 +137,8 @@ def _check_faces(record, file, faces):
     here, there = counted(Counter(f.split for f in faces)), counted(record["images"])
     if here != there and not record["config"].get("skip_broken"):
         raise ValueError(
-            f"{file} is of other data than this: images {there} there, {here} here; choose another folder for the "
-            "records"
+            f"{file} was made from other data: it has images {there}, this data has {here}; choose another folder for "
+            "the records"
         )
 
 
@@ -148,7 +148,7 @@ def _read_record(file, cfg):
     for k, asked in asdict(cfg).items():
         found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k, None))), _name(asked)
         if k not in _FREE and asked not in (None, "auto") and found != asked:
-            raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
+            raise ValueError(f"{file} is the record of a run with {k} {found}, expected {asked}")
     return record
 
 
@@ -206,7 +206,7 @@ def experiment_table(
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
 ) -> pd.DataFrame:  # A row a label; a column for each measure of each split, and the paper's own numbers
-    "What came out, beside what the paper says"
+    "Results of an experiment, and the paper's numbers"
     exp = _experiment(name)
     measures = [*exp["measures"], *[m for m in list(_NAMES)[3:] if m in results and m not in exp["measures"]]]
     table = {}
@@ -230,7 +230,7 @@ def experiment_table(
 
 
 def _note(name, results, kind, settings):
-    "What a reader of the table must know of its runs"
+    "Note on the runs of a table: settings, split, views and commits"
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
@@ -285,7 +285,7 @@ _AXES = dict(
     momentum="momentum m",
     lr="learning rate",
     wd="weight decay",
-    size="side of the pictures",
+    size="side of the images",
 )
 
 
@@ -333,7 +333,7 @@ def experiment_figure(
     faces: list | None = None,  # `Face` records, for class counts and maps of features
     folders: dict | None = None,  # Label to the run's folder, for confusion matrices and maps of features
 ):  # Figure, or None where the experiment has none, or none from records alone
-    "The picture of an experiment: a sweep from its results, another one from faces and runs"
+    "Draw the figure of an experiment: a sweep from its results, another one from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
         own = results[results["split"] == "valid"]
@@ -355,16 +355,16 @@ def experiment_figure(
     if faces is None:
         return None
     split = _first_test(f.split for f in faces)
-    if exp.get("picture") == "classes":
+    if exp.get("figure") == "classes":
         return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
-    if exp.get("picture") == "tsne":
+    if exp.get("figure") == "tsne":
         return _tsne(folders, faces, split)
-    if exp.get("picture") == "confusion":
+    if exp.get("figure") == "confusion":
         return _confusions(folders, split)
 
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
-    "That a run in `folder` is the one asked for"
+    "Raise `ValueError` if a folder holds the run of other settings or data"
     written = read_config(folder)
     for k, asked in asdict(cfg).items():
         found = getattr(written, k)
@@ -375,8 +375,8 @@ def _check_same(cfg, folder):
         )
         if not same and asked not in (None, "auto") and k != "workers":
             raise ValueError(
-                f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the "
-                "runs, or move that one away"
+                f"{folder} holds a run with {k} {found}, expected {asked}: choose another folder for the runs, or move "
+                "that one away"
             )
 
 # %% ../nbs/13_experiments.ipynb #f38d986e
@@ -438,15 +438,15 @@ def _make_runs(runs, make):
 
 # %% ../nbs/13_experiments.ipynb #2c008552
 def _needed_faces(exp, name, data, kind, out):
-    "Faces for the experiment's picture, read before anything is trained"
-    if "picture" not in exp:
+    "Faces for the figure of an experiment, read before anything is trained"
+    if "figure" not in exp:
         return None
     if kind == "sample":
         with lock_run(out / "faces", timeout=-1):
             data, kind = sample_faces(out / "faces", channels=1), "folder"
     faces = read_faces(data, kind)
-    if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None:
-        raise ValueError(f"{name} is drawn of a test split, and {data} has none")
+    if exp["figure"] != "classes" and _first_test(f.split for f in faces) is None:
+        raise ValueError(f"{name} needs a test split, and {data} has none")
     return faces
 
 # %% ../nbs/13_experiments.ipynb #c2f79898
@@ -458,8 +458,8 @@ def _check_record(file, cfg, faces):
 
 
 def _needs_folder(exp, cfg):
-    "Whether the experiment's picture is drawn from the folder of a run"
-    return cfg.seed == 0 and exp.get("picture") in ("tsne", "confusion")
+    "Whether the figure is drawn from the folder of a run"
+    return cfg.seed == 0 and exp.get("figure") in ("tsne", "confusion")
 
 # %% ../nbs/13_experiments.ipynb #f3d81b72
 def _write_table(name, records, kind, given, out, say):
@@ -478,10 +478,10 @@ def _write_table(name, records, kind, given, out, say):
 
 
 def _write_figure(name, results, kind, faces, folders, file, say):
-    "Draw the experiment's picture, if it has one and its runs are finished"
+    "Draw the figure of an experiment, if it has one and its runs are finished"
     unfinished = [f.name for f in folders.values() if not (f / "metrics.json").exists()]
-    if _experiment(name).get("picture") in ("tsne", "confusion") and unfinished:
-        return say(f"no picture yet: it needs the finished runs {', '.join(unfinished)}")
+    if _experiment(name).get("figure") in ("tsne", "confusion") and unfinished:
+        return say(f"no figure yet: these runs are not finished: {', '.join(unfinished)}")
     with plt.rc_context({"text.parse_math": "axis" in _experiment(name)}):  # no formulas in names of classes
         figure = experiment_figure(name, results, kind, faces, folders)
         if figure is not None:
@@ -502,7 +502,7 @@ def reproduce(
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
     """Make the runs of an experiment that are missing and that no other process is at, then its table (Markdown and
-    CSV) from all that are finished, and its picture (PNG)"""
+    CSV) from all that are finished, and its figure (PNG)"""
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)

@@ -183,7 +183,7 @@ def test_a_run_is_asked_for(tmp_path, capsys):
     [
         (cli.ecan_predict, ["run", "x.png", "--out", "t.txt"], "--out: expected a name ending in .csv or .json"),
         (cli.ecan_predict, ["run", "x.png", "--out", "/no/where/t.csv"], "--out: no such folder: /no/where"),
-        (cli.ecan_predict, ["run", "x.mp4", "--every", "2"], "--every goes with --faces"),
+        (cli.ecan_predict, ["run", "x.mp4", "--every", "2"], "--every has no effect without --faces"),
         (cli.ecan_evaluate, ["run", "x", "--out", "t.csv"], "--out: expected a name ending in .json"),
         (cli.ecan_check, ["x", "--picture", "t.csv"], "--picture: expected a name ending in .png"),
         (cli.ecan_check, ["/no/where"], "no such file or folder: /no/where"),

@@ -185,7 +185,8 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "args,said", [(["--every", "1"], "--every goes with --faces"), (["--faces", "--every", "0"], "seconds above 0")]
+    "args,said",
+    [(["--every", "1"], "--every has no effect without --faces"), (["--faces", "--every", "0"], "seconds above 0")],
 )
 def test_what_is_wrong_is_said(run, tmp_path, args, said, capsys):
     file = video(tmp_path / "v.avi", [np.zeros((48, 48, 3), np.uint8)] * 3)
