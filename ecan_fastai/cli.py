@@ -194,6 +194,7 @@ def ecan_predict(args=None):
         p.error("--every has no effect without --faces")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, picture_files
+        from ecan_fastai.runfiles import write_whole
 
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
@@ -203,9 +204,9 @@ def ecan_predict(args=None):
         if given.out is None:
             _print_faces(table)
         elif given.out.suffix == ".csv":
-            table.round(5).to_csv(given.out, index=False)
+            write_whole(given.out, lambda f: table.round(5).to_csv(f, index=False))
         else:
-            given.out.write_text(table.round(5).to_json(orient="records", indent=1))
+            write_whole(given.out, lambda f: f.write_text(table.round(5).to_json(orient="records", indent=1)))
 
 
 def _found_faces(predictor, given):
@@ -249,11 +250,12 @@ def ecan_evaluate(args=None):
     _out(p, given.out, ".json")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor
+        from ecan_fastai.runfiles import write_whole
 
         record = Predictor(given.run, given.crops, given.device).evaluate(given.data, given.kind, given.split)
         _print_evaluation(record)
         if given.out:
-            given.out.write_text(json.dumps(record, indent=1))
+            write_whole(given.out, lambda f: f.write_text(json.dumps(record, indent=1)))
 
 
 def _print_evaluation(record):
@@ -293,13 +295,14 @@ def ecan_check(args=None):
     _out(p, given.picture, ".png", flag="--picture")
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
+        from ecan_fastai.runfiles import write_whole
 
         report = check_data(given.data, given.kind, given.distance)
         _print_report(report)
         if given.out:
-            report.pairs.drop(columns=["a", "b"]).to_csv(given.out, index=False)
+            write_whole(given.out, lambda f: report.pairs.drop(columns=["a", "b"]).to_csv(f, index=False))
         if given.picture and len(report.leaks):
-            show_pairs(report).savefig(given.picture, dpi=110)
+            write_whole(given.picture, lambda f: show_pairs(report).savefig(f, dpi=110, format="png"))
         elif given.picture:
             print("no pair across two splits: no figure written")
 

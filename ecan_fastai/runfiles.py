@@ -131,8 +131,10 @@ def lock_run(
 ):  # Context manager
     "Lock a run's folder; raises `InUse` if another process holds the lock"
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(out.with_name(f".{out.name}.lock"), is_singleton=True).acquire(timeout=timeout)
     except Timeout:
         raise InUse(f"another process is using {out}: wait until it has finished, or choose another folder") from None
+    except OSError as e:
+        raise OSError(f"cannot write to {out.parent}: {e.strerror}") from e

@@ -90,8 +90,8 @@ def _settle_precision(cfg):
 
 
 def _sample(folder, channels):
-    "Faces drawn by the first process that comes, and read by the others of a distributed run"
-    with lock_run(folder, timeout=-1):
+    "Draw the sample; of the processes of a distributed run the first one draws it"
+    with lock_run(folder, timeout=-1) if num_distrib() > 1 else nullcontext():
         return sample_faces(folder, channels=channels)
 
 
@@ -295,7 +295,9 @@ def _check_new(out):
         raise ValueError(f"{out} already holds a run: give another folder with --out, or resume it with --resume {out}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder for the run, got the file {out}")
-    others = sorted({p.name for p in out.iterdir()} - {"faces", _DATA_FILE, SUMS}) if out.exists() else []
+    others = (
+        sorted({p.name for p in out.iterdir()} - {"faces", ".faces.lock", _DATA_FILE, SUMS}) if out.exists() else []
+    )
     if others:
         raise ValueError(f"expected a new or empty folder for the run, and {out} holds {', '.join(others[:5])}")
 
@@ -389,7 +391,7 @@ def _distributed(learn):
         raise ValueError("training in several processes needs accelerate: pip install accelerate")
     import fastai.distributed  # noqa: F401  adds `distrib_ctx`, and cannot be imported without accelerate
 
-    return learn.distrib_ctx()
+    return learn.distrib_ctx(sync_bn=learn.dls.device.type == "cuda")  # torch has SyncBatchNorm for GPUs alone
 
 
 @contextmanager

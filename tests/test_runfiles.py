@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ecan_fastai import runfiles
 from ecan_fastai.runfiles import (
     SUMS,
     InUse,
@@ -191,3 +192,12 @@ def test_a_lock_ends_with_its_process(tmp_path):
         process.wait()
     with lock_run(tmp_path / "run"):
         pass
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(tmp_path / ".run.lock"))
+
+    monkeypatch.setattr(runfiles.FileLock, "acquire", denied)
+    with pytest.raises(OSError, match=f"^cannot write to {tmp_path}: Permission denied$"):
+        lock_run(tmp_path / "run")

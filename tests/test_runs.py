@@ -834,7 +834,7 @@ def test_several_processes_train_in_fastais_context(faces, tmp_path, monkeypatch
     entered = []
 
     @contextmanager
-    def distrib_ctx(self):
+    def distrib_ctx(self, sync_bn):
         entered.append("in")
         monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is there to gather from
         yield self
