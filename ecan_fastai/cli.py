@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shlex
 import sys
 import warnings
 from contextlib import contextmanager
@@ -9,91 +11,47 @@ from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 
-from ecan_fastai.config import CHOICES, CROPS, KINDS, RunConfig, setting_types
-
-HELP = dict(
-    kind="what DATA is",
-    preset="defaults: the paper's, or what did better in short runs on FER2013's valid split",
-    method="the paper's method, its baseline, or a row of its Table 3",
-    arch="name of a timm model (resnet18; tuned resnet18_half)",
-    pretrained="timm's pretrained weights (DATA stands before it); with PATH those of a run's folder or a checkpoint",
-    epochs="epochs (sample 12, FER2013 200, other data 40)",
-    bs="batch size (sample 32, else 256, less for small data)",
-    lr="highest learning rate (paper: 0.1 at batch 256, in proportion; adam: 0.002)",
-    wd="weight decay (paper 5e-4, adam 1e-2)",
-    opt="optimizer: the paper's SGD, or Adam (sample adam, else paper)",
-    schedule="learning rate schedule",
-    size="side in pixels (sample and FER2013 48, other data 224)",
-    channels="1 grey, 3 colour (sample and FER2013 1, other data 3)",
-    level="augmentation level of the paper's Table 1 (sample weak, else strong)",
-    recipe="column of Table 1 (sample and FER2013 fer2013, other data rafdb)",
-    small_size="side in pixels of the views in the first epochs; 0 for none",
-    small_pct="share of the epochs that small_size is for",
-    all_crops="train on all five crops of FiveCrop, not on a random one",
-    eval_crops="evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
-    l1="share of the contrastive loss (lambda 1)",
-    l2="weight of the MVA or center loss (lambda 2; 0.7, center 0.003)",
-    n_groups="feature groups of MVA (V)",
-    temperature="temperature of the contrastive loss (0.1)",
-    momentum="momentum of the key encoder (sample 0.99, else 0.999)",
-    bank_groups="batches that the memory bank holds (K)",
-    affinity_reduction="affinity loss as mean, or as the literal sum of Eq. 8",
-    normalize_compact="L2-normalise the features for the MVA or center loss",
-    anchors_only="gradient of the contrastive loss through the anchors alone; same value, about half the gradient",
-    center_features="subtract the bank's mean feature from all features of the contrastive loss (tuned yes, paper no)",
-    label_smoothing="label smoothing of cross-entropy, 0 to 1 (0)",
-    key_eval="key encoder in evaluation mode, its running statistics moved like its parameters",
-    balance="for unequal classes: sample them equally often (sampler), weight cross-entropy (weights), "
-    "or use bank entries of rare classes as positives (positives)",
-    valid_pct="share of train held out, where the data has no valid split",
-    train_all="train on that share too; it is then reported as seen",
-    skip_broken="go on without images that cannot be read",
-    seed="seed of everything",
-    precision="auto takes bf16 where the GPU or processor computes it natively, else fp32; fp16 needs a GPU",
-    workers="loader processes (default: one a core, 16 at most)",
-    watch_tests="also record the test splits' accuracy after every epoch, for comparison with best-epoch results; "
-    "has no effect on training",
-)
+from ecan_fastai.config import CROPS, GROUPS, KINDS, RunConfig, help_text, setting_types
 
 
-def _parser(config, choices):
+def _parser():
+    "Options of `ecan_train`: only those that are typed are in what it returns, the rest is left to `RunConfig`"
     p = argparse.ArgumentParser(
         "ecan_train",
         description="Train a facial-expression model and write a run folder: settings, history, metrics, predictions, "
-        "images, weights, exported learner.",
+        "figures, weights, exported learner.",
         epilog="Example: ecan_train sample",
+        argument_default=argparse.SUPPRESS,
     )
-    p.add_argument(
-        "data",
-        nargs="?",
-        metavar="DATA",
-        help="folder or csv file, or `sample` for faces that the package draws itself",
+    groups = {name: p.add_argument_group(name) for name in GROUPS}
+    for f in fields(RunConfig):
+        group = groups[f.metadata["group"]]
+        if f.name == "data":
+            group.add_argument("data", nargs="?", metavar="DATA", help=f.metadata["help"])
+        else:
+            group.add_argument(f"--{f.name.replace('_', '-')}", help=help_text(f), **_option(f))
+    groups["run"].add_argument(
+        "--out", type=Path, help="folder of the run, new or empty; default runs/<data>-<method>-seed<seed>"
     )
-    p.add_argument("--out", type=Path, help="folder of the run (default runs/<data>-<method>-seed<seed>)")
-    p.add_argument(
+    groups["run"].add_argument(
         "--resume",
         type=Path,
         metavar="RUN",
         help="resume the interrupted run in this folder; takes no other option, and DATA only if the data was moved",
     )
-    types = setting_types(config)
-    for f in fields(config)[1:]:
-        flag, default = (
-            f"--{f.name.replace('_', '-')}",
-            f"; default {f.default}" if f.default is not None and types[f.name] is not bool else "",
-        )
-        if f.name == "pretrained":
-            kind, default = dict(nargs="?", const=True, default=False, metavar="PATH"), ""
-        elif types[f.name] is bool and f.default is None:
-            kind = dict(action=argparse.BooleanOptionalAction, default=None)
-        elif types[f.name] is bool:
-            kind = dict(action="store_true")
-        elif f.name in choices:
-            kind = dict(type=types[f.name], default=f.default, choices=choices[f.name])
-        else:
-            kind = dict(type=types[f.name], default=f.default, metavar=types[f.name].__name__.upper())
-        p.add_argument(flag, help=HELP[f.name] + default, **kind)
     return p
+
+
+def _option(f):
+    "How argparse reads a field of `RunConfig`"
+    of_type = setting_types(RunConfig)[f.name]
+    if f.name == "pretrained":
+        return dict(nargs="?", const=True, metavar="PATH")
+    if of_type is bool:
+        return dict(action="store_true" if f.default is False else argparse.BooleanOptionalAction)
+    if f.metadata["choices"]:
+        return dict(type=of_type, choices=f.metadata["choices"])
+    return dict(type=of_type, metavar=of_type.__name__.upper())
 
 
 def _print_splits(splits):
@@ -116,8 +74,7 @@ def printable(text):
 
 
 def _script(f):
-    """A console script from a function of its arguments: libraries' warnings to their own developers are hidden,
-    ours are one line"""
+    """Decorate a console script: hide libraries' warnings to their developers, and print ours in one line"""
 
     @wraps(f)
     def _inner(args=None):
@@ -138,33 +95,37 @@ def _data_name(data):
 @_script
 def ecan_train(args=None):
     "Train a model and write a run folder"
-    parser = _parser(RunConfig, CHOICES)
-    given = parser.parse_args(args)
-    options = {k: v for k, v in vars(given).items() if k not in ("out", "resume")}
-    if given.resume is not None:
-        if given.out is not None or any(options[k] != parser.get_default(k) for k in options if k != "data"):
-            parser.error(
-                "--resume takes all settings from the run's folder: give nothing else with it but DATA, if it moved"
-            )
-        out = given.resume
-    elif given.data is None:
+    parser = _parser()
+    typed = vars(parser.parse_args(args))
+    out, resume = typed.pop("out", None), typed.pop("resume", None)
+    if resume is not None and (out is not None or typed.keys() - {"data"}):
+        parser.error(
+            "--resume takes all settings from the run's folder: give nothing else with it but DATA, if it was moved"
+        )
+    if resume is None and "data" not in typed:
         parser.error("DATA is missing: a folder, a csv file, or `sample`")
-    else:
-        out = given.out or Path("runs") / f"{_data_name(given.data)}-{given.method}-seed{given.seed}"
     try:
-        config = None if given.resume is not None else RunConfig(**options)
-        from ecan_fastai.runs import resume_run, start_run  # seconds of imports, after what can be told without them
+        config = None if resume is not None else RunConfig(**typed)
+        out = resume or out or Path("runs") / f"{_data_name(config.data)}-{config.method}-seed{config.seed}"
+        from ecan_fastai.runs import resume_run, start_run  # takes seconds, so after the checks above
 
-        record = start_run(config, out) if config else resume_run(out, given.data)
+        record = start_run(config, out) if config else resume_run(out, typed.get("data"))
     except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
-        parser.exit(
-            130,
-            f"\n{parser.prog}: interrupted; finished epochs are in {out}, go on with: {parser.prog} --resume {out}\n",
-        )
-    if record is not None:  # of several processes the first one has it
+        parser.exit(130, f"\n{parser.prog}: interrupted; {_left(out, parser.prog)}\n")
+    if record is not None:  # None in the processes of a distributed run that write nothing
         _print_record(record, out)
+
+
+def _left(out, prog):
+    "What an interrupted run leaves, and how to resume it"
+    resume = f"{prog} --resume {shlex.quote(str(out))}"
+    if out is not None and (out / "checkpoint.pth").exists():
+        return f"the finished epochs are in {out}, resume with: {resume}"
+    if out is not None and (out / "config.json").exists():
+        return f"no epoch was finished; {out} holds the settings, start over with: {resume}"
+    return "no epoch was finished, and there is nothing to resume"
 
 
 # Trained models, and data
@@ -202,10 +163,11 @@ def _with_model(prog, about, example):
 
 @_script
 def ecan_predict(args=None):
-    "Label pictures with a trained model"
+    "Label images with a trained model"
     p = _with_model(
         "ecan_predict",
-        "Label pictures of faces, or with --faces the faces in photographs and video: a table, or a CSV or JSON file.",
+        "Label images of faces, or with --faces the faces in photographs and video. Prints a table, or writes a CSV or "
+        "JSON file.",
         "ecan_predict runs/mine face.jpg more_faces/ --out labels.csv",
     )
     p.add_argument(
@@ -216,7 +178,9 @@ def ecan_predict(args=None):
         help="image file, or folder of images, each a face as the model was trained on; "
         "with --faces also whole photographs and video",
     )
-    p.add_argument("--faces", action="store_true", help="find the faces first (needs the extra `faces`): a row a face")
+    p.add_argument(
+        "--faces", action="store_true", help="find the faces first (needs the extra `faces`), one row for each"
+    )
     p.add_argument(
         "--every",
         type=float,
@@ -262,12 +226,13 @@ def ecan_predict(args=None):
     _out(p, given.heatmaps, ".png", flag="--heatmaps")
     for option in ("every", "seconds", "smoothing", "annotated"):
         if getattr(given, option) is not None and not given.faces:
-            p.error(f"--{option} goes with --faces")
+            p.error(f"--{option} has no effect without --faces")
     if given.heatmaps and given.faces:
         p.error("--heatmaps takes images of faces: leave --faces out")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, find_images
         from ecan_fastai.readers.records import write_csv
+        from ecan_fastai.runfiles import write_whole
 
         if given.by and not given.by.is_file():
             raise FileNotFoundError(f"no such file: {given.by}")
@@ -284,9 +249,9 @@ def ecan_predict(args=None):
         if given.out is None:
             _print_faces(table)
         elif given.out.suffix == ".csv":
-            write_csv(table.round(5), given.out)
+            write_whole(given.out, lambda f: write_csv(table.round(5), f))
         else:
-            given.out.write_text(table.round(5).to_json(orient="records", indent=1))
+            write_whole(given.out, lambda f: f.write_text(table.round(5).to_json(orient="records", indent=1)))
         if given.by:
             _print_groups(table, files, given.by, predictor.vocab)
         if not given.faces and len(table) < len(files):
@@ -334,7 +299,7 @@ def ecan_evaluate(args=None):
         "ecan_evaluate runs/mine path/to/rafdb --split test",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--split",
         action="append",
@@ -346,11 +311,12 @@ def ecan_evaluate(args=None):
     _out(p, given.out, ".json")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor
+        from ecan_fastai.runfiles import write_whole
 
         record = Predictor(given.run, given.crops, given.device).evaluate(given.data, given.kind, given.split)
         _print_evaluation(record)
         if given.out:
-            given.out.write_text(json.dumps(record, indent=1))
+            write_whole(given.out, lambda f: f.write_text(json.dumps(record, indent=1)))
 
 
 def _print_evaluation(record):
@@ -358,24 +324,24 @@ def _print_evaluation(record):
     print(f"classes of both: {', '.join(renamed)}")
     if record["left_out"]:
         print(
-            "left out, because the model has no such class: "
+            "left out, because the model does not have the class: "
             f"{', '.join(f'{n} {label}' for label, n in record['left_out'].items())}"
         )
     if record["unseen"]:
-        print(f"classes of the model that the data does not have: {', '.join(record['unseen'])}")
+        print(f"classes that only the model has: {', '.join(record['unseen'])}")
     _print_splits({k: {**m, "eval_crops": record["crops"]} for k, m in record["splits"].items()})
 
 
 @_script
 def ecan_check(args=None):
-    "Look at a data set before training on it"
+    "Check a data set before training on it"
     p = argparse.ArgumentParser(
         "ecan_check",
-        description="Counts of every class and split, broken images, and images that stand in a data set twice.",
+        description="Count the images of every class and split, and find broken and duplicate images.",
         epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--distance",
         type=int,
@@ -384,22 +350,23 @@ def ecan_check(args=None):
         help="bits of 64 in which the perceptual hashes of a near pair may differ; default 2",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
-    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across two splits to FILE.png")
     given = p.parse_args(args)
     _out(p, given.out, ".csv")
     _out(p, given.picture, ".png", flag="--picture")
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
         from ecan_fastai.readers.records import write_csv
+        from ecan_fastai.runfiles import write_whole
 
         report = check_data(given.data, given.kind, given.distance)
         _print_report(report)
         if given.out:
-            write_csv(report.pairs.drop(columns=["a", "b"]), given.out)
+            write_whole(given.out, lambda f: write_csv(report.pairs.drop(columns=["a", "b"]), f))
         if given.picture and len(report.leaks):
-            show_pairs(report).savefig(given.picture, dpi=110)
+            write_whole(given.picture, lambda f: show_pairs(report).savefig(f, dpi=110, format="png"))
         elif given.picture:
-            print("no pair across splits, so no picture")
+            print("no pair across two splits: no figure written")
 
 
 def _print_report(report):
@@ -407,7 +374,7 @@ def _print_report(report):
     print(f"\n\n{len(report.broken)} broken images")
     for said in list(report.broken.values())[:10]:
         print(f"  {printable(said)}")
-    print("\nPairs of images that are the same, or nearly (a near pair is a suspicion: look at it)")
+    print("\nPairs of equal or nearly equal images (check near pairs by eye)")
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
 
 
@@ -456,55 +423,92 @@ def _setting(text):
         raise argparse.ArgumentTypeError(f"expected SETTING=VALUE with a setting of ecan_train, got {text!r}")
     if types[key] is bool or key == "pretrained" and value in ("true", "false"):
         if value not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{key} is true or false, got {value!r}")
+            raise argparse.ArgumentTypeError(f"{key} must be true or false, got {value!r}")
         return key, value == "true"
     try:
         return key, types[key](value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{key} is a number, got {value!r}") from None
+        raise argparse.ArgumentTypeError(f"{key} must be a number, got {value!r}") from None
 
 
-@_script
-def ecan_reproduce(args=None):
-    "Make the runs of a table or figure, then the table or figure"
+def _reproduce_parser():
     p = argparse.ArgumentParser(
         "ecan_reproduce",
         description="Reproduce a table or figure of the paper, or answer an open question: train the missing runs, "
-        "then write the table, with the paper's numbers where it has some for that data, and the figure. "
-        "Without EXPERIMENT: list what there is.",
+        "then write the table from all that are finished, with the paper's numbers where it has some for that data, "
+        "and the figure. Several processes may share a folder: each takes other runs. Without EXPERIMENT: list what "
+        "there is.",
         epilog="Example: ecan_reproduce table5 --data path/to/fer2013 --seeds 3",
     )
     p.add_argument(
         "experiment", nargs="?", metavar="EXPERIMENT", help="table2 to table5, figure3a to figure7, or a question"
     )
     p.add_argument("--data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes, or `sample`")
-    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="what DATA is")
+    p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; default 1")
     p.add_argument(
         "--out",
         type=Path,
         default=Path("runs/reproduce"),
         metavar="DIR",
-        help="where runs, records and tables go; default runs/reproduce",
+        help="folder of runs, records and tables; default runs/reproduce",
     )
-    p.add_argument("--records", type=Path, metavar="DIR", help="where the records go; default DIR/records")
+    p.add_argument("--records", type=Path, metavar="DIR", help="folder of the records; default DIR/records")
     p.add_argument(
         "--set",
         type=_setting,
         action="append",
         default=[],
         metavar="SETTING=VALUE",
-        help="a setting of ecan_train for all runs, as epochs=8; may be given again",
+        help="a setting of ecan_train for all runs, such as epochs=8; may be repeated",
     )
+    which = p.add_mutually_exclusive_group()
+    which.add_argument(
+        "--commands",
+        action="store_true",
+        help="train nothing: print a command for each run, to be executed in any order, also at the same time (xargs, "
+        "a job array)",
+    )
+    which.add_argument("--only", metavar="RUN", help="make this one of the runs alone, as --commands names it")
+    return p
+
+
+def _commands(given):
+    "A command for each run of an experiment, which can be executed from any folder"
+    from ecan_fastai.experiments import planned_runs, run_stem
+
+    script = Path(sys.executable).with_name("ecan_reproduce")
+    command = [str(script) if script.exists() else script.name, given.experiment]
+    command += ["--data", given.data if given.data == "sample" else os.path.abspath(given.data)]
+    command += ["--kind", given.kind, "--seeds", str(given.seeds), "--out", os.path.abspath(given.out)]
+    if given.records is not None:
+        command += ["--records", os.path.abspath(given.records)]
+    for k, v in given.set:
+        if k == "pretrained" and isinstance(v, str):
+            v = os.path.abspath(v)
+        command += ["--set", f"{k}={str(v).lower() if isinstance(v, bool) else v}"]
+    for _, cfg in planned_runs(given.experiment, given.data, given.seeds, given.kind, **dict(given.set)):
+        yield shlex.join([*command, "--only", run_stem(cfg)])
+
+
+@_script
+def ecan_reproduce(args=None):
+    "Make the runs of a table or figure, then the table or figure"
+    p = _reproduce_parser()
     given = p.parse_args(args)
     if given.experiment is not None and given.data is None:
         p.error("--data is missing: the path of a data set, or `sample`")
+    if given.experiment is None and (typed := vars(given).keys() - {"experiment"} - _untouched(p, given)):
+        p.error(f"EXPERIMENT is missing: --{', --'.join(sorted(typed))} has no effect without it")
     try:
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
 
         if given.experiment is None:
             for name, e in EXPERIMENTS.items():
                 print(f"{name:<14}{len(e['runs']):>3} runs a seed   {e['title']}")
+            return
+        if given.commands:
+            print("\n".join(_commands(given)))
             return
         table = reproduce(
             given.experiment,
@@ -514,6 +518,7 @@ def ecan_reproduce(args=None):
             given.kind,
             given.records,
             lambda said: print(said, flush=True),
+            given.only,
             **dict(given.set),
         )
         if not table.empty:
@@ -521,4 +526,9 @@ def ecan_reproduce(args=None):
     except (ValueError, OSError) as e:
         p.exit(2, f"{p.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
-        p.exit(130, f"\n{p.prog}: interrupted; the same command goes on from here\n")
+        p.exit(130, f"\n{p.prog}: interrupted; repeat the command to resume\n")
+
+
+def _untouched(parser, given):
+    "Options that have their defaults"
+    return {k for k, v in vars(given).items() if v == parser.get_default(k)}

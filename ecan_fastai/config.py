@@ -1,54 +1,18 @@
-"""Names and settings of a run. Imports wait until they are needed, so that `--help` and a wrong argument are
+"""Names and settings of a run. Heavy imports wait until they are needed, so that `--help` and a wrong argument are
 answered at once."""
 
+import math
+import os
 import warnings
-from dataclasses import dataclass, fields
-from typing import get_args
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args
 
 LEVELS = ("none", "weak", "strong")
 RECIPES = ("rafdb", "fer2013")
 CROPS = {"center": 1, "flip": 2, "five": 5, "ten": 10}
 KINDS = ("fer2013", "rafdb", "ferplus", "affectnet", "expw", "ckplus", "csv", "folder")
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
-OPTIMIZERS = ("paper", "adam")
-SCHEDULES = ("one-cycle", "cosine")
-RUN_PRESETS = ("paper", "tuned")
-BALANCES = ("none", "sampler", "weights", "positives")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
-CHOICES = dict(
-    preset=RUN_PRESETS,
-    kind=("auto", "sample", *KINDS),
-    method=METHODS,
-    level=LEVELS,
-    recipe=RECIPES,
-    eval_crops=tuple(CROPS),
-    opt=OPTIMIZERS,
-    schedule=SCHEDULES,
-    precision=PRECISIONS,
-    balance=BALANCES,
-    affinity_reduction=("mean", "sum"),
-    channels=(1, 3),
-)
-
-# settings that decide nothing in a run of the method
-_NO_GROUPS = ("n_groups", "bank_groups", "affinity_reduction")
-UNUSED = dict(
-    ecan=(),
-    ensc=("l2", "n_groups", "affinity_reduction", "normalize_compact"),
-    supcon=("l2", *_NO_GROUPS, "normalize_compact", "center_features"),
-    center=("l1", "temperature", *_NO_GROUPS, "anchors_only", "center_features"),
-    baseline=(
-        "l1",
-        "l2",
-        "temperature",
-        "momentum",
-        "normalize_compact",
-        "anchors_only",
-        "center_features",
-        "key_eval",
-        *_NO_GROUPS,
-    ),
-)
+GROUPS = ("data", "method", "optimizer", "evaluation", "run")
 
 # defaults by kind of data: the paper's for FER2013, those for RAF-DB for other data, a quick run for the sample
 COMMON = dict(arch="resnet18", l2=0.7, temperature=0.1, center_features=False, label_smoothing=0.0)
@@ -58,75 +22,171 @@ PRESETS = {
     "ckplus": dict(size=48, channels=1, recipe="fer2013", level="strong", epochs=40, opt="paper", momentum=0.999),
     "other": dict(size=224, channels=3, recipe="rafdb", level="strong", epochs=40, opt="paper", momentum=0.999),
 }
-PRESETS["ferplus"] = PRESETS["fer2013"]  # the same pictures
+PRESETS["ferplus"] = PRESETS["fer2013"]  # the same images
+METHOD_PRESETS = {"center": dict(l2=0.003)}
 
 # `--preset tuned`: what did better in short runs, on FER2013's valid split (nbs/09_fer2013.ipynb)
 TUNED = {"fer2013": dict(arch="resnet18_half", level="weak", epochs=40, momentum=0.99, center_features=True)}
 TUNED["ferplus"] = TUNED["fer2013"]
 
+# allowed ranges of numbers: what a message says, and the test
+_POSITIVE = ("above 0", lambda v: 0 < v < math.inf)
+_NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
+_COUNT = ("at least 1", lambda v: v >= 1)
+_SHARE = ("between 0 and 1", lambda v: 0 <= v <= 1)
+_OPEN_SHARE = ("above 0 and below 1", lambda v: 0 < v < 1)
 
-def setting_types(config):
-    "Each setting of a dataclass to the type of a given value, without `None`"
-    return {f.name: (get_args(f.type) or (f.type,))[0] for f in fields(config)}
+_KEYS = ("ecan", "center", "supcon", "ensc")  # methods with a key encoder
+_CONTRAST = ("ecan", "supcon", "ensc")
+
+
+def _setting(
+    group,  # One of `GROUPS`
+    help,  # What it means, in a line; the defaults of presets and the methods are added to it
+    default=None,  # `None` stands for the preset
+    choices=None,  # Allowed values
+    valid=None,  # Range of a number, one of those above
+    methods=METHODS,  # Methods on which it has an effect
+) -> Any:
+    "A setting of `RunConfig`: everything that is said of it stands here"
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, methods=methods))
 
 
 @dataclass
 class RunConfig:
-    """Everything that decides a run; what each setting means is what `ecan_train --help` says of its option. `None`
-    stands for the preset of the data's kind"""
+    """Everything that decides a run. `None` stands for the preset of the data's kind, see `RunConfig.resolve`. Raises
+    `ValueError` for a value that is not allowed."""
 
-    data: str
-    kind: str = "auto"
-    method: str = "ecan"
-    preset: str = "paper"
-    arch: str | None = None
-    pretrained: str | bool = False  # True: timm's weights; else a run's folder or a checkpoint
-    epochs: int | None = None
-    bs: int | None = None
-    lr: float | None = None
-    wd: float | None = None
-    opt: str | None = None
-    schedule: str = "one-cycle"
-    size: int | None = None
-    channels: int | None = None
-    level: str | None = None
-    recipe: str | None = None
-    small_size: int = 0
-    small_pct: float = 0.75
-    all_crops: bool = False
-    eval_crops: str = "center"
-    l1: float = 0.2
-    l2: float | None = None
-    n_groups: int = 5
-    temperature: float | None = None
-    momentum: float | None = None
-    bank_groups: int = 16
-    affinity_reduction: str = "mean"
-    normalize_compact: bool = False
-    anchors_only: bool = False
-    center_features: bool | None = None
-    label_smoothing: float | None = None
-    key_eval: bool = False
-    balance: str = "none"
-    valid_pct: float = 0.1
-    train_all: bool = False
-    skip_broken: bool = False
-    seed: int = 0
-    precision: str = "auto"
-    workers: int | None = None
-    watch_tests: bool = False
+    # the order of the fields is that of the parts of a run's name, by which finished runs are found: append new ones
+    data: str = _setting("data", "folder or csv file, or `sample` for faces that the package draws itself", MISSING)
+    kind: str = _setting("data", "kind of DATA", "auto", ("auto", "sample", *KINDS))
+    method: str = _setting("method", "the paper's method, its baseline, or a row of its Table 3", "ecan", METHODS)
+    preset: str = _setting(
+        "run",
+        "defaults: the paper's, or those that did better in short runs on FER2013's valid split",
+        "paper",
+        ("paper", "tuned"),
+    )
+    arch: str | None = _setting("method", "name of a timm model")
+    pretrained: str | bool = _setting(
+        "method",
+        "start from timm's weights (give DATA before it), or with PATH from a run's folder or a checkpoint",
+        False,
+    )
+    epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)
+    bs: int | None = _setting(
+        "optimizer", "batch size; without it 256, less for small data", valid=("at least 2", lambda v: v >= 2)
+    )
+    lr: float | None = _setting(
+        "optimizer",
+        "highest learning rate; without it 0.1 at batch size 256 and in proportion (paper), 0.002 (adam)",
+        valid=_POSITIVE,
+    )
+    wd: float | None = _setting("optimizer", "weight decay; without it 5e-4 (paper), 1e-2 (adam)", valid=_NOT_NEGATIVE)
+    opt: str | None = _setting("optimizer", "the paper's SGD, or Adam", choices=("paper", "adam"))
+    schedule: str = _setting("optimizer", "learning rate schedule", "one-cycle", ("one-cycle", "cosine"))
+    size: int | None = _setting("data", "side of the images in pixels", valid=("at least 8 pixels", lambda v: v >= 8))
+    channels: int | None = _setting("data", "1 for grey, 3 for colour", choices=(1, 3))
+    level: str | None = _setting("data", "augmentation level of the paper's Table 1", choices=LEVELS)
+    recipe: str | None = _setting("data", "column of the paper's Table 1", choices=RECIPES)
+    small_size: int = _setting(
+        "data",
+        "side in pixels of the views in the first epochs, 0 for none",
+        0,
+        valid=("0 for none, or at least 8 pixels", lambda v: v == 0 or v >= 8),
+    )
+    small_pct: float = _setting("data", "share of the epochs on small_size", 0.75, valid=_SHARE)
+    all_crops: bool = _setting("data", "train on all five crops of FiveCrop instead of a random one", False)
+    eval_crops: str = _setting(
+        "evaluation",
+        "evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
+        "center",
+        tuple(CROPS),
+    )
+    l1: float = _setting("method", "share of the contrastive loss (lambda 1)", 0.2, valid=_SHARE, methods=_CONTRAST)
+    l2: float | None = _setting(
+        "method",
+        "weight of the MVA or center loss (lambda 2)",
+        valid=_NOT_NEGATIVE,
+        methods=("ecan", "center"),
+    )
+    n_groups: int = _setting("method", "feature groups of MVA (V)", 5, valid=_COUNT, methods=("ecan",))
+    temperature: float | None = _setting(
+        "method", "temperature of the contrastive loss", valid=_POSITIVE, methods=_CONTRAST
+    )
+    momentum: float | None = _setting(
+        "method",
+        "momentum of the key encoder (m)",
+        valid=("from 0 to below 1", lambda v: 0 <= v < 1),
+        methods=_KEYS,
+    )
+    bank_groups: int = _setting(
+        "method", "batches that the memory bank holds (K)", 16, valid=_COUNT, methods=("ecan", "ensc")
+    )
+    affinity_reduction: str = _setting(
+        "method", "affinity loss as mean, or as the literal sum of Eq. 8", "mean", ("mean", "sum"), methods=("ecan",)
+    )
+    normalize_compact: bool = _setting(
+        "method", "L2-normalise the features for the MVA or center loss", False, methods=("ecan", "center")
+    )
+    anchors_only: bool = _setting(
+        "method",
+        "gradient of the contrastive loss through the anchors alone; same value, about half the gradient",
+        False,
+        methods=_CONTRAST,
+    )
+    center_features: bool | None = _setting(
+        "method",
+        "subtract the bank's mean feature from all features of the contrastive loss",
+        methods=("ecan", "ensc"),
+    )
+    label_smoothing: float | None = _setting("method", "label smoothing of cross-entropy, 0 to 1", valid=_SHARE)
+    key_eval: bool = _setting(
+        "method",
+        "key encoder in evaluation mode, its running statistics moved like its parameters",
+        False,
+        methods=_KEYS,
+    )
+    balance: str = _setting(
+        "method",
+        "for unequal classes: sample them equally often (sampler), weight cross-entropy (weights), or use bank entries "
+        "of rare classes as positives (positives)",
+        "none",
+        ("none", "sampler", "weights", "positives"),
+    )
+    valid_pct: float = _setting(
+        "data", "share of train held out where the data has no valid split", 0.1, valid=_OPEN_SHARE
+    )
+    train_all: bool = _setting("data", "train on that share too; it is then reported as seen", False)
+    skip_broken: bool = _setting("data", "leave out images that cannot be read", False)
+    seed: int = _setting("run", "seed of all random numbers", 0, valid=_NOT_NEGATIVE)
+    precision: str = _setting(
+        "run",
+        "auto takes bf16 where the GPU or processor computes it natively, else fp32; fp16 needs a GPU",
+        "auto",
+        ("auto", "fp32", "fp16", "bf16"),
+    )
+    workers: int | None = _setting("run", "loader processes; without it one a core, at most 16", valid=_NOT_NEGATIVE)
+    watch_tests: bool = _setting(
+        "evaluation",
+        "also record the test splits' accuracy after every epoch, for comparison with best-epoch results; has no "
+        "effect on training",
+        False,
+    )
 
     def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, os.PathLike):
+                setattr(self, f.name, value := os.fspath(value))
+            if value is not None:
+                _check_value(f, value)
+        self._check_together()
+
+    def _check_together(self):
+        "Raise `ValueError` for settings that exclude each other"
         if self.kind == "sample" and self.data != "sample":
             raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"the learning rate must be above 0, got {self.lr}")
-        if self.wd is not None and not self.wd >= 0:
-            raise ValueError(f"weight decay must not be negative, got {self.wd}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"):
             raise ValueError(
                 f"balance positives is an option of the ENSC loss, which method {self.method} does not have: use ecan "
@@ -134,25 +194,16 @@ class RunConfig:
             )
         if self.balance == "positives" and not self.l1:
             raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
-        if self.small_size and self.small_size < 8:
-            raise ValueError(f"small_size must be at least 8 pixels, or 0 for none, got {self.small_size}")
         if not self.small_size and self.small_pct != RunConfig.small_pct:
             raise ValueError("small_pct has no effect without small_size: give both")
-        if not 0 <= self.small_pct <= 1:
-            raise ValueError(f"small_pct must be between 0 and 1, got {self.small_pct}")
-        if not 0 <= (self.label_smoothing or 0) <= 1:
-            raise ValueError(f"label smoothing must be between 0 and 1, got {self.label_smoothing}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
 
     def resolve(self):
-        "Fill in the preset of the data's kind, which must be known; what has no effect with the method becomes `None`"
+        """Fill in the preset of the data's kind, which must be known; settings that have no effect with the method
+        become `None`"""
         if self.kind == "auto" and self.data == "sample":
             self.kind = "sample"
         if self.kind == "auto":
-            raise ValueError(f"the kind of {self.data} is not known: detect_kind tells it")
+            raise ValueError(f"the kind of {self.data} is not known: use resolve_config, which recognises it")
         for name in UNUSED[self.method]:
             if getattr(self, name) not in (None, getattr(RunConfig, name)):
                 warnings.warn(f"{name} has no effect with method {self.method}; ignored")
@@ -174,9 +225,74 @@ class RunConfig:
             raise ValueError(
                 f"preset tuned is for data of kind {' or '.join(TUNED)}, and {self.data} is of kind {self.kind}"
             )
-        values = {**COMMON, **PRESETS.get(self.kind, PRESETS["other"])}
-        if self.preset == "tuned":
-            values |= TUNED[self.kind]
-        if self.method == "center":
-            values["l2"] = 0.003
-        return values
+        tuned = TUNED[self.kind] if self.preset == "tuned" else {}
+        return {**_defaults(self.kind), **tuned, **METHOD_PRESETS.get(self.method, {})}
+
+
+def _defaults(kind):
+    "Preset of a kind of data"
+    return {**COMMON, **PRESETS.get(kind, PRESETS["other"])}
+
+
+def _check_value(f, value):
+    types, allowed, valid = get_args(f.type) or (f.type,), f.metadata["choices"], f.metadata["valid"]
+    if not isinstance(value, (*types, int) if float in types else types):
+        raise ValueError(f"{f.name} must be of type {types[0].__name__}, got {value!r}")
+    if allowed and value not in allowed:
+        raise ValueError(f"unknown {f.name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+    if valid and not valid[1](value):
+        raise ValueError(f"{f.name} must be {valid[0]}, got {value}")
+
+
+# Settings that have no effect in a run of a method
+UNUSED = {m: tuple(f.name for f in fields(RunConfig) if m not in f.metadata["methods"]) for m in METHODS}
+
+
+def setting_types(config):
+    "Each setting of a dataclass to the type of a given value, without `None`"
+    return {f.name: (get_args(f.type) or (f.type,))[0] for f in fields(config)}
+
+
+def _shown(value):
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def default_text(
+    f,  # A field of `RunConfig`
+) -> str:  # Empty for settings that are off, or that depend on other settings
+    "The default of a setting, as the presets have it"
+    if f.default is not None:
+        return "" if isinstance(f.default, bool) or f.default is MISSING else f"default {f.default}"
+    if f.name not in _defaults("other") and all(f.name not in values for values in PRESETS.values()):
+        return ""
+    other = _defaults("other").get(f.name)
+    kinds: dict = {}
+    for kind in PRESETS:
+        if (value := _defaults(kind).get(f.name)) != other:
+            kinds.setdefault(value, []).append(kind)
+    parts = [] if other is None else [_shown(other)]
+    parts += [f"{_shown(value)} for {', '.join(names)}" for value, names in kinds.items()]
+    parts += [f"{_shown(TUNED['fer2013'][f.name])} with preset tuned"] if f.name in TUNED["fer2013"] else []
+    parts += [f"{_shown(own[f.name])} with method {m}" for m, own in METHOD_PRESETS.items() if f.name in own]
+    return f"default {'; '.join(parts)}"
+
+
+def help_text(
+    f,  # A field of `RunConfig`
+) -> str:
+    "What a setting means, the methods on which it has an effect, and its default"
+    methods = f.metadata["methods"]
+    parts = [f.metadata["help"]]
+    if methods != METHODS:
+        parts.append(f"for {', '.join(methods)}")
+    return "; ".join([*parts, *([text] if (text := default_text(f)) else [])])
+
+
+def _described():
+    "Every setting by group, a line each"
+    for group in GROUPS:
+        yield f"\n{group.capitalize()}:"
+        yield from (f"    {f.name}: {help_text(f)}" for f in fields(RunConfig) if f.metadata["group"] == group)
+
+
+RunConfig.__doc__ = f"{RunConfig.__doc__}\n" + "\n".join(_described())

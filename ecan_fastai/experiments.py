@@ -6,15 +6,17 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_name', 'experiment_runs', 'run_record', 'experiment_results', 'experiment_table',
-           'experiment_markdown', 'experiment_figure', 'reproduce', 'recorded_experiments']
+           'experiment_markdown', 'experiment_figure', 'run_stem', 'planned_runs', 'reproduce', 'recorded_experiments']
 
 # %% ../nbs/13_experiments.ipynb #44235c58
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -23,16 +25,8 @@ from .config import COMMON, UNUSED, RunConfig
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
-from ecan_fastai.runs import (
-    as_json,
-    lock_run,
-    read_config,
-    resolve_config,
-    resume_run,
-    start_run,
-    write_json,
-    write_whole,
-)
+from .runfiles import InUse, as_json, check_file, lock_run, read_json, write_whole
+from .runs import read_config, resolve_config, resume_run, start_run
 from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
@@ -96,22 +90,20 @@ def experiment_runs(
         if any(k in s for s in exp["runs"].values()):
             raise ValueError(f"{name} varies {k} itself")
     if "axis" in exp and settings.get("train_all"):
-        raise ValueError(f"{name} is there to choose by valid, and train_all leaves no valid")
+        raise ValueError(f"{name} chooses by the valid split, and train_all leaves none")
     runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label, s in exp["runs"].items()}
     if len(set(map(run_name, runs.values()))) < len(runs):
-        raise ValueError(f"{name} varies what makes no difference with {', '.join(_settings(settings))}")
+        raise ValueError(f"the setting that {name} varies has no effect with {', '.join(_settings(settings))}")
     return runs
 
 # %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
     folder,  # Of a finished run
 ) -> dict:
-    "What is kept of a run; nothing in it tells where the data lay"
+    "Record of a finished run, without the location of its data; raises `ValueError` if a file was changed"
     folder = Path(folder)
-    written, metrics = (
-        json.loads((folder / "config.json").read_text()),
-        json.loads((folder / "metrics.json").read_text()),
-    )
+    written, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
+    check_file(folder / "history.csv")
     history = pd.read_csv(folder / "history.csv")
     config = {k: _name(v) for k, v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
@@ -120,8 +112,8 @@ def run_record(
 def _same_data(record, file, other):
     if record["images"] != other["images"]:
         raise ValueError(
-            f"{file} is of other data than these runs: images {record['images']} there, {other['images']} here; "
-            "choose another folder for the records"
+            f"{file} was made from other data than these runs: it has images {record['images']}, these have "
+            f"{other['images']}; choose another folder for the records"
         )
 
 
@@ -134,7 +126,7 @@ def _save_record(folder, file):
 
 
 def _check_faces(record, file, faces):
-    "That a record is of these faces, by their number"
+    "Check that a record was made from this data set, by comparing image counts"
 
     def counted(n):
         return {
@@ -145,8 +137,8 @@ def _check_faces(record, file, faces):
     here, there = counted(Counter(f.split for f in faces)), counted(record["images"])
     if here != there and not record["config"].get("skip_broken"):
         raise ValueError(
-            f"{file} is of other data than this: images {there} there, {here} here; choose another folder for the "
-            "records"
+            f"{file} was made from other data: it has images {there}, this data has {here}; choose another folder for "
+            "the records"
         )
 
 
@@ -156,7 +148,7 @@ def _read_record(file, cfg):
     for k, asked in asdict(cfg).items():
         found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k, None))), _name(asked)
         if k not in _FREE and asked not in (None, "auto") and found != asked:
-            raise ValueError(f"{file} is the record of a run with {k} {found}, and {asked} is asked for")
+            raise ValueError(f"{file} is the record of a run with {k} {found}, expected {asked}")
     return record
 
 
@@ -214,7 +206,7 @@ def experiment_table(
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
 ) -> pd.DataFrame:  # A row a label; a column for each measure of each split, and the paper's own numbers
-    "What came out, beside what the paper says"
+    "Results of an experiment, and the paper's numbers"
     exp = _experiment(name)
     measures = [*exp["measures"], *[m for m in list(_NAMES)[3:] if m in results and m not in exp["measures"]]]
     table = {}
@@ -238,7 +230,7 @@ def experiment_table(
 
 
 def _note(name, results, kind, settings):
-    "What a reader of the table must know of its runs"
+    "Note on the runs of a table: settings, split, views and commits"
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
@@ -293,7 +285,7 @@ _AXES = dict(
     momentum="momentum m",
     lr="learning rate",
     wd="weight decay",
-    size="side of the pictures",
+    size="side of the images",
 )
 
 
@@ -341,7 +333,7 @@ def experiment_figure(
     faces: list | None = None,  # `Face` records, for class counts and maps of features
     folders: dict | None = None,  # Label to the run's folder, for confusion matrices and maps of features
 ):  # Figure, or None where the experiment has none, or none from records alone
-    "The picture of an experiment: a sweep from its results, another one from faces and runs"
+    "Draw the figure of an experiment: a sweep from its results, another one from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
         own = results[results["split"] == "valid"]
@@ -363,16 +355,16 @@ def experiment_figure(
     if faces is None:
         return None
     split = _first_test(f.split for f in faces)
-    if exp.get("picture") == "classes":
+    if exp.get("figure") == "classes":
         return plot_class_counts({kind: Counter(f.label for f in faces if f.split == "train")})
-    if exp.get("picture") == "tsne":
+    if exp.get("figure") == "tsne":
         return _tsne(folders, faces, split)
-    if exp.get("picture") == "confusion":
+    if exp.get("figure") == "confusion":
         return _confusions(folders, split)
 
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
-    "That a run in `folder` is the one asked for"
+    "Raise `ValueError` if a folder holds the run of other settings or data"
     written = read_config(folder)
     for k, asked in asdict(cfg).items():
         found = getattr(written, k)
@@ -383,35 +375,121 @@ def _check_same(cfg, folder):
         )
         if not same and asked not in (None, "auto") and k != "workers":
             raise ValueError(
-                f"{folder} holds a run with {k} {found}, and {asked} is asked for: choose another folder for the "
-                "runs, or move that one away"
+                f"{folder} holds a run with {k} {found}, expected {asked}: choose another folder for the runs, or move "
+                "that one away"
             )
 
+# %% ../nbs/13_experiments.ipynb #f38d986e
+def run_stem(
+    cfg: RunConfig,  # Resolved
+) -> str:
+    "Name of a run's folder and record"
+    return f"{run_name(cfg)}-seed{cfg.seed}"
 
-def _run(cfg, folder, say):
-    "Make a run, go on with it, or find it done"
-    with lock_run(folder, lambda: say(f"{folder.name}: another process is at it, waiting")):
+# %% ../nbs/13_experiments.ipynb #2e9766b6
+def _kind(data, kind):
+    if kind != "auto":
+        return kind
+    return "sample" if str(data) == "sample" else detect_kind(data)
+
+
+def planned_runs(
+    name: str,  # Of an experiment
+    data: str,  # Path of a data set, or `sample`
+    seeds: int = 1,  # Number of runs of each row, with seeds from 0
+    kind: str = "auto",  # Kind of the data
+    **settings,  # Of `RunConfig`, for all runs
+) -> list:  # (label, `RunConfig`), the rows of the first seed first
+    "The runs of an experiment, for all seeds"
+    if seeds < 1:
+        raise ValueError(f"expected at least one seed, got {seeds}")
+    if "seed" in settings:
+        raise ValueError("seeds are counted from 0: give their number as seeds")
+    kind = _kind(data, kind)
+    return [run for seed in range(seeds) for run in experiment_runs(name, data, kind, seed=seed, **settings).items()]
+
+# %% ../nbs/13_experiments.ipynb #8042b1a9
+def _train_run(cfg, folder, record, say):
+    "Train a run, resume it, or find it finished; then write its record. `InUse` if another process is at it"
+    with lock_run(folder):
         begun = (folder / "config.json").exists()
         if begun:
             _check_same(cfg, folder)
-        if (folder / "metrics.json").exists():
-            return
-        say(f"{folder.name}: {'goes on' if begun else 'starts'}")
-        resume_run(folder) if begun else start_run(cfg, folder)
+        if not (folder / "metrics.json").exists():
+            say(f"{folder.name}: {'resumes' if begun else 'starts'}")
+            resume_run(folder) if begun else start_run(replace(cfg), folder)  # which fills in what it settles
+        _save_record(folder, record)
 
 
+def _make_runs(runs, make):
+    """Make the runs that no other process is at, again and again while there are any; return those that are left to
+    other processes"""
+    pending = list(runs)
+    while True:
+        left = []
+        for cfg in pending:
+            try:
+                make(cfg)
+            except InUse:
+                left.append(cfg)
+        if len(left) in (0, len(pending)):
+            return left
+        pending = left
+
+# %% ../nbs/13_experiments.ipynb #2c008552
 def _needed_faces(exp, name, data, kind, out):
-    "Faces for the experiment's picture, read before anything is trained"
-    if "picture" not in exp:
+    "Faces for the figure of an experiment, read before anything is trained"
+    if "figure" not in exp:
         return None
-    faces = (
-        read_faces(sample_faces(out / "faces", channels=1), "folder") if kind == "sample" else read_faces(data, kind)
-    )
-    if exp["picture"] != "classes" and _first_test(f.split for f in faces) is None:
-        raise ValueError(f"{name} is drawn of a test split, and {data} has none")
+    if kind == "sample":
+        with lock_run(out / "faces", timeout=-1):
+            data, kind = sample_faces(out / "faces", channels=1), "folder"
+    faces = read_faces(data, kind)
+    if exp["figure"] != "classes" and _first_test(f.split for f in faces) is None:
+        raise ValueError(f"{name} needs a test split, and {data} has none")
     return faces
 
+# %% ../nbs/13_experiments.ipynb #c2f79898
+def _check_record(file, cfg, faces):
+    "Raise `ValueError` unless a record is of the run that is asked for, and of these faces (None: not compared)"
+    record = _read_record(file, cfg)
+    if faces is not None:
+        _check_faces(record, file, faces)
 
+
+def _needs_folder(exp, cfg):
+    "Whether the figure is drawn from the folder of a run"
+    return cfg.seed == 0 and exp.get("figure") in ("tsne", "confusion")
+
+# %% ../nbs/13_experiments.ipynb #f3d81b72
+def _write_table(name, records, kind, given, out, say):
+    "Write table and page from all records that there are, and what the records are for; return results and table"
+    results = experiment_results(name, records, kind, **given)
+    table = experiment_table(name, results, kind)
+    stem = _safe([name, kind, *_settings(given)])
+    if not table.empty:
+        made_for = as_json(dict(name=name, kind=kind, settings=given), indent=1)
+        page = experiment_markdown(name, results, kind, **given)
+        write_whole(records / f"{stem}.json", lambda f: f.write_text(made_for))
+        write_whole(out / f"{stem}.csv", table.to_csv)
+        write_whole(out / f"{stem}.md", lambda f: f.write_text(page))
+        say(f"written: {out / stem}.md and .csv")
+    return results, table
+
+
+def _write_figure(name, results, kind, faces, folders, file, say):
+    "Draw the figure of an experiment, if it has one and its runs are finished"
+    unfinished = [f.name for f in folders.values() if not (f / "metrics.json").exists()]
+    if _experiment(name).get("figure") in ("tsne", "confusion") and unfinished:
+        return say(f"no figure yet: these runs are not finished: {', '.join(unfinished)}")
+    with plt.rc_context({"text.parse_math": "axis" in _experiment(name)}):  # no formulas in names of classes
+        figure = experiment_figure(name, results, kind, faces, folders)
+        if figure is not None:
+            write_whole(file, lambda f: figure.savefig(f, dpi=150, format="png"))
+    if figure is not None:
+        say(f"written: {file}")
+
+# %% ../nbs/13_experiments.ipynb #c0cefd38
 def reproduce(
     name: str,  # Of an experiment
     data: str,  # Path of a data set, or `sample`
@@ -420,47 +498,37 @@ def reproduce(
     kind: str = "auto",  # Kind of the data
     records=None,  # Folder of the records; default `records` in `out`
     say=print,  # Called with what is going on
+    only: str | None = None,  # Make this one of the runs alone, by its `run_stem`
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
-    "Make the missing runs of an experiment, then its table (Markdown and CSV) and its picture (PNG)"
-    exp, out = _experiment(name), Path(out)
-    if seeds < 1:
-        raise ValueError(f"expected at least one seed, got {seeds}")
-    if "seed" in settings:
-        raise ValueError("seeds are counted from 0: give their number as seeds")
-    kind = ("sample" if str(data) == "sample" else detect_kind(data)) if kind == "auto" else kind
+    """Make the runs of an experiment that are missing and that no other process is at, then its table (Markdown and
+    CSV) from all that are finished, and its figure (PNG)"""
+    exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
-    faces = _needed_faces(exp, name, data, kind, out)
-    folders: dict[str, Path] = {}
-    for seed in range(seeds):
-        for label, cfg in experiment_runs(name, data, kind, seed=seed, **settings).items():
-            stem = f"{run_name(cfg)}-seed{seed}"
-            folder, record = out / kind / stem, records / kind / f"{stem}.json"
-            folders.setdefault(label, folder)
-            drawn = seed == 0 and exp.get("picture") in ("tsne", "confusion")
-            if record.exists() and not folder.exists() and not drawn:
-                found = _read_record(record, cfg)
-                if kind != "sample":
-                    faces = faces or read_faces(data, kind)
-                    _check_faces(found, record, faces)
-                say(f"{stem}: done, by its record")
-            else:
-                _run(cfg, folder, say)
-                _save_record(folder, record)
+    runs = planned_runs(name, data, seeds, kind, **settings)
+    chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
+    if only is not None and not chosen:
+        raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
+    picture_faces = _needed_faces(exp, name, data, kind, out)
+    all_faces = cache(lambda: None if kind == "sample" else picture_faces or read_faces(data, kind))
+
+    def make(cfg):
+        folder, record = out / kind / run_stem(cfg), records / kind / f"{run_stem(cfg)}.json"
+        if record.exists() and not folder.exists() and not _needs_folder(exp, cfg):
+            _check_record(record, cfg, all_faces())
+            say(f"{folder.name}: done, by its record")
+        else:
+            _train_run(cfg, folder, record, say)
+
+    for cfg in _make_runs(chosen, make):
+        say(f"{run_stem(cfg)}: left to another process, which is training it")
     given = {k: _name(v) for k, v in settings.items() if k not in _FREE}
-    results = experiment_results(name, records, kind, **given)
-    table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
-    if not table.empty:
-        write_json(records / f"{stem}.json", dict(name=name, kind=kind, settings=given))
-        table.to_csv(out / f"{stem}.csv")
-        (out / f"{stem}.md").write_text(experiment_markdown(name, results, kind, **given))
-        say(f"written: {out / stem}.md and .csv")
-    figure = experiment_figure(name, results, kind, faces, folders)
-    if figure is not None:
-        figure.savefig(out / f"{stem}.png", dpi=150)
-        say(f"written: {out / stem}.png")
+    with lock_run(out / stem, timeout=-1):
+        results, table = _write_table(name, records, kind, given, out, say)
+        folders = {label: out / kind / run_stem(cfg) for label, cfg in runs if cfg.seed == 0}
+        _write_figure(name, results, kind, picture_faces, folders, out / f"{stem}.png", say)
     return table
 
 # %% ../nbs/13_experiments.ipynb #3e248cfe

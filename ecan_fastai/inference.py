@@ -36,6 +36,7 @@ from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
 from .readers.records import Face, check_names, expression_name, image_files
+from .runfiles import check_file
 from .weights import shipped_run
 
 # %% ../nbs/10_inference.ipynb #031c1d43
@@ -191,6 +192,7 @@ def _read_run(run):
     for name in ("config.json", "model.safetensors"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
+        check_file(run / name)
     file = run / "config.json"
     config, about = _read_config(file)
     _check_config(config, about, file)

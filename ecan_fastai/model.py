@@ -23,6 +23,7 @@ from timm.models import is_model_in_modules, register_model
 from torch import Tensor, nn
 
 from .layers import speed_up_small_maps
+from .runfiles import check_file
 from .weights import NAMES, named_arch, named_weights
 
 # %% ../nbs/05_model.ipynb #c4acbbba
@@ -120,6 +121,7 @@ def _read_weights(path):
             if file == path
             else f"{path} is not the folder of a finished run: no model.safetensors in it"
         )
+    check_file(file)
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
     except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:

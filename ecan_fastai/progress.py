@@ -1,4 +1,4 @@
-"A progress bar for whatever can take longer than a few seconds."
+"A progress bar for steps that can take longer than a few seconds."
 
 import sys
 
@@ -7,9 +7,9 @@ from tqdm.auto import tqdm
 
 def progress(
     items,  # Any iterable
-    about: str,  # What is done with them, as "read images"
-    total: int | None = None,  # How many there are, where `items` does not know
+    about: str,  # What is done with them, such as "read images"
+    total: int | None = None,  # Number of items, if `items` has no length
 ):
-    "Yield `items`; from the second second on, a bar on the error stream shows how far they are"
+    "Yield `items`, with a progress bar on stderr after two seconds"
     every = 0.1 if sys.stderr.isatty() else 20.0
     return tqdm(items, desc=about, total=total, delay=2, leave=False, mininterval=every, maxinterval=10 * every)

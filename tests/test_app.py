@@ -61,7 +61,9 @@ def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor
         image = cv2.resize(image, drawn.shape[1::-1], interpolation=cv2.INTER_AREA)
     expected = predictor.predict_faces(image, app.finder)
     assert table["label"][0] == expected["label"][0] and list(table["face"]) == [1]
-    assert np.allclose(table[predictor.columns].to_numpy(float), expected[predictor.columns].to_numpy(float), atol=5.1e-4)
+    assert np.allclose(
+        table[predictor.columns].to_numpy(float), expected[predictor.columns].to_numpy(float), atol=5.1e-4
+    )
     assert (drawn != image).any()
 
 

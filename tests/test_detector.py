@@ -174,8 +174,8 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args,said",
     [
-        (["--every", "1"], "--every goes with --faces"),
-        (["--annotated", "a.mp4"], "--annotated goes with --faces"),
+        (["--every", "1"], "--every has no effect without --faces"),
+        (["--annotated", "a.mp4"], "--annotated has no effect without --faces"),
         (["--faces", "--every", "-1"], "every: expected 0 or more seconds"),
         (["--faces", "--seconds", "0"], "seconds: expected more than 0"),
         (["--faces", "--smoothing", "-1"], "smoothing: expected a time of 0 or more"),

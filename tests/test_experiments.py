@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 
@@ -77,12 +76,12 @@ def test_a_setting_that_a_method_does_not_use_makes_no_other_run():
         b["center"]
     ) == "center-schedule=cosine-momentum=0.99"
     assert b["cross-entropy"].momentum is None and b["SupCon"].bank_groups is None and b["ENSC"].bank_groups == 4
-    with pytest.raises(ValueError, match="temperature varies what makes no difference with method=center"):
+    with pytest.raises(ValueError, match="the setting that temperature varies has no effect with method=center"):
         experiment_runs("temperature", "x", "fer2013", method="center")
 
 
 def test_a_sweep_keeps_what_it_chooses_by():
-    with pytest.raises(ValueError, match="train_all leaves no valid"):
+    with pytest.raises(ValueError, match="chooses by the valid split, and train_all leaves none"):
         experiment_runs("figure3b", "x", "fer2013", train_all=True)
 
 
@@ -206,14 +205,16 @@ def test_records_of_another_run_or_other_data_are_refused(tmp_path):
     assert len(experiment_results("affinity", tmp_path, "fer2013")) == 1
     other = experiment_runs("affinity", "x", "fer2013")["sum"]
     fake_record(tmp_path, other, images=dict(train=80, valid=10))
-    with pytest.raises(ValueError, match="is of other data than these runs: images .*80.* there, .*90.* here"):
+    with pytest.raises(
+        ValueError, match="was made from other data than these runs: it has images .*80.*, these have .*90"
+    ):
         experiment_results("affinity", tmp_path, "fer2013")
     fake_record(tmp_path, other)
     record = json.loads(file.read_text())
     file.write_text(
         json.dumps({**record, "config": {**record["config"], "epochs": 40}})
     )  # as if a preset had changed since
-    with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, and 200 is asked for"):
+    with pytest.raises(ValueError, match="ecan-seed0.json is the record of a run with epochs 40, expected 200"):
         experiment_results("affinity", tmp_path, "fer2013")
 
 
@@ -229,11 +230,11 @@ def test_a_record_counts_as_a_run_only_of_the_same_data_and_settings(faces, tmp_
     record = json.loads(files[1].read_text())
     files[1].write_text(json.dumps({**record, "images": {**images, "test": 7}}))
     with pytest.raises(
-        ValueError, match="affinity_reduction=sum-seed0.json is of other data than this: images .*'test': 7"
+        ValueError, match="affinity_reduction=sum-seed0.json was made from other data: it has images .*'test': 7"
     ):
         reproduce("affinity", faces, **given)
     files[1].write_text(json.dumps({**record, "config": {**record["config"], "epochs": 3}}))
-    with pytest.raises(ValueError, match="is the record of a run with epochs 3, and 40 is asked for"):
+    with pytest.raises(ValueError, match="is the record of a run with epochs 3, expected 40"):
         reproduce("affinity", faces, **given)
 
 
@@ -297,26 +298,84 @@ def test_the_results_page_shows_what_the_records_say():
         assert experiment_markdown(name, results, kind, **settings).strip() in page
 
 
-def test_two_commands_make_a_run_once(tmp_path, monkeypatch):
-    made, said = [], []
+def fake_run(monkeypatch, during=lambda folder: None):
+    "Instead of training: the files of a finished run; returns the list of folders that were started"
+    started = []
 
-    def slow(cfg, folder):
-        made.append(folder)
-        time.sleep(0.5)
-        (
-            folder.mkdir(),
-            (folder / "config.json").write_text(json.dumps(dict(config=vars(cfg)))),
-            (folder / "metrics.json").write_text("{}"),
-        )
+    def start(cfg, folder):
+        started.append(folder)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(dict(config=vars(cfg), about=dict(images=dict(train=9)))))
+        during(folder)
+        scores = dict(accuracy=0.5, average_accuracy=0.5)
+        metrics = dict(splits=dict(valid=scores), environment=dict(commit="a"))
+        (folder / "history.csv").write_text("epoch\n0\n")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
 
-    monkeypatch.setattr(experiments, "start_run", slow)
-    cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
-    threads = [threading.Thread(target=experiments._run, args=(cfg, tmp_path / "run", said.append)) for _ in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert made == [tmp_path / "run"] and sorted(said) == ["run: another process is at it, waiting", "run: starts"]
+    monkeypatch.setattr(experiments, "start_run", start)
+    return started
+
+
+HELD = (
+    "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"
+    "lock = lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)"
+)
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
+    "and the table is made of the runs that are finished; what is free again is taken"
+    started, said = fake_run(monkeypatch), []
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 2, "folder")]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HELD, str(tmp_path / "folder" / stems[0])], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        table = reproduce("affinity", "x", 2, tmp_path, "folder", say=said.append)
+        assert [f.name for f in started] == stems[1:]
+        assert f"{stems[0]}: left to another process, which is training it" in said
+        assert list(table["valid: accuracy"]) == ["50.00 (1)", "50.00 ± 0.00 (2)"]
+    finally:
+        process.kill()
+        process.wait()
+    table = reproduce("affinity", "x", 2, tmp_path, "folder", say=said.append)
+    assert [f.name for f in started[3:]] == stems[:1]
+    assert list(table["valid: accuracy"]) == ["50.00 ± 0.00 (2)"] * 2
+
+
+def test_a_run_that_was_left_is_taken_when_it_is_free_again(tmp_path, monkeypatch):
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HELD, str(tmp_path / "folder" / stems[0])], stdout=subprocess.PIPE
+    )
+
+    def killed_meanwhile(folder):
+        process.kill()
+        process.wait()
+
+    try:
+        assert process.stdout.readline() == b"held\n"
+        started, said = fake_run(monkeypatch, killed_meanwhile), []
+        reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append)
+    finally:
+        process.kill()
+    assert [f.name for f in started] == stems[::-1] and not any("left to another" in text for text in said)
+
+
+def test_one_run_alone(tmp_path, monkeypatch):
+    started = fake_run(monkeypatch)
+    stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 2, "folder")]
+    table = reproduce("affinity", "x", 2, tmp_path, "folder", say=lambda s: None, only=stems[3])
+    assert [f.name for f in started] == [stems[3]] and list(table.index) == ["sum"]
+    with pytest.raises(ValueError, match=f"affinity has no run ecan, but {stems[0]}, "):
+        reproduce("affinity", "x", 2, tmp_path, "folder", only="ecan")
+
+
+def test_a_figure_waits_for_its_runs(tmp_path, monkeypatch, faces):
+    fake_run(monkeypatch)
+    said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("figure7", faces, 1, "folder")]
+    reproduce("figure7", faces, 1, tmp_path, "folder", say=said.append, only=stems[0])
+    assert f"no figure yet: these runs are not finished: {stems[1]}" in said
 
 
 def test_classes_named_by_numbers_have_a_confusion_matrix(tmp_path):
@@ -332,7 +391,7 @@ def test_a_broken_run_folder_is_named(faces, tmp_path):
     folder = tmp_path / "folder" / f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+    with pytest.raises(ValueError, match="config.json is not a JSON file"):
         reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 
@@ -390,7 +449,7 @@ def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
 
 def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, tmp_path):
     for name in ("figure5", "figure7"):
-        with pytest.raises(ValueError, match=f"{name} is drawn of a test split, and .* has none"):
+        with pytest.raises(ValueError, match=f"{name} needs a test split, and .* has none"):
             reproduce(name, faces / "train", out=tmp_path / "out", **QUICK)
     assert not list(tmp_path.rglob("config.json"))
 
@@ -398,38 +457,49 @@ def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, 
 def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch):
     two_rows("affinity", monkeypatch)
     reproduce("affinity", faces, out=tmp_path, **QUICK)
-    with pytest.raises(ValueError, match=f"holds a run with data {faces}, and {faces / 'train'} is asked for"):
+    with pytest.raises(ValueError, match=f"holds a run with data {faces}, expected {faces / 'train'}"):
         reproduce("affinity", faces / "train", out=tmp_path, **QUICK)
     file = next(tmp_path.rglob("config.json"))
     file.write_text(file.read_text().replace('"l2": 0.7', '"l2": 0.6'))
-    with pytest.raises(ValueError, match="holds a run with l2 0.6, and 0.7 is asked for"):
+    with pytest.raises(ValueError, match="config.json is not as the run wrote it"):
+        reproduce("affinity", faces, out=tmp_path, **QUICK)
+    (file.parent / "SHA256SUMS").unlink()  # as in a folder of an earlier version
+    with pytest.raises(ValueError, match="holds a run with l2 0.6, expected 0.7"):
         reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on(faces, tmp_path):
+def test_two_commands_share_the_runs_and_a_killed_one_loses_nothing(faces, tmp_path):
     args = [
         sys.executable,
         "-c",
         "import sys; from ecan_fastai.cli import ecan_reproduce; ecan_reproduce(sys.argv[1:])",
         "affinity",
-        *quick_args(faces, tmp_path),
-        "--set",
-        "epochs=6",
+        *quick_args(faces, tmp_path, "--seeds", "2"),
+        *["--set", "epochs=4"],
     ]
-    process = subprocess.Popen(args, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    start = time.time()
-    while not (done := [f for f in tmp_path.rglob("history.csv") if len(pd.read_csv(f)) >= 2]):
-        assert process.poll() is None and time.time() < start + 120
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (done[0].parent / "metrics.json").exists()
-    said = subprocess.run(
-        args, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ).stdout
-    assert said.count("goes on") == 1 and said.count("starts") == 1 and "written" in said
-    assert all(len(pd.read_csv(f)) == 6 for f in tmp_path.rglob("history.csv"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, other = [subprocess.Popen(args, stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    try:
+        first, second = [process.stdout.readline().split(":")[0] for process in (killed, other)]
+        assert first != second
+        while not (tmp_path / "folder" / first / "history.csv").exists():
+            assert killed.poll() is None
+            time.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+        before = killed.communicate()[0]
+        after = other.communicate(timeout=500)[0]
+    finally:
+        killed.kill()
+        other.kill()
+    # the other command took the run that was free again, from the epoch that was finished
+    assert other.returncode == 0 and f"{first}: resumes" in after and f"{first}: starts" not in after
+    assert (before + after).count(": starts") == 2  # and the two whose lines were read above
+    assert all(list(pd.read_csv(f).epoch) == [0, 1, 2, 3] for f in tmp_path.rglob("history.csv"))
+    assert len(list(tmp_path.rglob("metrics.json"))) == len(list((tmp_path / "records" / "folder").iterdir())) == 4
+    (table,) = tmp_path.glob("affinity-folder*.csv")
+    assert pd.read_csv(table, index_col=0)["test: accuracy"].str.endswith("(2)").all()
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
@@ -457,7 +527,7 @@ def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
         (["table3", "--data", "sample", "--seeds", "0"], "at least one seed"),
         (["figure3a", "--data", "sample", "--set", "l1=0.3"], "varies l1 itself"),
         (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"),
-        (["table3", "--data", "sample", "--set", "epochs=many"], "epochs is a number"),
+        (["table3", "--data", "sample", "--set", "epochs=many"], "epochs must be a number"),
         (["table3", "--data", "sample", "--set", "train_all=1"], "true or false"),
     ],
 )

@@ -1,3 +1,5 @@
+import math
+
 import naive_losses as naive
 import numpy as np
 import plain_losses as plain
@@ -214,6 +216,19 @@ def test_streamed_loss_is_the_plain_one(form, m, bank, rows, tau, normalize, mon
     assert torch.allclose(v, v0, rtol=1e-9, atol=1e-12) and torch.allclose(
         g, g0, rtol=1e-7, atol=1e-9 * max(1, float(g0.abs().max()))
     )
+
+
+@pytest.mark.parametrize("tau", [1 / 41, 1 / 60, 1 / 88, 1 / 89, 1 / 94, 1 / 200])
+def test_small_temperatures_do_not_overflow_in_float32(tau):
+    "All features alike: every similarity is 1, and the loss of an anchor the logarithm of what it is compared with"
+    z = torch.ones(40, 4).requires_grad_()
+    y, bank_y = torch.arange(40) % 2, torch.arange(300) % 3
+    value = supcon_loss(z, y, tau)
+    assert value.item() == pytest.approx(math.log(39), rel=1e-5)
+    value = ensc_loss(z, y, torch.ones(300, 4), bank_y, tau)  # 200 rows of the bank have another label
+    assert value.item() == pytest.approx(math.log(39 + 200), rel=1e-5)
+    value.backward()
+    assert z.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("tau", [0.02, 0.05, 0.1])

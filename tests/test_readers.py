@@ -602,6 +602,14 @@ def test_ckplus_folds_hold_every_subject_once(tmp_path):
         ckplus_faces(path)
 
 
+def test_the_valid_split_of_a_fold_is_the_test_split_of_the_next(tmp_path):
+    path = ckplus(tmp_path)
+    folds = [ckplus_faces(path, fold) for fold in range(10)]
+    for fold, faces in enumerate(folds):
+        valid, following = [f.split == "valid" for f in faces], [f.split == "test" for f in folds[(fold + 1) % 10]]
+        assert valid == following and any(valid)
+
+
 def test_too_few_groups_are_told():
     with pytest.raises(ValueError, match="10 folds need as many groups .*, got 3"):
         split_by_group([Face(str(i), "ab"[i % 2]) for i in range(9)], [i % 3 for i in range(9)])

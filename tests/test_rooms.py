@@ -10,10 +10,11 @@ import pytest
 import ecan_fastai
 
 ROOT = Path(ecan_fastai.__file__).parent
-ROOMS = """progress fastai_internals config weights augment data layers losses model callbacks learner metrics
+ROOMS = """progress fastai_internals config runfiles weights augment data layers losses model callbacks learner metrics
            readers.records readers.folder readers.fer2013 readers.rafdb readers.ferplus
            readers.affectnet readers.expw readers.ckplus
-           readers.factory sample loaders check inference interpret video detector app runs experiments cli
+           readers.factory sample loaders check inference interpret video detector app runstate runresults runs
+           experiments cli
            all""".split()
 
 

@@ -1,20 +1,23 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from safetensors.torch import load_file
 
-from ecan_fastai import runs
+from ecan_fastai import runfiles, runresults, runs
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
@@ -70,6 +73,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
         "export.pkl",
         "checkpoint.pth",
         "data.csv.gz",
+        "SHA256SUMS",
     }
     assert record == json.loads((out / "metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
     about = json.loads((out / "config.json").read_text())
@@ -211,7 +215,7 @@ def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monk
 
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             start_run(config(faces, epochs=1), tmp_path)
     (tmp_path / "history.csv").unlink()
@@ -221,15 +225,15 @@ def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_pa
 
 def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(runs, "_write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        m.setattr(runs, "_commit", lambda: "a")
+        m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(runresults, "package_commit", lambda: "a")
         with pytest.raises(KeyboardInterrupt):
             start_run(config(faces, epochs=1), tmp_path)
-        m.setattr(runs, "_commit", lambda: "b")
+        m.setattr(runresults, "package_commit", lambda: "b")
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 resume_run(tmp_path)
-    monkeypatch.setattr(runs, "_commit", lambda: "c")
+    monkeypatch.setattr(runresults, "package_commit", lambda: "c")
     record = resume_run(tmp_path)
     assert [e["commit"] for e in [record["environment"], *record["resumed"]]] == ["a", "b", "c"] and record[
         "environment"
@@ -457,7 +461,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     run.mkdir(), (run / "config.json").write_text("{}")
     assert (
         fails(capsys, faces, "--out", run) == f"ecan_train: error: {run} already holds a run: "
-        f"give another folder with --out, or go on with it by --resume {run}"
+        f"give another folder with --out, or resume it with --resume {run}"
     )
     (run / "metrics.json").write_text("{}")
     assert (
@@ -476,7 +480,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
         capsys, faces, "--arch", "resnet-18", "--out", tmp_path / "new", "--workers", 0
     )
     assert "kind sample draws its own faces" in fails(capsys, faces, "--kind", "sample")
-    assert "learning rate must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
+    assert "lr must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
     (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
     assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
     assert "does not take images of shape" in fails(
@@ -503,7 +507,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
 
 def test_a_damaged_run_folder_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
+    assert "config.json is not a JSON file" in fails(capsys, "--resume", tmp_path)
     (tmp_path / "config.json").write_text('{"config": {"data": "x", "colour": 1}}')
     assert "config.json is not the configuration of a run" in fails(capsys, "--resume", tmp_path)
     (tmp_path / "checkpoint.pth").write_bytes(b"nonsense")
@@ -601,7 +605,7 @@ def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
 
 def test_one_process_holds_a_run(faces, tmp_path):
     code = (
-        "import sys, time, pathlib\nfrom ecan_fastai.runs import lock_run\n"
+        "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"
         "lock = lock_run(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
     )
     process = subprocess.Popen(
@@ -609,7 +613,7 @@ def test_one_process_holds_a_run(faces, tmp_path):
     )
     try:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="another process is training in .*run: give another folder"):
+        with pytest.raises(ValueError, match="another process is using .*run: wait until it has finished"):
             start_run(config(faces), tmp_path / "run")
         assert not (tmp_path / "run").exists()
     finally:
@@ -628,33 +632,227 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(f
         return loss * float("nan") if sum(calls) > 8 else loss
 
     monkeypatch.setattr(ECANLoss, "forward", diverge)
-    with pytest.raises(ValueError, match="the training loss became nan in epoch 1: lower the learning rate"):
+    with pytest.raises(ValueError, match="^the training loss became nan in epoch 1: lower the learning rate"):
         start_run(config(faces), tmp_path / "run")
     assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 1 and not (tmp_path / "run" / "metrics.json").exists()
     state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert state["epochs"] == 1 and all(v.isfinite().all() for v in state["model"].values())
 
 
-def test_json_has_no_nan():
-    text = runs.as_json(dict(a=[1.5, float("nan")], b=dict(c=float("inf")), d="NaN"))
-    assert json.loads(text, parse_constant=pytest.fail) == dict(a=[1.5, None], b=dict(c=None), d="NaN")
+# What has changed since the run wrote it
 
 
-def test_a_run_folder_by_another_spelling_is_the_same_folder(tmp_path, monkeypatch):
+def flip(file):
+    "One bit in the middle of a file"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(faces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("interrupted") / "run"
+    interrupted(faces, out, method="baseline")
+    return out
+
+
+@pytest.fixture
+def run(interrupted_run, tmp_path):
+    "A copy of a run that was stopped after the first of two epochs"
+    return Path(shutil.copytree(interrupted_run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoint.pth", "data.csv.gz"])
+def test_a_changed_file_is_refused_by_name(run, capsys, name):
+    flip(run / name)
+    said = fails(capsys, "--resume", run)
+    assert said.startswith(f"ecan_train: error: {run / name} is not as the run wrote it") and "\n" not in said
+    assert not (run / "metrics.json").exists()
+
+
+def test_changed_weights_are_refused_by_name(faces, tmp_path):
+    out = tmp_path / "run"
+    start_run(config(faces, method="baseline", epochs=1), out)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(list(out.iterdir())) - 1
+    modes = {f.name: f.stat().st_mode & 0o777 for f in out.iterdir()}
+    old = os.umask(0)
+    os.umask(old)
+    assert set(modes.values()) == {0o666 & ~old}, modes
+    flip(out / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is not as the run wrote it"):
+        Predictor(out)
+    with pytest.raises(ValueError, match="model.safetensors is not as the run wrote it"):
+        FaceClassifier.create("resnet18", 7, 1, pretrained=out)
+
+
+def edit(run, **settings):
+    "config.json of a folder without checksums, as earlier versions wrote them"
+    (run / "SHA256SUMS").unlink()
+    written = json.loads((run / "config.json").read_text())
+    written["config"] |= settings
+    (run / "config.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    "changed,said",
+    [
+        (dict(arch="resnet10t"), "checkpoint.pth was made with arch resnet18, and config.json says resnet10t"),
+        (dict(method="center"), "checkpoint.pth was made with method baseline, and config.json says center"),
+        (dict(bs=8), "checkpoint.pth was made with bs 16, and config.json says 8"),
+        (dict(lr=0.5), "checkpoint.pth was made with lr .*, and config.json says 0.5"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(run, capsys, changed, said):
+    edit(run, **changed)
+    text = fails(capsys, "--resume", run)
+    assert re.search(said, text) and "\n" not in text.strip()
+
+
+def without_settings(run):
+    "The checkpoint of an earlier version"
+    state = torch.load(run / "checkpoint.pth", weights_only=True)
+    del state["config"]
+    torch.save(state, run / "checkpoint.pth")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(run):
+    edit(run)
+    without_settings(run)
+    assert resume_run(run)["epochs"] == 2
+
+
+def test_a_checkpoint_of_an_earlier_version_and_another_model_is_refused(run, capsys):
+    edit(run, arch="resnet10t")
+    without_settings(run)
+    text = fails(capsys, "--resume", run)
+    assert f"{run / 'checkpoint.pth'} is not of the model that config.json describes: " in text and "\n" not in text
+
+
+# Disks that are full, and processes that are killed
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(faces, tmp_path):
+    "A limit on the size of files stands in for a full disk; history and settings fit, the checkpoint does not"
+    code = (
+        "import resource, signal, sys\nfrom ecan_fastai.cli import ecan_train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\necan_train(sys.argv[1:])"
+    )
+    args = "--method baseline --epochs 1 --size 32 --channels 1 --level weak --bs 16 --opt adam --workers 0"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(faces), "--out", str(tmp_path / "run"), *args.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("ecan_train: error")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(said) == 1 and said[0].startswith(
+        f"ecan_train: error: cannot write {tmp_path / 'run' / 'checkpoint.pth'}: "
+    )
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"config.json", "data.csv.gz", "SHA256SUMS"}
+    assert resume_run(tmp_path / "run")["epochs"] == 1
+
+
+def test_a_failed_export_leaves_none_and_is_made_when_the_run_is_resumed(run, monkeypatch):
+    def fail(self, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(Learner, "export", fail)
+        with pytest.raises(OSError, match=f"cannot write {run / 'export.pkl'}: No space left on device"):
+            resume_run(run)
+    assert not [f for f in run.iterdir() if "export" in f.name] and not (run / "metrics.json").exists()
+    assert resume_run(run)["epochs"] == 2 and (run / "export.pkl").exists()
+
+
+def test_what_a_killed_write_left_is_removed(run, faces, tmp_path):
+    (run / ".checkpoint.pth.part").write_bytes(b"half")
+    resume_run(run)
+    assert not list(run.glob(".*"))
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in (".data.csv.gz.part", "data.csv.gz", "SHA256SUMS"):  # killed before its settings were written
+        (new / name).write_bytes(b"")
+    start_run(config(faces, method="baseline", epochs=1), new)
+    assert not list(new.glob(".*"))
+
+
+def test_a_file_is_no_folder(faces, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match="expected a folder for the run, got the file"):
+        start_run(config(faces), tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+# Names
+
+
+def table(faces, tmp_path, rename_class=str, rename_split=str):
+    rows = [
+        (str(f), rename_class(f.parent.name), rename_split(f.parent.parent.name)) for f in sorted(faces.rglob("*.png"))
+    ]
+    pd.DataFrame(rows, columns=["image", "label", "split"]).to_csv(tmp_path / "faces.csv", index=False)
+    return tmp_path / "faces.csv"
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_any_class_name_lets_a_run_finish(faces, tmp_path):
+    odd = dict(angry="$\\frac{a$", disgust="a/b", fear="50 %_{", happy="$x$", neutral="..", sad="NA", surprise="日")
+    start_run(config(table(faces, tmp_path, odd.get), kind="csv", method="baseline", epochs=1), tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(metrics["splits"]["test"]["per_class"]) == set(odd.values())
+    assert (tmp_path / "run" / "confusion_test.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["lab/wild", "x" * 250])
+def test_a_split_that_names_no_file_is_found_before_the_first_epoch(faces, tmp_path, name):
+    file = table(faces, tmp_path, rename_split=lambda s: name if s == "test" else s)
+    with pytest.raises(ValueError, match=f"the split '{name}' cannot be part of a file's name"):
+        start_run(config(file, kind="csv"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes
+
+
+def test_other_ranks_train_and_write_nothing(faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
     (tmp_path / "run").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "run")
-    monkeypatch.chdir(tmp_path / "run")
-    with runs.lock_run(Path(".")):
-        names = {f.name for f in tmp_path.iterdir()}
-    with runs.lock_run(tmp_path / "link"):
-        assert {f.name for f in tmp_path.iterdir()} == names
+    (tmp_path / "run" / "config.json").write_text("of rank 0")
+    with runfiles.lock_run(tmp_path / "run"):
+        assert start_run(config(faces, method="baseline", epochs=1), tmp_path / "run") is None
+    assert [f.name for f in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert (tmp_path / "run" / "config.json").read_text() == "of rank 0"
 
 
-def test_looking_at_the_tests_moves_no_generator(faces, tmp_path):
-    cfg = config(faces, method="baseline").resolve()
-    dls = runs.run_loaders(cfg, tmp_path)
-    learn = runs.run_learner(cfg, dls, tmp_path)
-    torch.manual_seed(3)
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    assert 0 <= runs._accuracy(learn.model, dls["test"]) <= 1 and torch.equal(torch.rand(3), expected)
+@pytest.mark.parametrize("n", ["1", "2"])
+def test_several_processes_train_in_fastais_context(faces, tmp_path, monkeypatch, n):
+    "Of several processes as accelerate launches them; the context itself is fastai's"
+    entered = []
+
+    @contextmanager
+    def distrib_ctx(self, sync_bn):
+        entered.append("in")
+        monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is there to gather from
+        yield self
+        monkeypatch.setenv("WORLD_SIZE", n)
+        entered.append("out")
+
+    monkeypatch.setenv("WORLD_SIZE", n)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(runs, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "fastai.distributed", types.ModuleType("fastai.distributed"))
+    monkeypatch.setattr(Learner, "distrib_ctx", distrib_ctx, raising=False)
+    monkeypatch.setattr(runs, "write_results", lambda *a: entered.append("results"))
+    start_run(config(faces, method="baseline", epochs=1), tmp_path / "run")
+    assert entered == (["in", "out", "results"] if n == "2" else ["results"])
+
+
+def test_several_processes_need_accelerate(faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs accelerate: pip install accelerate"):
+        start_run(config(faces, method="baseline", epochs=1), tmp_path / "run")

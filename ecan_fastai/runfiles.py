@@ -1,0 +1,140 @@
+"""Files of a run: written whole or not at all, their SHA-256 beside them, by one process at a time."""
+
+import hashlib
+import json
+import math
+import os
+from contextlib import suppress
+
+from fastai.torch_core import rank_distrib
+from filelock import FileLock, Timeout
+
+SUMS = "SHA256SUMS"  # a line each: digest, two spaces, name; `sha256sum -c` reads it
+
+
+def write_whole(
+    file,  # `Path` to write
+    write,  # Function that writes to the path that it is given
+):
+    "Write a file whole or not at all; raises `OSError` naming the file, and leaves nothing behind"
+    part = file.with_name(f".{file.name}.part")
+    try:
+        write(part)
+        with part.open("rb+") as f:
+            os.fsync(f.fileno())  # a full disk is told here at the latest
+        os.replace(part, file)
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+        raise OSError(f"cannot write {file}: {reason}") from e
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_run_file(
+    file,  # `Path` in a run's folder
+    write,  # Function that writes to the path that it is given
+):
+    """Write a file of a run whole, and its SHA-256 to the folder's list. In a distributed run only the process of
+    rank 0 writes. The list holds the old and the new digest until the file is replaced, so that a run that is killed
+    in between still fits its list"""
+    if rank_distrib():
+        return
+    digests = _sums(file.parent)
+
+    def write_and_note(part):
+        write(part)
+        new = _digest(part)
+        _write_sums(file.parent, {**digests, file.name: [*digests.get(file.name, []), new]})
+        digests[file.name] = [new]
+
+    write_whole(file, write_and_note)
+    _write_sums(file.parent, digests)
+
+
+def check_file(
+    file,  # `Path` in a run's folder
+):
+    "Raise `ValueError` if a file is not as the run wrote it; a file that is not in the folder's list passes"
+    known = _sums(file.parent).get(file.name)
+    if known and _digest(file) not in known:
+        raise ValueError(
+            f"{file} is not as the run wrote it, its SHA-256 is not the one in {SUMS}: put the original back, or train "
+            "again in another folder"
+        )
+
+
+def _sums(folder):
+    "File name to the digests that it may have"
+    file, digests = folder / SUMS, {}
+    if file.is_file():
+        for line in file.read_text(errors="replace").splitlines():
+            digest, _, name = line.partition("  ")
+            digests.setdefault(name, []).append(digest)
+    return digests
+
+
+def _write_sums(folder, digests):
+    lines = [f"{digest}  {name}\n" for name, known in sorted(digests.items()) for digest in known]
+    write_whole(folder / SUMS, lambda f: f.write_text("".join(lines)))
+
+
+def _digest(file):
+    sha = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(2**20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def remove_parts(folder):
+    "Remove what a killed process left half written; only for whoever holds the lock of the folder"
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
+# JSON
+
+
+def as_json(value, **kwargs):
+    "JSON text; numbers that are not finite become null, because JSON has no NaN"
+
+    def finite(v):
+        if isinstance(v, dict):
+            return {k: finite(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [finite(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(finite(value), allow_nan=False, **kwargs)
+
+
+def read_json(file):
+    "A JSON file of a run, checked; raises `ValueError` naming the file"
+    check_file(file)
+    try:
+        return json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} is not a JSON file: {e}") from e
+
+
+# Locks
+
+
+class InUse(ValueError):
+    "Another process holds the lock of a folder"
+
+
+def lock_run(
+    out,  # `Path` of a run's folder, or of any file that several processes write
+    timeout: float = 0,  # Seconds to wait for another process, -1 without limit
+):  # Context manager
+    "Lock a run's folder; raises `InUse` if another process holds the lock"
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(out.with_name(f".{out.name}.lock"), is_singleton=True).acquire(timeout=timeout)
+    except Timeout:
+        raise InUse(f"another process is using {out}: wait until it has finished, or choose another folder") from None
+    except OSError as e:
+        raise OSError(f"cannot write to {out.parent}: {e.strerror}") from e

@@ -1,0 +1,166 @@
+"""What happens between the epochs of a run: checkpoint and history, a line of text, a look at the test splits, and
+the end of a run that diverges. One callback each."""
+
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.torch_core import get_model, rank_distrib
+
+from ecan_fastai.callbacks import LossPartsRecorder
+from ecan_fastai.fastai_internals import add_columns, recorder_state, set_recorder_state, undistributed
+from ecan_fastai.runfiles import write_run_file
+
+# States of the random number generators
+
+
+def rng_state(dls):
+    "States of all generators that a run draws from, as plain values and tensors"
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        numpy=(name, keys.tolist(), *rest),
+        python=random.getstate(),
+        shuffle=undistributed(dls.train).rng.getstate(),
+    )
+
+
+def set_rng_state(state, dls):
+    "Restore `rng_state`; a GPU that was not there keeps the state that it has"
+    torch.set_rng_state(state["torch"].cpu())
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i, cuda in enumerate(state["cuda"][:n_gpus]):
+        torch.cuda.set_rng_state(cuda.cpu(), i)
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
+    random.setstate(state["python"])
+    undistributed(dls.train).rng.setstate(state["shuffle"])
+
+
+# Checkpoint and history
+
+
+def _plain(x):
+    return x.item() if hasattr(x, "item") else x
+
+
+class RunState(Callback):
+    "Write checkpoint and history to the run's folder after every epoch, and restore both when the run is resumed"
+
+    order = LossPartsRecorder.order + 1  # after all that is recorded
+
+    def __init__(
+        self,
+        out,  # Folder of the run
+        config: dict,  # Settings of the run, kept in the checkpoint
+        resumed: dict | None = None,  # Checkpoint to go on from
+    ):
+        self.out, self.config, self.resumed = Path(out), config, resumed
+        self.rows: list[dict] = []
+        self.started = None
+
+    def before_train(self):
+        if self.resumed is not None:
+            self._restore(self.resumed)
+        self.resumed, self.started = None, time.time()
+
+    def after_validate(self):
+        if self.started is not None:
+            self.seconds = round(time.time() - self.started, 2)
+
+    def after_epoch(self):
+        if self.started is None:  # an epoch that a resumed run skips
+            return
+        self.started = None
+        row = dict(zip(self.recorder.metric_names, [self.epoch, *self.recorder.values[-1]]))
+        self.rows.append({**row, "seconds": self.seconds})
+        state = self._state()
+        write_run_file(self.out / "checkpoint.pth", lambda f: torch.save(state, f))
+        write_run_file(self.out / "history.csv", lambda f: pd.DataFrame(self.rows).to_csv(f, index=False))
+
+    def _state(self):
+        opt = self.opt.state_dict()
+        return dict(
+            epochs=self.epoch + 1,
+            config=self.config,
+            rows=self.rows,
+            model=get_model(self.model).state_dict(),
+            rng=rng_state(self.dls),
+            opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
+            scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
+            recorder=recorder_state(self.recorder),
+        )
+
+    def _restore(self, state):
+        set_recorder_state(self.recorder, state["recorder"])
+        self.rows = list(state["rows"])
+        if state["scaler"] and hasattr(self.learn, "scaler"):
+            self.learn.scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"], self.dls)
+
+
+# The other parts
+
+
+class StopOnDivergence(Callback):
+    "Raise `ValueError` after an epoch whose training loss is not finite, before anything is kept of it"
+
+    order = RunState.order
+
+    def after_train(self):
+        loss = float(self.recorder.smooth_loss.value)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the training loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
+                f"the run's folder holds the epochs before it"
+            )
+
+
+@torch.no_grad()
+def split_accuracy(model, dl):
+    "Accuracy outside fastai's events, so that a fit goes on as if nothing had been evaluated"
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng(devices=[]):  # a loader draws from torch's generator whenever it starts
+        right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
+    model.train(was_training)
+    return right / len(dl.dataset)
+
+
+class WatchTests(Callback):
+    "Evaluate the test splits after every epoch, a column of the recorder each"
+
+    order = RunState.order + 1  # after the epoch's time is taken, before the progress bar shows the columns
+
+    def before_fit(self):
+        self.splits = [name for name in self.dls.split_names[2:] if len(self.dls[name].dataset)]
+        add_columns(self.recorder, [f"{name}_accuracy" for name in self.splits])
+
+    def after_validate(self):
+        model = get_model(self.model)
+        self.recorder.log += [split_accuracy(model, undistributed(self.dls[name])) for name in self.splits]
+
+
+class EpochLines(Callback):
+    "Print a line an epoch where no progress bar shows a table, for output that goes to a file"
+
+    order = ProgressCallback.order + 1
+
+    def before_fit(self):
+        if not rank_distrib():
+            show = self.learn.logger if hasattr(self.learn, "progress") else self._print_row
+            self.learn.logger = lambda row: show(row) if len(row) > 2 else None  # epochs that a resumed run skips
+
+    def after_fit(self):
+        self.learn.logger = print
+
+    def _print_row(self, row):
+        texts = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in row]
+        print("  ".join(f"{name} {text}" for name, text in zip(self.recorder.metric_names, texts)), flush=True)
