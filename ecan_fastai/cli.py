@@ -148,16 +148,32 @@ def _out(parser, file, *endings, flag="--out"):
         parser.error(f"{flag}: no such folder: {file.parent}")
 
 
+def _add_run(p):
+    p.add_argument(
+        "--run",
+        type=Path,
+        metavar="RUN",
+        help="folder of a finished run (default: the model that ships with the package)",
+    )
+    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+
+
+def _refuse_run(p, paths):
+    "A run's folder holds images too, its figures"
+    for path in map(Path, paths):
+        if (path / "model.safetensors").is_file():
+            p.error(f"{path} is the folder of a run: give it as --run {path}")
+
+
 def _with_model(prog, about, example):
     p = argparse.ArgumentParser(prog, description=about, epilog=f"Example: {example}")
-    p.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    _add_run(p)
     p.add_argument(
         "--crops",
         choices=tuple(CROPS),
         help="views of an image whose outputs are averaged: the centre, it and its mirror image, five crops, or ten "
         "(default: as the run was evaluated)",
     )
-    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     return p
 
 
@@ -168,7 +184,7 @@ def ecan_predict(args=None):
         "ecan_predict",
         "Label images of faces, or with --faces the faces in photographs and video. Prints a table, or writes a CSV or "
         "JSON file.",
-        "ecan_predict runs/mine face.jpg more_faces/ --out labels.csv",
+        "ecan_predict face.jpg more_faces/ --run runs/mine --out labels.csv",
     )
     p.add_argument(
         "images",
@@ -222,6 +238,7 @@ def ecan_predict(args=None):
         help="write every class's probability to FILE, .csv or .json, instead of printing a table",
     )
     given = p.parse_args(args)
+    _refuse_run(p, given.images)
     _out(p, given.out, ".csv", ".json")
     _out(p, given.heatmaps, ".png", flag="--heatmaps")
     for option in ("every", "seconds", "smoothing", "annotated"):
@@ -296,7 +313,7 @@ def ecan_evaluate(args=None):
     p = _with_model(
         "ecan_evaluate",
         "Measure a model on labelled faces: accuracy, average accuracy and macro-F1 of each split.",
-        "ecan_evaluate runs/mine path/to/rafdb --split test",
+        "ecan_evaluate path/to/rafdb --run runs/mine --split test",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
@@ -308,6 +325,7 @@ def ecan_evaluate(args=None):
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, per class too, to FILE.json")
     given = p.parse_args(args)
+    _refuse_run(p, [given.data])
     _out(p, given.out, ".json")
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor
@@ -385,16 +403,9 @@ def ecan_app(args=None):
         "ecan_app",
         description="Open a page on this computer that labels the faces of photographs (needs the extra `app`). "
         "Nothing is kept and nothing is sent anywhere.",
-        epilog="Example: ecan_app runs/mine",
+        epilog="Example: ecan_app --run runs/mine",
     )
-    p.add_argument(
-        "run",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="folder of a finished run (default: the model that comes with the package)",
-    )
-    p.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    _add_run(p)
     p.add_argument(
         "--host",
         default="127.0.0.1",

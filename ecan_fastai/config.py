@@ -26,7 +26,7 @@ PRESETS["ferplus"] = PRESETS["fer2013"]  # the same images
 METHOD_PRESETS = {"center": dict(l2=0.003)}
 
 # `--preset tuned`: what did better in short runs, on FER2013's valid split (nbs/09_fer2013.ipynb)
-TUNED = {"fer2013": dict(arch="resnet18_half", level="weak", epochs=40, momentum=0.99, center_features=True)}
+TUNED = {"fer2013": dict(arch="resnet18_cifar", epochs=40, momentum=0.99, center_features=True)}
 TUNED["ferplus"] = TUNED["fer2013"]
 
 # allowed ranges of numbers: what a message says, and the test
@@ -63,14 +63,15 @@ class RunConfig:
     method: str = _setting("method", "the paper's method, its baseline, or a row of its Table 3", "ecan", METHODS)
     preset: str = _setting(
         "run",
-        "defaults: the paper's, or those that did better in short runs on FER2013's valid split",
+        "defaults: the paper's, or those for 40 epochs on FER2013, with centred features and a stem for small images",
         "paper",
         ("paper", "tuned"),
     )
     arch: str | None = _setting("method", "name of a timm model")
     pretrained: str | bool = _setting(
         "method",
-        "start from timm's weights (give DATA before it), or with PATH from a run's folder or a checkpoint",
+        "start from timm's weights (give DATA before it), or with PATH from named weights (fer2013, imagenet), a run's "
+        "folder, or a checkpoint",
         False,
     )
     epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)

@@ -20,9 +20,10 @@ from ecan_fastai import __version__
 from ecan_fastai.augment import uses_five_crops
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
-from ecan_fastai.metrics import per_class_table, split_metrics
+from ecan_fastai.metrics import calibration_error, fit_temperature, per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
 from ecan_fastai.runfiles import as_json, read_json, write_run_file
+from ecan_fastai.weights import model_card
 
 # Versions and hardware
 
@@ -100,7 +101,8 @@ def _evaluate(learn, cfg, out):
     "Metrics, predictions and a confusion matrix of every split but train, in float32, in which the model is exported"
     # published FER2013 code reports ten crops
     both = cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe)
-    predictor, vocab, metrics = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab), {}
+    predictor, vocab = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab)
+    metrics, outputs = {}, {}
     keys = Predictor.from_learner(learn, key=True) if isinstance(learn.model, ECANModel) else None
     for name in learn.dls.split_names[1:]:
         faces = learn.dls[name].dataset.items
@@ -109,6 +111,7 @@ def _evaluate(learn, cfg, out):
         images, targets = [f.image for f in faces], np.array([vocab.index(f.label) for f in faces])
         logits = predictor.logits(images, num_workers=cfg.workers)
         shown = logits[:, predictor.center_view] if both else logits.mean(1)
+        outputs[name] = shown, targets
         predicted = shown.argmax(-1).numpy()
         metrics[name] = {**split_metrics(targets, predicted, vocab), "eval_crops": cfg.eval_crops}
         metrics[name]["per_class"] = per_class_table(targets, predicted, vocab).to_dict("index")
@@ -120,7 +123,19 @@ def _evaluate(learn, cfg, out):
         _write_predictions(faces, targets, shown.softmax(-1).numpy(), vocab, out / f"predictions_{name}.csv")
         title = f"{cfg.method} on {name}: accuracy {100 * metrics[name]['accuracy']:.2f} %"
         _write_figure(out / f"confusion_{name}.png", plot_confusion, targets, predicted, vocab, title)
-    return metrics
+    return metrics, _calibrate(outputs, metrics)
+
+
+def _calibrate(outputs, metrics):
+    "Temperature that is fitted on valid, if training has not seen it, and the calibration errors of the other splits"
+    if "valid" not in outputs:
+        return {}
+    temperature = fit_temperature(*outputs["valid"])
+    for name, (logits, targets) in outputs.items():
+        if name != "valid":
+            errors = [calibration_error((logits / t).softmax(-1).numpy(), targets) for t in (1, temperature)]
+            metrics[name] |= dict(zip(("calibration_error", "calibrated_error"), errors))
+    return dict(temperature=round(temperature, 4), calibrated_on="valid")
 
 
 def _share_right(predicted, targets):
@@ -191,7 +206,9 @@ def write_results(
     # a run may have been stopped between its last checkpoint and this file
     write_run_file(out / "history.csv", lambda f: history.to_csv(f, index=False))
     _write_figure(out / "curves.png", plot_history, history)
-    metrics = _evaluate(learn, cfg, out)
+    metrics, calibration = _evaluate(learn, cfg, out)
+    written = read_json(out / "config.json")
+    write_json(out / "config.json", {**written, "about": {**written["about"], **calibration}})
     for name, m in metrics.items():
         if f"{name}_accuracy" in history:
             m["accuracy_of_best_epoch_chosen_on_this_split"] = float(history[f"{name}_accuracy"].max())
@@ -201,5 +218,6 @@ def write_results(
     learn.remove_cbs([MixedPrecision, ChannelsLast])
     write_run_file(out / "export.pkl", lambda f: learn.export(f.resolve()))
     record = _record(cfg, history, metrics, out)
+    write_run_file(out / "card.md", lambda f: f.write_text(model_card(read_json(out / "config.json"), record)))
     write_json(out / "metrics.json", record)
     return record

@@ -192,11 +192,10 @@ def _training(config, about, metrics):
 
 
 def model_card(
-    run,  # Folder of a finished run
+    written: dict,  # What the run's config.json holds
+    metrics: dict,  # What its metrics.json holds
 ) -> str:  # Markdown
-    "Return the model card of a run, from its config.json and metrics.json"
-    run = Path(run)
-    written, metrics = (json.loads((run / f"{name}.json").read_text()) for name in ("config", "metrics"))
+    "Return the model card of a run"
     config, about = written["config"], written["about"]
     colour = "grey" if config["channels"] == 1 else "RGB"
     parts = [

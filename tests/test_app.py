@@ -112,7 +112,7 @@ def test_what_is_wrong_is_one_sentence_and_one_line(app, uploads, capsys):
 
 def test_without_the_extra_and_without_a_run(monkeypatch, capsys, predictor, tmp_path):
     with pytest.raises(SystemExit):
-        ecan_app([str(tmp_path / "none")])
+        ecan_app(["--run", str(tmp_path / "none")])
     assert "is not the folder of a finished run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[app\]'"):

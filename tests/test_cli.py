@@ -175,16 +175,26 @@ def test_wrong_arguments_of_reproduce(args, said, capsys):
 
 def test_a_run_is_asked_for(tmp_path, capsys):
     for script, more in ((cli.ecan_predict, ["x.png"]), (cli.ecan_evaluate, ["faces"])):
-        assert "is not the folder of a finished run: no config.json" in fails(capsys, script, tmp_path, *more)
+        assert "is not the folder of a finished run: no config.json" in fails(capsys, script, "--run", tmp_path, *more)
+
+
+def test_a_run_in_the_place_of_images_is_told(tmp_path, capsys):
+    (tmp_path / "model.safetensors").touch()
+    for script in (cli.ecan_predict, cli.ecan_evaluate):
+        assert f"{tmp_path} is the folder of a run: give it as --run {tmp_path}" in fails(capsys, script, tmp_path)
 
 
 @pytest.mark.parametrize(
     "script,args,said",
     [
-        (cli.ecan_predict, ["run", "x.png", "--out", "t.txt"], "--out: expected a name ending in .csv or .json"),
-        (cli.ecan_predict, ["run", "x.png", "--out", "/no/where/t.csv"], "--out: no such folder: /no/where"),
-        (cli.ecan_predict, ["run", "x.mp4", "--every", "2"], "--every has no effect without --faces"),
-        (cli.ecan_evaluate, ["run", "x", "--out", "t.csv"], "--out: expected a name ending in .json"),
+        (
+            cli.ecan_predict,
+            ["--run", "run", "x.png", "--out", "t.txt"],
+            "--out: expected a name ending in .csv or .json",
+        ),
+        (cli.ecan_predict, ["--run", "run", "x.png", "--out", "/no/where/t.csv"], "--out: no such folder: /no/where"),
+        (cli.ecan_predict, ["--run", "run", "x.mp4", "--every", "2"], "--every has no effect without --faces"),
+        (cli.ecan_evaluate, ["--run", "run", "x", "--out", "t.csv"], "--out: expected a name ending in .json"),
         (cli.ecan_check, ["x", "--picture", "t.csv"], "--picture: expected a name ending in .png"),
         (cli.ecan_check, ["/no/where"], "no such file or folder: /no/where"),
     ],

@@ -149,11 +149,12 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
     photos.mkdir()
     cv2.imwrite(str(photos / "a.png"), photo[..., ::-1])
     cv2.imwrite(str(photos / "b.png"), np.full((99, 99, 3), 50, np.uint8))
-    ecan_predict([str(run), str(photos), "--faces"])
+    ecan_predict(["--run", str(run), str(photos), "--faces"])
     said = capsys.readouterr()
     assert "a.png" in said.out and "second" not in said.out and f"no face found in {photos / 'b.png'}" in said.err
     ecan_predict(
         [
+            "--run",
             str(run),
             str(video(tmp_path / "v.avi", [photo] * 11)),
             "--faces",
@@ -164,10 +165,10 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
         ]
     )
     assert list(pd.read_csv(tmp_path / "o.csv")["second"]) == [0, 0.5, 1]
-    ecan_predict([str(run), str(photos / "a.png"), "--faces", "--out", str(tmp_path / "o.json")])
+    ecan_predict(["--run", str(run), str(photos / "a.png"), "--faces", "--out", str(tmp_path / "o.json")])
     (row,) = json.loads((tmp_path / "o.json").read_text())
     assert row["second"] is None and row["label"] in row
-    ecan_predict([str(run), str(photos / "b.png"), "--faces"])
+    ecan_predict(["--run", str(run), str(photos / "b.png"), "--faces"])
     assert "no face found" in capsys.readouterr().out
 
 
@@ -187,7 +188,7 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
 def test_what_is_wrong_is_said(run, tmp_path, args, said, capsys):
     file = video(tmp_path / "v.avi", [np.zeros((48, 48, 3), np.uint8)] * 3)
     with pytest.raises(SystemExit):
-        ecan_predict([str(run), str(file), *args])
+        ecan_predict(["--run", str(run), str(file), *args])
     assert said in capsys.readouterr().err
 
 
@@ -297,6 +298,7 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     rows = [f"{f.name},{age}" for f, age in zip(images, range(20, 20 + len(images)))]
     (tmp_path / "people.csv").write_text("\n".join(["file,age", *dict.fromkeys(rows)]))
     args = [
+        "--run",
         str(run),
         *map(str, images[:8]),
         "--by",

@@ -416,38 +416,40 @@ def fails(capsys, script, *args):
 
 def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     a, b = test_files(faces)[:2]
-    ecan_predict(list(map(str, (run, a, b))))
+    ecan_predict(list(map(str, ("--run", run, a, b))))
     printed = capsys.readouterr().out
     assert str(a) in printed and str(b) in printed and "probability" in printed
-    ecan_predict(list(map(str, (run, faces / "test", "--out", tmp_path / "p.csv"))))
-    ecan_predict(list(map(str, (run, faces / "test", "--out", tmp_path / "p.json"))))
+    ecan_predict(list(map(str, ("--run", run, faces / "test", "--out", tmp_path / "p.csv"))))
+    ecan_predict(list(map(str, ("--run", run, faces / "test", "--out", tmp_path / "p.json"))))
     table, records = pd.read_csv(tmp_path / "p.csv"), json.loads((tmp_path / "p.json").read_text())
     assert (
         len(table) == len(records) == len(test_files(faces))
         and records[0]["label"] == table["label"][0]
         and set(Predictor(run).columns) < set(table.columns)
     )
-    assert "expected a name ending in .csv or .json, got p.txt" in fails(capsys, ecan_predict, run, a, "--out", "p.txt")
-    assert "no such folder" in fails(capsys, ecan_predict, run, a, "--out", tmp_path / "x" / "p.csv")
+    assert "expected a name ending in .csv or .json, got p.txt" in fails(
+        capsys, ecan_predict, "--run", run, a, "--out", "p.txt"
+    )
+    assert "no such folder" in fails(capsys, ecan_predict, "--run", run, a, "--out", tmp_path / "x" / "p.csv")
     evil = tmp_path / "x\x1b]0;owned\x07.png"
     evil.write_bytes(a.read_bytes()[:40])
     with pytest.raises(SystemExit) as e:  # what can be read is labelled, and the exit says that something could not
-        ecan_predict(list(map(str, (run, a, evil, b, "--out", tmp_path / "some.csv"))))
+        ecan_predict(list(map(str, ("--run", run, a, evil, b, "--out", tmp_path / "some.csv"))))
     said = capsys.readouterr().err
     assert e.value.code == 1 and list(pd.read_csv(tmp_path / "some.csv")["image"]) == [str(a), str(b)]
     assert "1 of 3 images are left out" in said and "cannot decode" in said
     assert "x\\x1b]0;owned\\x07.png" in said and "\x1b" not in said
     evil.write_bytes(a.read_bytes())
-    ecan_predict(list(map(str, (run, evil))))
+    ecan_predict(list(map(str, ("--run", run, evil))))
     assert "\x1b" not in (printed := capsys.readouterr().out) and "owned" in printed
-    assert "no such image file" in fails(capsys, ecan_predict, run, tmp_path / "none.png")
-    assert "is not the folder of a finished run" in fails(capsys, ecan_predict, tmp_path, a)
+    assert "no such image file" in fails(capsys, ecan_predict, "--run", run, tmp_path / "none.png")
+    assert "is not the folder of a finished run" in fails(capsys, ecan_predict, "--run", tmp_path, a)
 
 
 def test_ecan_evaluate_prints_and_writes(faces, run, tmp_path, capsys):
-    ecan_evaluate(list(map(str, (run, faces, "--out", tmp_path / "e.json"))))
+    ecan_evaluate(list(map(str, ("--run", run, faces, "--out", tmp_path / "e.json"))))
     own = json.loads((run / "metrics.json").read_text())["splits"]["test"]
     printed = capsys.readouterr().out
     assert f"{100 * own['accuracy']:.2f}%" in printed and "classes of both: angry, disgust" in printed
     assert json.loads((tmp_path / "e.json").read_text())["splits"]["test"]["accuracy"] == pytest.approx(own["accuracy"])
-    assert "no split 'dev'" in fails(capsys, ecan_evaluate, run, faces, "--split", "dev")
+    assert "no split 'dev'" in fails(capsys, ecan_evaluate, "--run", run, faces, "--split", "dev")

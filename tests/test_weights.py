@@ -107,7 +107,8 @@ def test_unknown_names_are_refused():
 
 
 def test_the_card_holds_what_the_records_say():
-    card, metrics = model_card(shipped_run()), json.loads((shipped_run() / "metrics.json").read_text())
+    written, metrics = (json.loads((shipped_run() / f"{name}.json").read_text()) for name in ("config", "metrics"))
+    card = model_card(written, metrics)
     measured = metrics["splits"]["PrivateTest"]
     assert f"{100 * measured['accuracy']:.2f}" in card and f"{100 * measured['ten_crops_accuracy']:.2f}" in card
     for name, m in measured["per_class"].items():
