@@ -57,7 +57,7 @@ HELP = dict(
 
 
 def _parser(config, choices):
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_train",
         description="Train a facial-expression model and write a run folder: settings, history, metrics, predictions, "
         "images, weights, exported learner.",
@@ -108,6 +108,13 @@ def _print_splits(splits):
 def _print_record(record, out):
     _print_splits(record["splits"])
     print(f"\nmedian epoch {record['seconds']['median_epoch']:.1f} s; everything is in {out}")
+
+
+class _Parser(argparse.ArgumentParser):
+    "A parser that repeats what was typed without codes that a terminal would obey"
+
+    def error(self, message):
+        super().error(printable(message))
 
 
 def printable(text):
@@ -187,7 +194,7 @@ def _out(parser, file, *endings, flag="--out"):
 
 
 def _with_model(prog, about, example):
-    p = argparse.ArgumentParser(prog, description=about, epilog=f"Example: {example}")
+    p = _Parser(prog, description=about, epilog=f"Example: {example}")
     p.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     p.add_argument(
         "--crops",
@@ -317,7 +324,7 @@ def _print_evaluation(record):
 @_script
 def ecan_check(args=None):
     "Look at a data set before training on it"
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_check",
         description="Counts of every class and split, broken images, and images that stand in a data set twice.",
         epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png",
@@ -383,7 +390,7 @@ def _setting(text):
 @_script
 def ecan_reproduce(args=None):
     "Make the runs of a table or figure, then the table or figure"
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_reproduce",
         description="Reproduce a table or figure of the paper, or answer an open question: train the missing runs, "
         "then write the table, with the paper's numbers where it has some for that data, and the figure. "

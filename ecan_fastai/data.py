@@ -86,8 +86,8 @@ def _bytes(file):
         raise FileNotFoundError(f"no such image file: {file}") from None
     except OSError as e:
         raise OSError(f"cannot read {file}: {e.strerror}") from None
-    except ValueError as e:  # characters that no file's name has
-        raise ValueError(f"no file can be named {str(file)!r}: {e}") from None
+    except ValueError:  # characters that no file's name has
+        raise ValueError(f"no file can be named {str(file)!r}") from None
     if stat.S_ISDIR(about.st_mode):
         closed = "" if os.access(file, os.R_OK | os.X_OK) else ", which cannot be listed"
         raise ValueError(f"expected an image file, got the folder {file}{closed}")
