@@ -34,23 +34,23 @@ def uses_five_crops(level: str, recipe: str) -> bool:
     "Whether FiveCrop is part of this column of Table 1"
     return level == "strong" and recipe == "fer2013"
 
-
+# %% ../nbs/01_augment.ipynb #eb3945ef
 def crop_size(level: str, recipe: str, size: int) -> int:
     "Side of the views that the network sees: `size`, or 5/6 of it under FiveCrop (40 of 48)"
     _check(level, recipe, size)
     return round(size * 5 / 6) if uses_five_crops(level, recipe) else size
 
-
+# %% ../nbs/01_augment.ipynb #c45d24dd
 def _five_corners(size, side):
     "Left and top of the four corner crops and the centre crop of `side` pixels from an image of `size` pixels"
     far, mid = size - side, (size - side) // 2
     return [(0, 0), (far, 0), (0, far), (far, far), (mid, mid)]
 
-
+# %% ../nbs/01_augment.ipynb #98bf94cb
 def _five_crops(size, side):
     return [A.Crop(x, y, x + side, y + side) for x, y in _five_corners(size, side)]
 
-
+# %% ../nbs/01_augment.ipynb #c7be42a3
 class RandomFiveCrop(A.ImageOnlyTransform):
     "One of the five crops of FiveCrop, each with the same chance: `A.OneOf` over five `A.Crop` in a third of the time"
 
@@ -69,7 +69,7 @@ class RandomFiveCrop(A.ImageOnlyTransform):
         x, y = corner
         return img[y : y + self.side, x : x + self.side]
 
-
+# %% ../nbs/01_augment.ipynb #399b26ee
 class RandomShift(A.ImageOnlyTransform):
     """Move the image by whole pixels, black where it was: a crop from the padded image, `A.PadIfNeeded` and
     `A.RandomCrop` in one copy"""

@@ -16,7 +16,7 @@ from ecan_fastai.config import CROPS, GROUPS, KINDS, RunConfig, help_text, setti
 
 def _parser():
     "Options of `ecan_train`: only those that are typed are in what it returns, the rest is left to `RunConfig`"
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_train",
         description="Train a facial-expression model and write a run folder: settings, history, metrics, predictions, "
         "figures, weights, exported learner.",
@@ -66,6 +66,13 @@ def _print_splits(splits):
 def _print_record(record, out):
     _print_splits(record["splits"])
     print(f"\nmedian epoch {record['seconds']['median_epoch']:.1f} s; everything is in {out}")
+
+
+class _Parser(argparse.ArgumentParser):
+    "A parser that repeats what was typed without codes that a terminal would obey"
+
+    def error(self, message):
+        super().error(printable(message))
 
 
 def printable(text):
@@ -166,7 +173,7 @@ def _refuse_run(p, paths):
 
 
 def _with_model(prog, about, example):
-    p = argparse.ArgumentParser(prog, description=about, epilog=f"Example: {example}")
+    p = _Parser(prog, description=about, epilog=f"Example: {example}")
     _add_run(p)
     p.add_argument(
         "--crops",
@@ -353,7 +360,7 @@ def _print_evaluation(record):
 @_script
 def ecan_check(args=None):
     "Check a data set before training on it"
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_check",
         description="Count the images of every class and split, and find broken and duplicate images.",
         epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png",
@@ -399,7 +406,7 @@ def _print_report(report):
 @_script
 def ecan_app(args=None):
     "Serve a page that labels the faces of photographs"
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_app",
         description="Open a page on this computer that labels the faces of photographs (needs the extra `app`). "
         "Nothing is kept and nothing is sent anywhere.",
@@ -443,7 +450,7 @@ def _setting(text):
 
 
 def _reproduce_parser():
-    p = argparse.ArgumentParser(
+    p = _Parser(
         "ecan_reproduce",
         description="Reproduce a table or figure of the paper, or answer an open question: train the missing runs, "
         "then write the table from all that are finished, with the paper's numbers where it has some for that data, "

@@ -87,8 +87,8 @@ def _bytes(file):
         raise FileNotFoundError(f"no such image file: {file}") from None
     except OSError as e:
         raise OSError(f"cannot read {file}: {e.strerror}") from None
-    except ValueError as e:  # characters that no file's name has
-        raise ValueError(f"no file can be named {str(file)!r}: {e}") from None
+    except ValueError:  # characters that no file's name has
+        raise ValueError(f"no file can be named {str(file)!r}") from None
     if stat.S_ISDIR(about.st_mode):
         closed = "" if os.access(file, os.R_OK | os.X_OK) else ", which cannot be listed"
         raise ValueError(f"expected an image file, got the folder {file}{closed}")
@@ -168,7 +168,7 @@ def _process():
     info = get_worker_info()
     return "main" if info is None else info.seed
 
-
+# %% ../nbs/02_data.ipynb #cca8943b
 class FaceTransform(Transform):
     "Image to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
 
@@ -219,7 +219,7 @@ class FaceTransform(Transform):
         info = get_worker_info()
         self.seed(torch.randint(2**31, ()).item() if info is None else info.seed % 2**32)
 
-
+# %% ../nbs/02_data.ipynb #0604f0c4
 def _channels_first(a):
     "(height, width, channels) to (channels, height, width); a grey image keeps its memory"
     if a.shape[-1] == 1:
@@ -228,7 +228,7 @@ def _channels_first(a):
     cv2.split(a, list(out))  # into `out`: four times faster than a transposed copy
     return out
 
-
+# %% ../nbs/02_data.ipynb #657fc9e3
 def _to_face(a):
     "uint8 array (height, width, channels), or a stack of crops, to a `FaceImage` with channels first"
     return torch.from_numpy(np.stack([*map(_channels_first, a)]) if a.ndim == 4 else _channels_first(a)).as_subclass(
@@ -335,7 +335,7 @@ class EachView(Transform):
     def decode(self, b, **kwargs):
         return b
 
-
+# %% ../nbs/02_data.ipynb #daaa5513
 def set_stats(
     dls,  # DataLoaders
     mean,
@@ -349,7 +349,7 @@ def set_stats(
             continue
         norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
 
-
+# %% ../nbs/02_data.ipynb #bdd3876e
 grey_stats = ([0.5], [0.25])
 
 

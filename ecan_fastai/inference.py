@@ -96,7 +96,7 @@ def _are_names(values):
 
 _EXPECTED = dict(
     config=dict(
-        arch=(lambda v: isinstance(v, str), "the name of an architecture"),
+        arch=(lambda v: isinstance(v, str) and len(v) < 100, "the name of an architecture"),
         level=(lambda v: v in LEVELS, f"one of {', '.join(LEVELS)}"),
         recipe=(lambda v: v in RECIPES, f"one of {', '.join(RECIPES)}"),
         size=(_is_whole, "a number of pixels"),
@@ -116,11 +116,13 @@ _EXPECTED = dict(
 def _read_config(file):
     "What `Predictor` needs of a run's config.json, checked"
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        parts = {part: dict(written[part]) for part in _EXPECTED}
-        parts["about"].setdefault("temperature", 1.0)  # of runs before calibration
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{file} is not the configuration of a run: {type(e).__name__}, {e}") from e
+        parts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file} is not the configuration of a run: it is not JSON") from e
+    for part in _EXPECTED:
+        if not isinstance(parts, dict) or not isinstance(parts.get(part), dict):
+            raise ValueError(f"{file} is not the configuration of a run: no {part} in it")
+    parts["about"].setdefault("temperature", 1.0)  # of runs before calibration
     for part, keys in _EXPECTED.items():
         for key, (is_right, expected) in keys.items():
             if key not in parts[part]:
@@ -171,7 +173,9 @@ def _read_weights(file, expected):
     "Weights of a run; raises `ValueError` where they are not those of its configuration, or not finite"
     try:
         weights = load_file(file)
-    except (SafetensorError, OSError, ValueError) as e:
+    except OSError as e:
+        raise OSError(f"cannot read {file}: {e.strerror or e}") from e
+    except (SafetensorError, ValueError) as e:
         raise ValueError(f"{file} is broken: {e}") from e
     kinds = [{k: _tensor_kind(v) for k, v in tensors.items()} for tensors in (expected, weights)]
     wrong = [k for k in {**expected, **weights} if kinds[0].get(k) != kinds[1].get(k)]

@@ -214,7 +214,7 @@ def _split_normalize(batch_tfms):
         raise ValueError("expected one Normalize with statistics in batch_tfms: Normalize.from_stats(mean, std)")
     return tuple(t.flatten().tolist() for t in (norms[0].mean, norms[0].std)), others
 
-
+# %% ../nbs/03j_loaders.ipynb #b124b1b1
 def _loaders(
     cls,
     faces: list,  # `Face` records

@@ -189,7 +189,9 @@ def read_csv(
         df = pd.read_csv(csv, header=None, nrows=n_lines, skipinitialspace=True, skip_blank_lines=False, **text)
     except pd.errors.EmptyDataError:
         raise ValueError(f"{csv} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{csv} is not a table in UTF-8: byte {e.start} of a cell or of the file") from e
+    except pd.errors.ParserError as e:
         raise ValueError(f"{csv} is not a comma-separated table: {str(e).strip()}") from e
     df.index += 1
     if header:
@@ -201,7 +203,10 @@ def read_csv(
     if missing:
         names = ", ".join(map(str, df.columns))
         raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {names}")
-    return df.dropna(how="all")
+    df = df.dropna(how="all")
+    if n_lines is None and not len(df):
+        raise ValueError(f"{csv} has no row below its header")
+    return df
 
 # %% ../../nbs/03_records.ipynb #ac2ee1df
 def _harmless(cell):
@@ -224,7 +229,7 @@ def read_lines(
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is not a text file: {e}") from e
+        raise ValueError(f"{file} is not a text file in UTF-8: byte {e.start}") from e
     numbered = [(f"{file}, line {i}", line) for i, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise ValueError(f"{file} is empty")
@@ -255,6 +260,9 @@ def split_by_group(
         raise ValueError(f"expected a fold from 0 to {n_folds - 1}, got {fold}")
     if len(set(groups)) < n_folds:
         raise ValueError(f"{n_folds} folds need as many groups (subjects or photographs), got {len(set(groups))}")
+    largest = max(Counter(f.label for f in faces).values())
+    if largest < n_folds:
+        raise ValueError(f"{n_folds} folds need a class of at least as many faces, the largest has {largest}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")
         deal = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(
