@@ -167,7 +167,7 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
     assert list(pd.read_csv(tmp_path / "o.csv")["second"]) == [0, 0.5, 1]
     ecan_predict(["--run", str(run), str(photos / "a.png"), "--faces", "--out", str(tmp_path / "o.json")])
     (row,) = json.loads((tmp_path / "o.json").read_text())
-    assert row["second"] is None and row["label"] in row
+    assert row["second"] is None and f"p_{row['label']}" in row
     ecan_predict(["--run", str(run), str(photos / "b.png"), "--faces"])
     assert "no face found" in capsys.readouterr().out
 

@@ -758,7 +758,7 @@ def test_class_names_may_have_slashes_and_dollars_and_are_drawn_as_they_are(tmp_
 @pytest.mark.parametrize(
     "text,said",
     [
-        ("image,label\n", "t.csv has no labelled image"),
+        ("image,label\n", "t.csv has no row below its header"),
         ("", "t.csv is empty"),
         ("image,label\na.png,happy,train\nb.png,sad,train\n", "t.csv is not a comma-separated table"),
         ("image,label,label\na.png,happy,sad\n", "t.csv has several columns 'label'"),

@@ -2,10 +2,7 @@
 
 import functools
 import json
-import shutil
 import struct
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -74,18 +71,16 @@ def _weights():
 
 
 @functools.cache
-def _whole_run():
-    run = Path(tempfile.mkdtemp(prefix="fuzz_run"))
-    run.chmod(0o755)
-    (run / "config.json").write_text(json.dumps(CONFIG))
-    save_file(_weights(), run / "model.safetensors")
-    (run / "model.safetensors").chmod(0o644)
-    return run
+def _saved():
+    return save(_weights())
 
 
 def make_run(folder):
     "A finished run of a small model, as far as inference needs it"
-    return Path(shutil.copytree(_whole_run(), folder))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "model.safetensors").write_bytes(_saved())
+    return folder
 
 
 def _predicts(run):
@@ -165,7 +160,7 @@ def _other_tensors(rng):
 
 def _other_bytes(rng):
     "A file of weights whose bytes are cut, flipped or others"
-    data = bytearray(save(_weights()))
+    data = bytearray(_saved())
     kind = rng.integers(4)
     if kind == 0:
         data = data[: int(rng.integers(0, len(data)))]
