@@ -109,8 +109,8 @@ def others(rng, folder):
     script = list(GOOD)[rng.integers(len(GOOD))]
     run, data = make_run(folder / "run"), _data(folder / "data", 2)
     whole = {
-        ecan_predict: [str(run), str(data)],
-        ecan_evaluate: [str(run), str(data)],
+        ecan_predict: ["--run", str(run), str(data)],
+        ecan_evaluate: ["--run", str(run), str(data)],
         ecan_check: [str(data)],
         ecan_reproduce: ["table5", "--out", str(folder / "out")],
     }[script]

@@ -178,7 +178,7 @@ def evaluated(rng, folder):
     names = list(dict.fromkeys(str(c) for c in rng.permutation(CLASSES)[: int(rng.integers(1, 4))]))
     _tree(rng, data, names, 2)
     known = _usable(names) and any(n.lower() in ("happy", "sad", "fear", "happy ", "happiness") for n in names)
-    act = lambda: ecan_evaluate([str(run), str(data)])
+    act = lambda: ecan_evaluate(["--run", str(run), str(data)])
     return Trial(f"ecan_evaluate: {names}", act, None, "ok" if known else "refusal", script=True)
 
 

@@ -165,7 +165,7 @@ def image(rng, folder):
     if way == 3:
         predict = lambda: Predictor(run).predict([good, file], skip_broken=True)
         return Trial(f"predict: {about}", _nobody(predict), lambda t: len(t) == 1 + (must == "ok"))
-    args = [str(run), "--", str(good), str(file)]
+    args = ["--run", str(run), "--", str(good), str(file)]
     must = must if not file.is_dir() else ""
     return Trial(
         f"ecan_predict: {about} {file.name[:20]!r}", _nobody(lambda: ecan_predict(args)), None, must, script=True
