@@ -21,7 +21,7 @@ COMMAND = re.compile(r"^(ecan_\w+)=([\w.]+):(\w+)$")
 # what pages do not fulfil yet; these lists may only get shorter
 WITHOUT_OUTPUT = {"nbs/00_weights.ipynb", "nbs/03j_loaders.ipynb", "nbs/07_learner.ipynb"}
 OTHER_INSTALL = {"nbs/12_detector.ipynb"}
-UNKNOWN_COMMANDS = {"ecan_app", "ecan_app --run", "ecan_evaluate --run"}
+UNKNOWN_COMMANDS = {"ecan_app", "ecan_evaluate --run"}
 
 
 def name(path):
