@@ -132,8 +132,12 @@ def _read_weights(path):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds no named tensors, but {type(state).__name__}")
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        raise ValueError(f"{file} holds no tensors with names, but an object of type {type(state).__name__}")
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    spoiled = next((k for k, v in state.items() if not v.isfinite().all()), None)
+    if spoiled is not None:
+        raise ValueError(f"{file} has values in {spoiled} that are not finite numbers")
+    return state
 
 # %% ../nbs/05_model.ipynb #01ad0c14
 def _fit_channels(w, want):

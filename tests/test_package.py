@@ -48,17 +48,6 @@ def test_all_gives_everything_to_a_notebook():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_readme_and_index_say_the_same():
-    from fastcore.nbio import read_nb
-
-    cells = [c.source for c in read_nb(ROOT / "nbs" / "index.ipynb").cells if c.cell_type == "markdown"]
-    readme = (ROOT / "README.md").read_text()
-    for cell in cells:
-        assert re.sub(r"\]\((?!http)", "](nbs/", cell).strip() in readme
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", readme):
-        assert (ROOT / link).exists()
-
-
 def run(code):
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
 
