@@ -124,7 +124,7 @@ def _gradio():
     try:
         import gradio
     except ImportError as e:
-        raise ImportError(f"the page needs the package {e.name}: pip install 'ecan_fastai[app]'") from e
+        raise ImportError(f'the page needs the package {e.name}: pip install "ecan_fastai[app]"') from e
     return gradio
 
 

@@ -84,7 +84,7 @@ class FaceFinder:
         try:
             from facenet_pytorch import MTCNN
         except ImportError as e:
-            raise ImportError(f"finding faces needs the package {e.name}: pip install 'ecan_fastai[faces]'") from e
+            raise ImportError(f'finding faces needs the package {e.name}: pip install "ecan_fastai[faces]"') from e
         self.threshold, self.min_size, self.margin = threshold, min_size, margin
         self.mtcnn = MTCNN(
             min_face_size=min_size, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -480,7 +480,7 @@ def _check_onnx():
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as e:
-        raise ImportError(f"exporting to ONNX needs the package {e.name}: pip install 'ecan_fastai[onnx]'") from e
+        raise ImportError(f'exporting to ONNX needs the package {e.name}: pip install "ecan_fastai[onnx]"') from e
 
 
 def _save_onnx(program, predictor, file):

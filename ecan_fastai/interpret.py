@@ -263,7 +263,7 @@ def _layer_grad_cam(classifier, example):
     try:
         from captum.attr import LayerGradCam
     except ImportError as e:
-        raise ImportError(f"Grad-CAM needs the package {e.name}: pip install 'ecan_fastai[explain]'") from e
+        raise ImportError(f'Grad-CAM needs the package {e.name}: pip install "ecan_fastai[explain]"') from e
     model = _MapsThrough(classifier, example)
     return LayerGradCam(model, model.maps), model.hook
 

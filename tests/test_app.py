@@ -115,7 +115,7 @@ def test_without_the_extra_and_without_a_run(monkeypatch, capsys, predictor, tmp
         ecan_app(["--run", str(tmp_path / "none")])
     assert "is not the folder of a finished run" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[app\]'"):
+    with pytest.raises(ImportError, match=r'pip install "ecan_fastai\[app\]"'):
         launch_app(predictor, wait=False)
 
 

@@ -210,7 +210,7 @@ def test_without_the_extra_it_is_said(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "facenet_pytorch", None)
-    with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[faces\]'"):
+    with pytest.raises(ImportError, match=r'pip install "ecan_fastai\[faces\]"'):
         FaceFinder()
 
 

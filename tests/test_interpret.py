@@ -260,7 +260,7 @@ def test_heat_of_an_encoder_without_maps_or_without_the_extra(monkeypatch):
     with pytest.raises(ValueError, match="no feature maps in Sequential"):
         grad_cam(flat, np.zeros((8, 8), np.uint8))
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(ImportError, match=r"pip install 'ecan_fastai\[explain\]'"):
+    with pytest.raises(ImportError, match=r'pip install "ecan_fastai\[explain\]"'):
         grad_cam(flat, np.zeros((8, 8), np.uint8))
 
 
