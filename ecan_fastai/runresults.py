@@ -112,7 +112,7 @@ def _evaluate(learn, cfg, out):
         images, targets = [f.image for f in faces], np.array([vocab.index(f.label) for f in faces])
         logits = predictor.logits(images, num_workers=cfg.workers)
         shown = logits[:, predictor.center_view] if both else logits.mean(1)
-        outputs[name] = shown, targets
+        outputs[name] = shown, targets, faces
         predicted = shown.argmax(-1).numpy()
         metrics[name] = {**split_metrics(targets, predicted, vocab), "eval_crops": cfg.eval_crops}
         metrics[name]["per_class"] = per_class_table(targets, predicted, vocab).to_dict("index")
@@ -121,22 +121,25 @@ def _evaluate(learn, cfg, out):
         if keys:
             probs = keys.probabilities(images, num_workers=cfg.workers)
             metrics[name]["key_encoder_accuracy"] = _share_right(probs.argmax(1), targets)
-        _write_predictions(faces, targets, shown.softmax(-1).numpy(), vocab, out / f"predictions_{name}.csv")
         title = f"{cfg.method} on {name}: accuracy {100 * metrics[name]['accuracy']:.2f} %"
         _write_figure(out / f"confusion_{name}.png", plot_confusion, targets, predicted, vocab, title)
-    return metrics, _calibrate(outputs, metrics)
+    calibration = _calibrate(outputs, metrics)
+    for name, (logits, targets, faces) in outputs.items():
+        probabilities = (logits / calibration.get("temperature", 1)).softmax(-1).numpy()
+        _write_predictions(faces, targets, probabilities, vocab, out / f"predictions_{name}.csv")
+    return metrics, calibration
 
 
 def _calibrate(outputs, metrics):
     "Temperature that is fitted on valid, if training has not seen it, and the calibration errors of the other splits"
     if "valid" not in outputs:
         return {}
-    temperature = fit_temperature(*outputs["valid"])
-    for name, (logits, targets) in outputs.items():
+    temperature = round(fit_temperature(*outputs["valid"][:2]), 4)
+    for name, (logits, targets, _) in outputs.items():
         if name != "valid":
             errors = [calibration_error((logits / t).softmax(-1).numpy(), targets) for t in (1, temperature)]
             metrics[name] |= dict(zip(("calibration_error", "calibrated_error"), errors))
-    return dict(temperature=round(temperature, 4), calibrated_on="valid")
+    return dict(temperature=temperature, calibrated_on="valid")
 
 
 def _share_right(predicted, targets):

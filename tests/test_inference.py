@@ -202,7 +202,8 @@ def test_features_are_the_encoders(faces, run):
     z = predictor.features(faces / "test")
     assert z.shape == (len(test_files(faces)), 512)
     with torch.no_grad():
-        probs = predictor.model.classifier.classifier(torch.from_numpy(z)).softmax(1)
+        logits = predictor.model.classifier.classifier(torch.from_numpy(z))
+    probs = (logits / predictor.model.temperature).softmax(1)
     assert np.allclose(probs, predictor.probabilities(faces / "test"), atol=1e-5)
 
 
@@ -237,9 +238,9 @@ def test_damaged_runs_are_named(run, tmp_path):
         (torch.full((7,), torch.nan), "has values in classifier.bias that are not finite"),
         (
             torch.zeros(7, dtype=torch.int64),
-            r"expected torch.float32 \(7,\) as classifier.bias, got torch.int64 \(7,\)",
+            r"expected float \(7,\) as classifier.bias, got torch.int64 \(7,\)",
         ),
-        (torch.zeros(8), r"expected torch.float32 \(7,\) as classifier.bias, got torch.float32 \(8,\)"),
+        (torch.zeros(8), r"expected float \(7,\) as classifier.bias, got float \(8,\)"),
     ):
         save_file({**weights, "classifier.bias": wrong}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=said):
@@ -275,6 +276,8 @@ def test_damaged_runs_are_named(run, tmp_path):
         ("about", "std", [0.0], "expected a list of numbers above 0 as about.std"),
         ("about", "view_size", 48, "about.view_size is 48, expected 40 at size 48"),
         ("about", "std", None, "no std in its about"),
+        ("about", "temperature", 0, "expected a number above 0 as about.temperature, got 0"),
+        ("about", "temperature", "warm", "expected a number above 0 as about.temperature, got 'warm'"),
     ],
 )
 def test_every_setting_of_a_run_is_checked(run, tmp_path, part, key, value, said):

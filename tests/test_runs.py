@@ -23,7 +23,7 @@ from ecan_fastai.cli import ecan_train
 from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
 from ecan_fastai.inference import Predictor
 from ecan_fastai.layers import fast_precision
-from ecan_fastai.metrics import split_metrics
+from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
@@ -56,6 +56,31 @@ def fails(capsys, *args):
     return said
 
 
+def test_a_run_is_calibrated_on_valid_and_its_card_says_so(faces, tmp_path):
+    record, run = start_run(config(faces), tmp_path / "run"), tmp_path / "run"
+    about = json.loads((run / "config.json").read_text())["about"]
+    predictor = Predictor(run)
+    files = sorted((faces / "test").glob("*/*.png"))
+    logits, probabilities = predictor.logits(files).mean(1), predictor.probabilities(files)
+    assert np.allclose(probabilities, (logits / about["temperature"]).softmax(-1).numpy(), atol=1e-6)
+    targets = [predictor.vocab.index(f.parent.name) for f in files]
+    measured = record["splits"]["test"]
+    assert measured["calibrated_error"] == pytest.approx(calibration_error(probabilities, targets), abs=1e-3)
+    assert measured["calibration_error"] == pytest.approx(calibration_error(logits.softmax(-1), targets), abs=1e-3)
+    assert about["calibrated_on"] == "valid" and "calibrated_error" not in record["splits"]["valid"]
+    valid = pd.read_csv(run / "predictions_valid.csv")
+    rows = [predictor.vocab.index(v) for v in valid["label"]]
+    assert fit_temperature(np.log(valid[predictor.columns].clip(1e-5)), rows) == pytest.approx(1, rel=0.02)
+    card = (run / "card.md").read_text()
+    assert "fitted on valid" in card and f"{100 * measured['accuracy']:.2f}" in card
+
+
+def test_a_run_that_trained_on_valid_is_not_calibrated(faces, tmp_path):
+    start_run(config(faces, train_all=True), tmp_path / "run")
+    assert Predictor(tmp_path / "run").model.temperature == 1
+    assert "not calibrated" in (tmp_path / "run" / "card.md").read_text()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_folder_holds_everything(faces, tmp_path, method):
     record = start_run(config(faces, method=method), tmp_path / "run")
@@ -73,6 +98,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
         "export.pkl",
         "checkpoint.pth",
         "data.csv.gz",
+        "card.md",
         "SHA256SUMS",
     }
     assert record == json.loads((out / "metrics.json").read_text()) and set(record["splits"]) == {"valid", "test"}
@@ -110,7 +136,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
     m = {
         k: v
         for k, v in record["splits"]["test"].items()
-        if k not in ("per_class", "eval_crops", "key_encoder_accuracy")
+        if k not in ("per_class", "eval_crops", "key_encoder_accuracy", "calibration_error", "calibrated_error")
     }
     assert m == pytest.approx(split_metrics(y, p, vocab))
     model = FaceClassifier.create("resnet18", 7, 1)
@@ -118,7 +144,8 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
     plain = load_learner(out / "export.pkl")
     for a, b in zip(model.state_dict().values(), plain.model.state_dict().values()):
         assert torch.equal(a, b)
-    assert np.allclose(plain.predict(table.image[0])[2], probs[0], atol=1e-4)
+    calibrated = plain.predict(table.image[0])[2].log().div(about["about"]["temperature"]).softmax(-1)
+    assert np.allclose(calibrated, probs[0], atol=1e-4)
 
 
 def test_same_seed_same_run(faces, tmp_path):
