@@ -96,7 +96,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 
 def shown(cell):
-    return not directives(cell) & {"hide", "export", "exports", "exporti", "default_exp", "notest"}
+    return not directives(cell) & {"hide", "hide_output", "export", "exports", "exporti", "default_exp", "notest"}
 
 
 def is_silent(statement):
