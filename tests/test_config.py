@@ -32,7 +32,7 @@ def test_presets_are_these():
         ckplus={**fer2013, "epochs": 40},
         other={**fer2013, "size": 224, "channels": 3, "recipe": "rafdb", "epochs": 40},
     )
-    tuned = dict(arch="resnet18_half", level="weak", epochs=40, momentum=0.99, center_features=True)
+    tuned = dict(arch="resnet18_cifar", epochs=40, momentum=0.99, center_features=True)
     assert TUNED == dict(fer2013=tuned, ferplus=tuned)
 
 

@@ -509,7 +509,7 @@ def test_mistakes_are_one_sentence(faces, tmp_path, capsys):
     assert "kind sample draws its own faces" in fails(capsys, faces, "--kind", "sample")
     assert "lr must be above 0, got -1.0" in fails(capsys, faces, "--lr", "-1")
     (tmp_path / "bin.csv").write_bytes(b"\xff\xfe\x00\x80")
-    assert "bin.csv is not a comma-separated table" in fails(capsys, tmp_path / "bin.csv")
+    assert "bin.csv is not a table in UTF-8" in fails(capsys, tmp_path / "bin.csv")
     assert "does not take images of shape" in fails(
         capsys,
         faces,
