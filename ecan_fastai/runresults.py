@@ -165,16 +165,6 @@ def _write_figure(file, plot, *args):
     matplotlib.pyplot.close(fig)
 
 
-def check_split_names(dls):
-    "Raise `ValueError` for a split whose name cannot be part of a file's name"
-    for name in dls.split_names:
-        if "/" in name or "\\" in name or "\0" in name or len(name.encode()) > 200:
-            raise ValueError(
-                f"the split {name!r} cannot be part of a file's name (predictions_<split>.csv): rename it, without "
-                "slashes and in at most 200 bytes"
-            )
-
-
 # Everything that is written after the last epoch
 
 

@@ -34,7 +34,7 @@ from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import choose_arch
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.runfiles import SUMS, check_file, lock_run, read_json, remove_parts, write_run_file
-from ecan_fastai.runresults import check_split_names, environment, note_environment, write_json, write_results
+from ecan_fastai.runresults import environment, note_environment, write_json, write_results
 from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTests
 from ecan_fastai.sample import sample_faces
 from ecan_fastai.weights import NAMES
@@ -304,7 +304,6 @@ def _start(cfg, out):
         cfg.data = os.path.abspath(cfg.data)  # so that the run can be resumed from anywhere
     set_seed(cfg.seed, reproducible=True)
     dls = _first_process_first(run_loaders, cfg, out)
-    check_split_names(dls)
     learn = run_learner(cfg, dls, out)
     out.mkdir(parents=True, exist_ok=True)
     stats = next(t for t in dls.after_batch.fs if hasattr(t, "mean"))
