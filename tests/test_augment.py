@@ -41,7 +41,7 @@ def test_rows_of_table_1():
         "RandomShift",
         "ColorJitter",
         "HorizontalFlip",
-        "Rotate",
+        "RandomRotate",
         "Erasing",
         "ToGray",
         "GaussianBlur",
@@ -49,7 +49,7 @@ def test_rows_of_table_1():
     assert set(transforms("weak", "fer2013", 3)) == {
         "RandomResizedCrop",
         "HorizontalFlip",
-        "Rotate",
+        "RandomRotate",
         "Erasing",
         "ToGray",
     }
@@ -57,7 +57,7 @@ def test_rows_of_table_1():
         "RandomResizedCrop",
         "ColorJitter",
         "HorizontalFlip",
-        "Rotate",
+        "RandomRotate",
         "Erasing",
         "ToGray",
         "RandomShift",
@@ -95,6 +95,20 @@ def test_a_shift_is_a_crop_from_the_padded_picture(channels):
                 RandomShift(pad).apply(img, right, down),
                 padded[pad - down : pad - down + 20, pad - right : pad - right + 24],
             )
+
+
+@pytest.mark.parametrize("shape", [(48, 48, 1), (47, 52, 1), (224, 224, 3)])
+def test_a_random_rotation_is_that_of_albumentations(shape):
+    img = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    ours, theirs = A.Compose([RandomRotate(20, p=0.5)]), A.Compose([A.Rotate(20, p=0.5)])
+    turned = 0
+    for seed in range(100):
+        seed_pipeline(ours, seed)
+        seed_pipeline(theirs, seed)
+        out = ours(image=img)["image"]
+        assert np.array_equal(out, theirs(image=img)["image"])
+        turned += not np.array_equal(out, img)
+    assert 30 < turned < 70
 
 
 def test_random_five_crop_is_one_of_five_crops_with_equal_chance():
@@ -151,7 +165,7 @@ def test_transforms_are_applied_independently_of_each_other(recipe, level):
         HorizontalFlip=0.5,
         ToGray=0.2,
         Erasing=0.5,
-        Rotate=0.5,
+        RandomRotate=0.5,
         GaussianBlur=0.5,
         ColorJitter=0.8 if recipe == "rafdb" else 0.5,
         RandomShift=0.5,

@@ -244,9 +244,9 @@ def test_a_face_of_a_video_keeps_its_number_and_its_probabilities_are_smoothed(p
         share = 1 - np.exp(-0.1 / 0.2)
         expected = (1 - share) * expected + share * raw.loc[i, predictor.columns].to_numpy(float)
         assert np.allclose(table.loc[i, predictor.columns].to_numpy(float), expected, atol=1e-6)
-    assert not np.allclose(table[predictor.vocab], raw[predictor.vocab], atol=1e-3)
+    assert not np.allclose(table[predictor.columns], raw[predictor.columns], atol=1e-3)
     one_by_one = predictor.predict_faces(file, finder, every=0, smoothing=0.2, n_frames=1)
-    assert np.allclose(one_by_one[predictor.vocab], table[predictor.vocab], atol=2e-3)
+    assert np.allclose(one_by_one[predictor.columns], table[predictor.columns], atol=2e-3)
     assert len(predictor.predict_faces(file, finder, every=0, seconds=0.35)) == 4
 
 

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -856,31 +854,8 @@ def test_other_ranks_train_and_write_nothing(faces, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "config.json").read_text() == "of rank 0"
 
 
-@pytest.mark.parametrize("n", ["1", "2"])
-def test_several_processes_train_in_fastais_context(faces, tmp_path, monkeypatch, n):
-    "Of several processes as accelerate launches them; the context itself is fastai's"
-    entered = []
-
-    @contextmanager
-    def distrib_ctx(self, sync_bn):
-        entered.append("in")
-        monkeypatch.setenv("WORLD_SIZE", "1")  # nobody is there to gather from
-        yield self
-        monkeypatch.setenv("WORLD_SIZE", n)
-        entered.append("out")
-
-    monkeypatch.setenv("WORLD_SIZE", n)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(runs, "find_spec", lambda name: True)
-    monkeypatch.setitem(sys.modules, "fastai.distributed", types.ModuleType("fastai.distributed"))
-    monkeypatch.setattr(Learner, "distrib_ctx", distrib_ctx, raising=False)
-    monkeypatch.setattr(runs, "write_results", lambda *a: entered.append("results"))
-    start_run(config(faces, method="baseline", epochs=1), tmp_path / "run")
-    assert entered == (["in", "out", "results"] if n == "2" else ["results"])
-
-
 def test_several_processes_need_accelerate(faces, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs accelerate: pip install accelerate"):
+    with pytest.raises(ValueError, match=r'needs the extra: pip install "ecan_fastai\[distributed\]"'):
         start_run(config(faces, method="baseline", epochs=1), tmp_path / "run")
