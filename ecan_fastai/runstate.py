@@ -14,7 +14,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import get_model, rank_distrib
 
 from ecan_fastai.callbacks import LossPartsRecorder
-from ecan_fastai.fastai_internals import add_columns, recorder_state, set_recorder_state, undistributed
+from ecan_fastai.fastai_internals import add_columns, fill_columns, recorder_state, set_recorder_state, undistributed
 from ecan_fastai.runfiles import write_run_file
 
 # States of the random number generators
@@ -141,11 +141,12 @@ class WatchTests(Callback):
 
     def before_fit(self):
         self.splits = [name for name in self.dls.split_names[2:] if len(self.dls[name].dataset)]
-        add_columns(self.recorder, [f"{name}_accuracy" for name in self.splits])
+        self.at = add_columns(self.recorder, [f"{name}_accuracy" for name in self.splits])
 
     def after_validate(self):
         model = get_model(self.model)
-        self.recorder.log += [split_accuracy(model, undistributed(self.dls[name])) for name in self.splits]
+        accuracies = [split_accuracy(model, undistributed(self.dls[name])) for name in self.splits]
+        fill_columns(self.recorder, self.at, accuracies)
 
 
 class EpochLines(Callback):

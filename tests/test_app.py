@@ -67,6 +67,7 @@ def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor
     assert (drawn != image).any()
 
 
+@pytest.mark.slow
 def test_a_hundred_faces_and_none(app, uploads):
     said, _, table = app.label(uploads / "hundred.png")
     assert 90 <= len(table) <= 100 and said == f"{len(table)} faces found."

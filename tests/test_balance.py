@@ -44,6 +44,7 @@ def test_minority_classes_are_those_of_the_papers_figure_6(counts, rare, make_dl
     assert list(dls.minority_classes()) == [bool(r) for r in rare]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_balanced_loader_draws_classes_equally_often(make_dls, workers):
     dls = make_dls(balanced=True, num_workers=workers)

@@ -232,6 +232,7 @@ def test_mixed_precision_keeps_the_bank_exact_and_a_step_that_overflows_moves_no
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
+@pytest.mark.slow
 def test_bfloat16_on_a_cpu_reaches_the_encoders_and_leaves_what_is_kept_in_float32():
     seen = []
     learn, plain = noise_learner(CPUMixedPrecision()), noise_learner()
@@ -295,6 +296,7 @@ def test_a_cancelled_fit_leaves_a_state_that_trains_on(exception):
     assert EVENTS == ["update", "push4"] * 3
 
 
+@pytest.mark.slow
 def test_lr_find_restores_bank_and_key_encoder(tmp_path):
     learn = noise_learner()
     learn.path = tmp_path
@@ -388,6 +390,7 @@ def test_mixing_of_images_is_refused_in_one_sentence(mixing):
         noise_learner(mixing()).fit(1)
 
 
+@pytest.mark.slow
 def test_small_images_come_first_and_only_in_a_fit():
     sides = []
 

@@ -35,6 +35,7 @@ def distinct(views):
     return len({v.cpu().numpy().tobytes() for v in views})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_seed(make_dls, workers):
     dls = batch_of_one_picture(make_dls, workers)
@@ -51,6 +52,7 @@ def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_
     assert not torch.equal(torch.cat([b[0] for b in epoch(dls)]), q)
 
 
+@pytest.mark.slow
 def test_draws_do_not_depend_on_the_number_of_workers(make_dls):
     passes = []
     for workers in (0, 1, 3):
@@ -75,6 +77,7 @@ class TellsItsProcess(Transform):
         )
 
 
+@pytest.mark.slow
 def test_workers_and_passes_have_streams_of_their_own_and_a_pass_can_be_left_early(make_dls):
     dls = make_dls(num_workers=2)
     dls.train.after_item.add(TellsItsProcess())

@@ -106,6 +106,7 @@ def test_table_shows_mean_deviation_and_number(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         EXPERIMENTS,
@@ -322,6 +323,7 @@ HELD = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
     "and the table is made of the runs that are finished; what is free again is taken"
     started, said = fake_run(monkeypatch), []
@@ -343,6 +345,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, monkeypatch):
     assert list(table["valid: accuracy"]) == ["50.00 ± 0.00 (2)"] * 2
 
 
+@pytest.mark.slow
 def test_a_run_that_was_left_is_taken_when_it_is_free_again(tmp_path, monkeypatch):
     stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
     process = subprocess.Popen(
@@ -395,6 +398,7 @@ def test_a_broken_run_folder_is_named(faces, tmp_path):
         reproduce("affinity", faces, out=tmp_path, **QUICK)
 
 
+@pytest.mark.slow
 def test_runs_are_shared_between_experiments(faces, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
         EXPERIMENTS, "affinity", {**EXPERIMENTS["affinity"], "runs": {"mean": {"affinity_reduction": "mean"}}}
@@ -421,6 +425,7 @@ def two_rows(name, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, name, {**EXPERIMENTS[name], "runs": {k: runs[k] for k in list(runs)[:2]}})
 
 
+@pytest.mark.slow
 def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figures, monkeypatch):
     two_rows("figure5", monkeypatch)
     reproduce("figure5", faces, out=tmp_path, **QUICK)
@@ -440,6 +445,7 @@ def test_figure_6_counts_train(faces, tmp_path, figures):
     }
 
 
+@pytest.mark.slow
 def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
     table = reproduce("figure7", faces, out=tmp_path, **QUICK)
     assert [ax.get_title() for ax in figures[0].axes] == [
@@ -454,6 +460,7 @@ def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, 
     assert not list(tmp_path.rglob("config.json"))
 
 
+@pytest.mark.slow
 def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch):
     two_rows("affinity", monkeypatch)
     reproduce("affinity", faces, out=tmp_path, **QUICK)
@@ -502,6 +509,7 @@ def test_two_commands_share_the_runs_and_a_killed_one_loses_nothing(faces, tmp_p
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
     from ecan_fastai.runs import start_run
 

@@ -72,6 +72,7 @@ def test_files(faces):
 test_files.__test__ = False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "colour"])
 def test_probabilities_are_those_of_the_runs_own_evaluation(kind, request):
     out = request.getfixturevalue(kind)
@@ -86,6 +87,7 @@ def test_probabilities_are_those_of_the_runs_own_evaluation(kind, request):
     assert np.allclose(table["probability"], table[predictor.columns].max(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crops", ["center", "ten"])
 @pytest.mark.parametrize("maker", [ecan_learner, baseline_learner])
 def test_a_learner_and_its_predictor_say_the_same(make_dls, maker, crops):
@@ -207,6 +209,7 @@ def test_features_are_the_encoders(faces, run):
     assert np.allclose(probs, predictor.probabilities(faces / "test"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_without_running_code(run, tmp_path):
     code = (
         "import sys\nfrom ecan_fastai.inference import Predictor\nseen = []\nsys.addaudithook(lambda event, args: "
@@ -338,6 +341,7 @@ def test_bad_pictures_are_named(run, tmp_path):
 # Measuring
 
 
+@pytest.mark.slow
 def test_evaluation_equals_the_runs_own(faces, run):
     own, again = json.loads((run / "metrics.json").read_text())["splits"]["test"], Predictor(run).evaluate(faces)
     assert set(again["splits"]) == {"test"} and again["left_out"] == {} and again["unseen"] == []
@@ -375,6 +379,7 @@ def test_classes_are_matched_by_meaning(faces, run, tmp_path):
 # Export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind,crops", [("run", "center"), ("run", "ten"), ("colour", "five")])
 def test_onnx_gives_the_same_for_any_number_of_pictures(kind, crops, request, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -395,6 +400,7 @@ def test_onnx_gives_the_same_for_any_number_of_pictures(kind, crops, request, tm
     assert file.stat().st_size < 60 * 2**20
 
 
+@pytest.mark.slow
 def test_torch_export_gives_the_same(run, tmp_path):
     predictor = Predictor(run, "five")
     program = torch.export.load(predictor.export(tmp_path / "m.pt2")).module()
@@ -417,6 +423,7 @@ def fails(capsys, script, *args):
     return said
 
 
+@pytest.mark.slow
 def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     a, b = test_files(faces)[:2]
     ecan_predict(list(map(str, ("--run", run, a, b))))

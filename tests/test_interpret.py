@@ -209,6 +209,7 @@ def naive_heat(maps, gradient):
     return np.maximum(sum(w * a for w, a in zip(weights, maps)), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch,size,where,layout",
     [

@@ -82,6 +82,7 @@ def test_cosine_schedule():
     assert rate(1 - 0.5 / 200) == pytest.approx(0.1 * (1 + np.cos(np.pi * 199 / 200)) / 2)
 
 
+@pytest.mark.slow
 def test_fit_cosine_sets_the_rate_of_every_batch(make):
     learn = make(baseline_learner)
     learn.fit_cosine(4, 0.08)
@@ -92,6 +93,7 @@ def test_fit_cosine_sets_the_rate_of_every_batch(make):
 # What fastai's users do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 def test_everything_that_a_learner_does(maker, make, tmp_path):
     learn = make(maker)
@@ -121,6 +123,7 @@ def test_everything_that_a_learner_does(maker, make, tmp_path):
     assert torch.allclose(learn.get_preds()[0], probs, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 def test_export_predicts_the_same_and_holds_only_what_inference_needs(maker, make, tmp_path):
     learn = make(maker, dls=dict(level="strong", size=48))
@@ -213,6 +216,7 @@ def test_frozen_encoder_stays_and_centres_train(make):
 # The factory
 
 
+@pytest.mark.slow
 def test_settings_arrive(make):
     learn = make(l1=0.1, l2=0.3, n_groups=3, temperature=0.2, momentum=0.5, bank_groups=2, opt_func=Adam, lr=1e-3)
     loss = learn.loss_func
@@ -254,12 +258,14 @@ def test_what_a_model_does_not_take_is_told_before_training(make_dls):
         baseline_learner(make_dls(n_views=1, bs=1))
 
 
+@pytest.mark.slow
 def test_colour_pictures(make):
     learn = make(dls=dict(channels=3))
     learn.fit(1, 0.01)
     assert learn.model.encoder.conv1.in_channels == 3
 
 
+@pytest.mark.slow
 def test_all_crops_train_and_several_crops_evaluate(make):
     for maker in MAKERS:
         learn = make(maker, dls=dict(level="strong", size=48, all_crops=True, eval_crops="ten", bs=8))
@@ -293,6 +299,7 @@ def test_ecan_learns_the_sample(tmp_path):
 # Layout and precision
 
 
+@pytest.mark.slow
 def test_channels_last_changes_the_layout_and_not_the_training(make, tmp_path):
     values, steps = [], []
     for cbs in ([], [ChannelsLast()]):
@@ -447,6 +454,7 @@ def test_other_targets_are_refused(faces, kind, said):
         baseline_learner(other_targets(faces, kind))
 
 
+@pytest.mark.slow
 def test_weights_go_to_another_batch_size_and_the_bank_fills_again(make, tmp_path):
     first = make(lr=1e-3)
     first.fit(1)
@@ -516,6 +524,7 @@ def test_an_export_keeps_the_users_metrics(make, tmp_path):
 # fastai's extras
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", MAKERS)
 def test_tensorboard_gets_graph_terms_and_predictions(maker, make, tmp_path):
     from fastai.callback.tensorboard import TensorBoardCallback

@@ -135,6 +135,7 @@ def test_splits_by_name(faces):
         dls["dev"]
 
 
+@pytest.mark.slow
 def test_batch_size_follows_small_data(tmp_path):
     rng, f = (
         np.random.default_rng(0),

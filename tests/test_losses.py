@@ -231,6 +231,7 @@ def test_small_temperatures_do_not_overflow_in_float32(tau):
     assert z.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.02, 0.05, 0.1])
 @pytest.mark.parametrize("d,bank", [(128, 6000), (512, 1280)])
 def test_float32_keeps_five_digits_of_value_and_gradient(d, bank, tau):

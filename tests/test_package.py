@@ -42,6 +42,7 @@ def test_public_names():
     assert all(callable(getattr(ExpressionDataLoaders, f"from_{k}")) for k in ("folder", "df", "csv", "fer2013"))
 
 
+@pytest.mark.slow
 def test_all_gives_everything_to_a_notebook():
     names = "ecan_learner check_data Predictor read_faces ExpressionDataLoaders TwoView ECANLoss Learner RunConfig"
     code = f"from fastai.vision.all import *\nfrom ecan_fastai.all import *\nassert {' and '.join(names.split())}"
@@ -52,6 +53,7 @@ def run(code):
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_import_asks_no_network():
     done = run(
         "import sys\nseen = []\nsys.addaudithook(lambda event, args: seen.append(event) if event in "

@@ -56,6 +56,7 @@ def test_a_room_imports_from_rooms_above_it_and_no_private_name(room):
         )
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_alone():
     code = """
 import importlib, os, sys, warnings

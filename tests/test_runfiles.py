@@ -103,6 +103,7 @@ def test_a_failed_write_keeps_the_file_and_names_it(tmp_path, error):
     check_file(tmp_path / "a.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "tensors"])
 def test_a_full_disk(tmp_path, kind):
     "A limit on the size of files stands in for it: the write fails in the middle of the file"
@@ -175,6 +176,7 @@ def test_a_folder_by_another_spelling_has_the_same_lock(tmp_path, monkeypatch):
         assert {f.name for f in tmp_path.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process(tmp_path):
     code = (
         "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"

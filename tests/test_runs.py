@@ -79,6 +79,7 @@ def test_a_run_that_trained_on_valid_is_not_calibrated(faces, tmp_path):
     assert "not calibrated" in (tmp_path / "run" / "card.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_folder_holds_everything(faces, tmp_path, method):
     record = start_run(config(faces, method=method), tmp_path / "run")
@@ -146,6 +147,7 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
     assert np.allclose(calibrated, probs[0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_same_seed_same_run(faces, tmp_path):
     a, b, c = [
         start_run(config(faces, seed=s, epochs=1), tmp_path / k)["splits"] for k, s in (("a", 1), ("b", 1), ("c", 2))
@@ -168,12 +170,13 @@ def start_and_stop(cfg, out, monkeypatch):
             start_run(cfg, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         dict(workers=0),
         dict(workers=2, schedule="cosine"),
-        dict(workers=0, balance="sampler", precision="bf16"),
+        dict(workers=0, balance="sampler", precision="bf16", size=24, level="weak"),
         dict(workers=2, balance="positives", key_eval=True, watch_tests=True),
     ],
 )
@@ -191,6 +194,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatc
     assert all(torch.equal(a[k], b[k]) for k in a) and int(a["bank.filled"]) == len(a["bank.z"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_onto_the_device_of_the_data(faces, tmp_path):
     start_run(config(faces, epochs=1), tmp_path)
     state = runs._read_checkpoint(tmp_path, torch.device("meta"))  # stands in for a GPU
@@ -248,6 +252,7 @@ def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_pa
     assert list(pd.read_csv(tmp_path / "history.csv").epoch) == [0]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -301,6 +306,7 @@ def test_settings_arrive(faces, tmp_path, options, where):
     assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
 
 
+@pytest.mark.slow
 def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
     one, ten = [
         start_run(config(faces, epochs=1, level="strong", size=48, eval_crops=c), tmp_path / c)["splits"]["test"]
@@ -310,6 +316,7 @@ def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
     assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path / "weak")["splits"]["test"]
 
 
+@pytest.mark.slow
 def test_pictures_from_a_table_and_an_architecture_of_this_package_go_the_whole_way(tmp_path):
     "fer2013.csv holds pixels instead of files"
     g = np.random.default_rng(0)
@@ -355,6 +362,7 @@ def test_a_setting_that_decides_nothing_is_told_and_not_recorded():
             assert RunConfig("x", "folder", method, anchors_only=True).resolve().anchors_only is None
 
 
+@pytest.mark.slow
 def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "_train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -363,6 +371,7 @@ def test_a_run_cut_before_its_first_checkpoint_starts_over(faces, tmp_path, monk
     assert resume_run(tmp_path / "run")["splits"] == start_run(config(faces, epochs=1), tmp_path / "other")["splits"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
     out = tmp_path / "run"
     cmd = [
@@ -410,6 +419,7 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
     assert len(pd.read_csv(out / "history.csv")) == torch.load(out / "checkpoint.pth", weights_only=True)["epochs"] >= 1
 
 
+@pytest.mark.slow
 def test_what_was_not_given_is_written_down(faces, tmp_path):
     start_run(config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32), tmp_path / "run")
     written = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
@@ -473,6 +483,7 @@ def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
         assert learn.model.encoder.conv1.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_short_runs_are_told(faces, tmp_path):
     with pytest.warns(
         UserWarning,
@@ -568,6 +579,7 @@ def copied(faces, to):
     return to
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_elsewhere_and_with_data_that_was_moved(faces, tmp_path, monkeypatch):
     data = copied(faces, tmp_path / "here" / "faces")
     monkeypatch.chdir(tmp_path / "here")
@@ -646,6 +658,7 @@ def test_one_process_holds_a_run(faces, tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(faces, tmp_path, monkeypatch):
     from ecan_fastai.losses import ECANLoss
 
@@ -695,6 +708,7 @@ def test_a_changed_file_is_refused_by_name(run, capsys, name):
     assert not (run / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_changed_weights_are_refused_by_name(faces, tmp_path):
     out = tmp_path / "run"
     start_run(config(faces, method="baseline", epochs=1), out)
@@ -741,6 +755,7 @@ def without_settings(run):
     torch.save(state, run / "checkpoint.pth")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_resumed(run):
     edit(run)
     without_settings(run)
@@ -757,6 +772,7 @@ def test_a_checkpoint_of_an_earlier_version_and_another_model_is_refused(run, ca
 # Disks that are full, and processes that are killed
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(faces, tmp_path):
     "A limit on the size of files stands in for a full disk; history and settings fit, the checkpoint does not"
     code = (
@@ -780,6 +796,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(faces, tmp_path):
     assert resume_run(tmp_path / "run")["epochs"] == 1
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_none_and_is_made_when_the_run_is_resumed(run, monkeypatch):
     def fail(self, file):
         Path(file).write_bytes(b"half")
@@ -793,6 +810,7 @@ def test_a_failed_export_leaves_none_and_is_made_when_the_run_is_resumed(run, mo
     assert resume_run(run)["epochs"] == 2 and (run / "export.pkl").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_write_left_is_removed(run, faces, tmp_path):
     (run / ".checkpoint.pth.part").write_bytes(b"half")
     resume_run(run)
@@ -823,6 +841,7 @@ def table(faces, tmp_path, rename_class=str, rename_split=str):
     return tmp_path / "faces.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_class_name_lets_a_run_finish(faces, tmp_path):
     odd = dict(angry="$\\frac{a$", disgust="a/b", fear="50 %_{", happy="$x$", neutral="..", sad="NA", surprise="日")

@@ -131,6 +131,7 @@ def test_files_that_are_no_weights_are_named_and_run_no_code(tmp_path, capsys):
     assert "harm done" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method,maker", [("ecan", ecan_learner), ("baseline", baseline_learner), ("ecan", baseline_learner)]
 )
@@ -181,6 +182,7 @@ def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys,
     assert not torch.equal(start, learn.model.encoder.conv1.weight)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_and_resumes_without_it(faces, tmp_path, monkeypatch):
     common = dict(size=32, channels=1, recipe="fer2013", level="weak", bs=16, opt="adam", momentum=0.9, workers=0)
     start_run(RunConfig(str(faces), epochs=1, **common), tmp_path / "first")

@@ -1,10 +1,12 @@
 "Command lines with values and options of all kinds"
 
+from dataclasses import fields
+
 import cv2
 import numpy as np
 
 from ecan_fastai.cli import ecan_check, ecan_evaluate, ecan_predict, ecan_reproduce, ecan_train
-from ecan_fastai.config import CHOICES, RunConfig, setting_types
+from ecan_fastai.config import RunConfig, setting_types
 
 from .runs import ARCH, make_run
 from .trial import Trial
@@ -25,6 +27,7 @@ VALUES += [
     "[",
     "*",
 ]
+CHOICES = {f.name: f.metadata["choices"] for f in fields(RunConfig) if f.metadata["choices"]}
 SETTINGS = [k for k in setting_types(RunConfig) if k != "data"]
 FAST = [
     "--arch",
