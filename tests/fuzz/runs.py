@@ -140,7 +140,7 @@ def _other_tensors(rng):
     weights = {k: v.clone() for k, v in _weights().items()}
     names = [k for k in weights if weights[k].is_floating_point()]
     name = names[rng.integers(len(names))]
-    kind = ["missing", "more", "shape", "dtype", "nan", "inf", "none", "empty", "whole"][rng.integers(9)]
+    kind = ["missing", "more", "shape", "dtype", "half", "nan", "inf", "none", "empty", "whole"][rng.integers(10)]
     if kind == "missing":
         del weights[name]
     elif kind == "more":
@@ -148,14 +148,16 @@ def _other_tensors(rng):
     elif kind == "shape":
         weights[name] = torch.zeros(*weights[name].shape, 2)
     elif kind == "dtype":
-        weights[name] = weights[name].to([torch.float16, torch.int8, torch.bool, torch.float64][rng.integers(4)])
+        weights[name] = weights[name].to([torch.int8, torch.bool, torch.complex64][rng.integers(3)])
+    elif kind == "half":
+        weights[name] = weights[name].half()
     elif kind in ("nan", "inf"):
         weights[name].view(-1)[0] = float(kind)
     elif kind == "none":
         weights = {}
     elif kind == "empty":
         weights[name] = torch.zeros(0)
-    return weights, f"{kind} {name}", "ok" if kind == "whole" else "refusal"
+    return weights, f"{kind} {name}", "ok" if kind in ("half", "whole") else "refusal"
 
 
 def _other_bytes(rng):
