@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -31,6 +32,13 @@ def test_the_shipped_model_is_small_finite_and_in_half_precision():
     assert all(v.dtype == torch.float16 for v in weights.values() if v.is_floating_point())
     assert all(v.isfinite().all() for v in weights.values())
     assert (shipped_run() / "model.safetensors").stat().st_size < 25e6
+
+
+def test_the_shipped_files_are_those_of_their_list():
+    listed = dict(line.split("  ")[::-1] for line in (shipped_run() / "SHA256SUMS").read_text().splitlines())
+    assert set(listed) == {"card.md", "config.json", "metrics.json", "model.safetensors"}
+    for name, digest in listed.items():
+        assert hashlib.sha256((shipped_run() / name).read_bytes()).hexdigest() == digest
 
 
 def test_nothing_of_a_machine_is_in_the_shipped_folder():
