@@ -132,7 +132,7 @@ def _read_weights(path):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
-        raise ValueError(f"{file} holds no tensors with names, but an object of type {type(state).__name__}")
+        raise ValueError(f"{file} holds no tensors with names: expected the weights of a model")
     state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     spoiled = next((k for k, v in state.items() if not v.isfinite().all()), None)
     if spoiled is not None:

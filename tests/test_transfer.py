@@ -126,7 +126,7 @@ def test_files_that_are_no_weights_are_named_and_run_no_code(tmp_path, capsys):
     with pytest.raises(ValueError, match="bad.pth is no file of weights, or needs code to load"):
         load_encoder(encoder, tmp_path / "bad.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="list.pth holds no tensors with names, but an object of type list"):
+    with pytest.raises(ValueError, match="list.pth holds no tensors with names: expected the weights of a model"):
         load_encoder(encoder, tmp_path / "list.pth")
     assert "harm done" not in capsys.readouterr().out
 
