@@ -14,6 +14,7 @@ from ecan_fastai.data import read_face
 from ecan_fastai.detector import FaceFinder
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import grad_cam, heat_overlay
+from ecan_fastai.readers.records import write_csv
 from ecan_fastai.video import draw_faces
 
 LARGEST_FILE = "20mb"
@@ -69,9 +70,8 @@ class FaceApp:
             return _said(0), []
         shown = crops[:MOST_HEATMAPS]
         heat, table = grad_cam(self.predictor, shown), self.predictor.predict(shown)
-        captions = (
-            f"{i}: {label} {100 * p:.0f} %" for i, label, p in zip(range(1, 99), table["label"], table["probability"])
-        )
+        labels = zip(table["label"], table["probability"])
+        captions = [f"{i}: {label} {100 * p:.0f} %" for i, (label, p) in enumerate(labels, 1)]
         over = [heat_overlay(face, cv2.resize(h, face.shape[1::-1])) for face, h in zip(shown, heat)]
         left = f" Heat maps of the {MOST_HEATMAPS} largest are shown." if len(crops) > MOST_HEATMAPS else ""
         return _said(len(crops)) + left, list(zip(over, captions))
@@ -97,7 +97,7 @@ class FaceApp:
         said += f" {none} photographs have no face." if none else ""
         said += f" Left out, because they are not images: {', '.join(left_out)}." if left_out else ""
         csv = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / "faces.csv"
-        faces.to_csv(csv, index=False)
+        write_csv(faces, csv)
         return said, faces[["image", "label", "probability"]], str(csv)
 
 

@@ -262,10 +262,11 @@ def ecan_predict(args=None):
             raise FileNotFoundError(f"no such file: {given.by}")
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
-            files, table = _found_faces(predictor, given)
+            files, readable, table = _found_faces(predictor, given)
         else:
             files = [f for path in given.images for f in find_images(path)]
             table = predictor.predict(files, skip_broken=True)
+            readable = table["image"]
         if given.heatmaps:
             from ecan_fastai.interpret import plot_grad_cam
 
@@ -278,20 +279,22 @@ def ecan_predict(args=None):
             write_whole(given.out, lambda f: f.write_text(table.round(5).to_json(orient="records", indent=1)))
         if given.by:
             _print_groups(table, files, given.by, predictor.vocab)
-        if not given.faces and len(table) < len(files):
-            p.exit(1, f"{p.prog}: {len(files) - len(table)} of {len(files)} images are left out\n")
+        if len(readable) < len(files):
+            p.exit(1, f"{p.prog}: {len(files) - len(readable)} of {len(files)} files are left out\n")
 
 
 def _found_faces(predictor, given):
-    from ecan_fastai.detector import media_files
+    from ecan_fastai.detector import media_files, readable_media
 
     files = [f for path in given.images for f in media_files(path)]
+    readable = readable_media(predictor, files)
     options = {k: v for k in ("every", "seconds", "smoothing", "annotated") if (v := getattr(given, k)) is not None}
-    table = predictor.predict_faces(files, **options)
-    for f in files:
-        if str(f) not in set(table["image"]):
+    table = predictor.predict_faces(readable, **options)
+    with_faces = set(table["image"])
+    for f in readable:
+        if str(f) not in with_faces:
             print(f"ecan_predict: no face found in {printable(f)}", file=sys.stderr)
-    return files, table
+    return files, readable, table
 
 
 def _print_groups(table, files, people, vocab):

@@ -241,7 +241,7 @@ def _note(name, results, kind, settings):
     }
     said = [f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."]
     said.append("Trained on all of train." if given.get("train_all") else "Trained on train without `valid`.")
-    said.append(f"Views of a picture in evaluation: {given.get('eval_crops', 'center')}.")
+    said.append(f"Views of an image in evaluation: {given.get('eval_crops', 'center')}.")
     if kind == "rafdb" and not given.get("pretrained"):
         said.append(
             "The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set "
@@ -509,8 +509,8 @@ def reproduce(
     chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
     if only is not None and not chosen:
         raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
-    picture_faces = _needed_faces(exp, name, data, kind, out)
-    all_faces = cache(lambda: None if kind == "sample" else picture_faces or read_faces(data, kind))
+    figure_faces = _needed_faces(exp, name, data, kind, out)
+    all_faces = cache(lambda: None if kind == "sample" else figure_faces or read_faces(data, kind))
 
     def make(cfg):
         folder, record = out / kind / run_stem(cfg), records / kind / f"{run_stem(cfg)}.json"
@@ -528,7 +528,7 @@ def reproduce(
     with lock_run(out / stem, timeout=-1):
         results, table = _write_table(name, records, kind, given, out, say)
         folders = {label: out / kind / run_stem(cfg) for label, cfg in runs if cfg.seed == 0}
-        _write_figure(name, results, kind, picture_faces, folders, out / f"{stem}.png", say)
+        _write_figure(name, results, kind, figure_faces, folders, out / f"{stem}.png", say)
     return table
 
 # %% ../nbs/13_experiments.ipynb #3e248cfe

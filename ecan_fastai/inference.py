@@ -246,7 +246,7 @@ class Predictor:
         crops: str | None = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
         key: bool = False,  # The key encoder instead of the query encoder
     ):
-        "The model of a learner as it is now, as a run's folder would give it"
+        "The model of a learner as it is now, as a run's folder would give it, but not calibrated"
         tfm = next((t for tl in learn.dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
         norm = next((t for t in learn.dls.after_batch.fs if isinstance(t, Normalize)), None)
         if tfm is None or norm is None:
@@ -348,7 +348,9 @@ class Predictor:
         items = image_list(x)
         names = [str(o) if isinstance(o, (str, Path, PhotoCrop)) else f"image {i}" for i, o in enumerate(items)]
         if skip_broken:
-            kept = self._readable(items)
+            kept = self.readable(items)
+            if not kept:
+                raise ValueError(f"none of the {len(items)} images can be read")
             items, names = [items[i] for i in kept], [names[i] for i in kept]
         probs = self.probabilities(items, bs)
         labels = [self.vocab[k] for k in probs.argmax(1)]
@@ -360,11 +362,12 @@ class Predictor:
         "Columns of the classes' probabilities in the table of `predict`"
         return [f"p_{v}" for v in self.vocab]
 
-    def _readable(self, items):
-        "Indices of the images that can be read; a warning says which cannot"
+    def readable(
+        self,
+        items,  # List of images
+    ) -> list:  # Indices
+        "Find the images that can be read; a warning names each that cannot"
         broken = broken_faces([Face(o, "") for o in items], self.channels)
-        if len(broken) == len(items):
-            raise ValueError(f"none of the {len(items)} images can be read: {next(iter(broken.values()))}")
         for problem in broken.values():
             warnings.warn(f"left out: {problem}")
         return [i for i in range(len(items)) if i not in broken]

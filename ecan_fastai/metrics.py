@@ -90,10 +90,13 @@ def fit_temperature(
     logits,  # (n, n_classes), of faces that the model has not seen in training
     targets,  # Class indices (n,)
 ) -> float:  # Above 1 for a model that is too sure
-    "Return the temperature that gives the smallest cross-entropy, between 1/20 and 20"
-    logits, rows = np.asarray(logits, dtype=float), np.arange(len(targets))
+    """Return the temperature that gives the smallest cross-entropy, between 1/20 and 20; 1 if all labels are right,
+    because a lower temperature would then always be better"""
+    logits, targets, rows = np.asarray(logits, dtype=float), np.asarray(targets), np.arange(len(targets))
+    if (logits.argmax(1) == targets).all():
+        return 1.0
     best = minimize_scalar(
-        lambda t: -log_softmax(logits / np.exp(t), axis=1)[rows, np.asarray(targets)].mean(),
+        lambda t: -log_softmax(logits / np.exp(t), axis=1)[rows, targets].mean(),
         bounds=(-np.log(20), np.log(20)),
         method="bounded",
     )

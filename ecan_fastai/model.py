@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .layers import speed_up_small_maps
 from .runfiles import check_file
-from .weights import NAMES, named_arch, named_weights
+from .weights import NAMES, named_settings, named_weights
 
 # %% ../nbs/05_model.ipynb #c4acbbba
 class MemoryBank(nn.Module):
@@ -225,7 +225,7 @@ def choose_arch(
     pretrained,  # As `FaceClassifier.create` takes it
 ):
     "Return the architecture to build: the given one, the named weights' own, or ResNet-18"
-    own = named_arch(pretrained) if pretrained in NAMES else None
+    own = named_settings(pretrained)["arch"] if pretrained in NAMES else None
     if own and arch not in (None, own):
         raise ValueError(
             f"the weights {pretrained} are of {own}, and not of {arch_name(arch)}: leave the architecture out"

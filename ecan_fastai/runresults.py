@@ -22,7 +22,6 @@ from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.metrics import calibration_error, fit_temperature, per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
-from ecan_fastai.readers.records import write_csv
 from ecan_fastai.runfiles import as_json, read_json, write_run_file
 from ecan_fastai.weights import model_card
 
@@ -154,7 +153,7 @@ def _write_predictions(faces, targets, probs, vocab, file):
     )
     table = pd.DataFrame(columns)
     table[[f"p_{v}" for v in vocab]] = probs.round(5)
-    write_run_file(file, lambda f: write_csv(table, f))
+    write_run_file(file, lambda f: table.to_csv(f, index=False))  # is read again: names stay as they are
 
 
 def _write_figure(file, plot, *args):

@@ -31,13 +31,12 @@ from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, ecan_learner, images_per_step, paper_opt
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
-from ecan_fastai.model import choose_arch
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.runfiles import SUMS, check_file, lock_run, read_json, remove_parts, write_run_file
 from ecan_fastai.runresults import environment, note_environment, write_json, write_results
 from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTests
 from ecan_fastai.sample import sample_faces
-from ecan_fastai.weights import NAMES
+from ecan_fastai.weights import NAMES, named_settings
 
 OPTIMIZER_PRESETS = {
     "paper": paper_opt,
@@ -49,11 +48,13 @@ OPTIMIZER_PRESETS = {
 
 
 def resolve_config(cfg):
-    "Recognise the data of a configuration and fill in the preset of its kind"
+    "Recognise the data of a configuration, and fill in what named weights ask for and then the preset of its kind"
     if cfg.kind == "auto" and cfg.data != "sample":
         cfg.kind = detect_kind(cfg.data)
     if cfg.pretrained in NAMES:
-        cfg.arch = choose_arch(cfg.arch, cfg.pretrained)
+        for name, value in named_settings(cfg.pretrained).items():
+            if getattr(cfg, name) is None:
+                setattr(cfg, name, value)
     return cfg.resolve()
 
 

@@ -170,8 +170,8 @@ def draw_faces(
     faces,  # Rows of `Predictor.predict_faces` for this image: a table
 ) -> np.ndarray:  # uint8 (height, width, 3), a copy
     "Draw the box of each face with its track number, label and probability"
-    picture = Image.fromarray(image)
-    draw, size = ImageDraw.Draw(picture), max(11, round(min(image.shape[:2]) / 28))
+    drawn = Image.fromarray(image)
+    draw, size = ImageDraw.Draw(drawn), max(11, round(min(image.shape[:2]) / 28))
     for face in faces.to_dict("records"):
         draw.rectangle(
             [face[k] for k in ("left", "top", "right", "bottom")], outline=BOX_COLOR, width=max(2, size // 7)
@@ -181,7 +181,7 @@ def draw_faces(
         at = max(0, face["left"]), max(0, face["top"] - 1.3 * size)
         draw.rectangle(draw.textbbox(at, text, font), fill=BOX_COLOR)
         draw.text(at, text, (0, 0, 0), font)
-    return np.asarray(picture)
+    return np.asarray(drawn)
 
 # %% ../nbs/12a_video.ipynb #3a4d9510
 class VideoWriter:

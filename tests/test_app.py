@@ -58,7 +58,8 @@ def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor
     assert said == "One face found." and max(drawn.shape[:2]) <= LARGEST_SIDE and drawn.ndim == 3
     image = read_face(uploads / name)
     if name == "large.jpg":
-        image = cv2.resize(image, drawn.shape[1::-1], interpolation=cv2.INTER_AREA)
+        scale = LARGEST_SIDE / max(image.shape[:2])
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     expected = predictor.predict_faces(image, app.finder)
     assert table["label"][0] == expected["label"][0] and list(table["face"]) == [1]
     assert np.allclose(
@@ -68,6 +69,13 @@ def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor
 
 
 @pytest.mark.slow
+def test_a_table_to_download_runs_no_formula(app, uploads, tmp_path):
+    file = tmp_path / "=1+1.jpg"
+    file.write_bytes((uploads / "face.jpg").read_bytes())
+    *_, csv = app.label_files([file])
+    assert pd.read_csv(csv)["image"].tolist() == ["'=1+1.jpg"]
+
+
 def test_a_hundred_faces_and_none(app, uploads):
     said, _, table = app.label(uploads / "hundred.png")
     assert 90 <= len(table) <= 100 and said == f"{len(table)} faces found."

@@ -313,3 +313,17 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     counts = [line.split()[2:5] for line in said.splitlines() if line.split()[:1] == ["age"]]
     assert sum(int(n) for n, _, _ in counts) == 8 and sum(int(k) for _, _, k in counts) == right
     assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100
+
+
+def test_ecan_predict_goes_on_without_a_broken_photograph(photo, run, tmp_path, capsys):
+    cv2.imwrite(str(tmp_path / "a.png"), photo[..., ::-1])
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    args = ["--run", str(run), "--faces", "--out", str(tmp_path / "t.csv")]
+    with pytest.raises(SystemExit) as end:
+        ecan_predict([*args, str(tmp_path / "bad.jpg"), str(tmp_path / "a.png")])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "bad.jpg" in said and "1 of 2 files are left out" in said
+    assert set(pd.read_csv(tmp_path / "t.csv")["image"]) == {str(tmp_path / "a.png")}
+    with pytest.raises(SystemExit) as end:
+        ecan_predict([*args, str(tmp_path / "bad.jpg")])
+    assert end.value.code == 2 and "none of the 1 files can be read" in capsys.readouterr().err

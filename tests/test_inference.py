@@ -318,7 +318,7 @@ def test_images_that_cannot_be_read_may_be_left_out(run, faces, tmp_path):
     with pytest.warns(UserWarning, match="left out: cannot decode .*broken.png"):
         table = predictor.predict([a, tmp_path / "broken.png", b], skip_broken=True)
     assert table.equals(predictor.predict([a, b]))
-    with pytest.raises(ValueError, match="none of the 1 images can be read: cannot decode .*broken.png"):
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
         predictor.predict(tmp_path, skip_broken=True)
     with pytest.raises(ValueError, match="bs must be at least 1, got 0"):
         predictor.predict(a, bs=0)
@@ -447,7 +447,7 @@ def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
         ecan_predict(list(map(str, ("--run", run, a, evil, b, "--out", tmp_path / "some.csv"))))
     said = capsys.readouterr().err
     assert e.value.code == 1 and list(pd.read_csv(tmp_path / "some.csv")["image"]) == [str(a), str(b)]
-    assert "1 of 3 images are left out" in said and "cannot decode" in said
+    assert "1 of 3 files are left out" in said and "cannot decode" in said
     assert "x\\x1b]0;owned\\x07.png" in said and "\x1b" not in said
     evil.write_bytes(a.read_bytes())
     ecan_predict(list(map(str, ("--run", run, evil))))

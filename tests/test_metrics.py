@@ -44,3 +44,9 @@ def test_the_temperature_is_where_the_cross_entropy_is_smallest():
         return -np.log(softmax(logits / t, 1)[np.arange(len(targets)), targets]).mean()
 
     assert all(cross_entropy(best) <= cross_entropy(best * f) for f in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_a_model_that_is_always_right_keeps_its_probabilities():
+    logits = np.array([[2.0, 0, 0], [0, 1.0, 0]])
+    assert fit_temperature(logits, [0, 1]) == 1
+    assert fit_temperature(np.tile(logits, (10, 1)), [0, 1] * 9 + [0, 2]) != 1

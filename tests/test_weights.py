@@ -1,18 +1,21 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
 
+from ecan_fastai.config import RunConfig
 from ecan_fastai.inference import Predictor
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.readers.records import Face
+from ecan_fastai.runs import resolve_config
 from ecan_fastai.sample import draw_face
-from ecan_fastai.weights import NAMES, available, model_card, named_arch, named_stats, named_weights, shipped_run
+from ecan_fastai.weights import NAMES, available, model_card, named_settings, named_stats, named_weights, shipped_run
 
 VOCAB = ["happy", "sad"]
 
@@ -65,7 +68,7 @@ def test_an_encoder_starts_from_named_weights(name):
 
 def standing_out(weights):
     "Median distance, in standard deviations, of a layer's channel means from the means that its normalisation keeps"
-    model = timm.create_model(named_arch("imagenet"))
+    model = timm.create_model(named_settings("imagenet")["arch"])
     model.load_state_dict(weights)
     coarse = torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     gaps = []
@@ -94,6 +97,29 @@ def test_the_architecture_follows_from_the_name_and_another_is_refused():
     assert tuple(learn.model.encoder.conv1.weight.shape) == (64, 1, 3, 3)
     with pytest.raises(ValueError, match="the weights fer2013 are of resnet18_cifar, and not of resnet18"):
         ecan_learner(loaders(), "resnet18", pretrained="fer2013")
+
+
+@pytest.mark.parametrize(
+    "given,expected",
+    [
+        (dict(pretrained="fer2013"), dict(arch="resnet18_cifar", size=48, channels=1, recipe="fer2013")),
+        (dict(pretrained="fer2013", size=64), dict(arch="resnet18_cifar", size=64, channels=1)),
+        (dict(pretrained="imagenet"), dict(arch="tf_efficientnet_lite0", size=224, channels=3, recipe="rafdb")),
+    ],
+)
+def test_a_run_from_named_weights_takes_their_settings_where_none_is_given(given, expected):
+    cfg = resolve_config(RunConfig("-", "folder", **given))
+    assert {k: getattr(cfg, k) for k in expected} == expected
+
+
+def test_shipped_weights_that_have_changed_are_refused(tmp_path, monkeypatch):
+    shutil.copytree(shipped_run(), tmp_path / "fer2013")
+    monkeypatch.setattr("ecan_fastai.weights.SHIPPED", tmp_path)
+    data = bytearray((tmp_path / "fer2013" / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "fer2013" / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="model.safetensors is not as the run wrote it"):
+        named_weights("fer2013")
 
 
 def test_images_are_normalised_as_the_weights_want_it():
