@@ -33,29 +33,29 @@ from .sample import sample_faces
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
 _FREE = ("data", "kind", "seed", "workers")  # where a run's files lie, and what does not change what it is
 
-
+# %% ../nbs/13_experiments.ipynb #6a98ecab
 def _experiment(name):
     if name not in EXPERIMENTS:
         raise ValueError(f"no experiment {name!r}, there are {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
-
+# %% ../nbs/13_experiments.ipynb #30307216
 def _name(v):
     return Path(v).name if isinstance(v, str) else v  # of a file, wherever it lies; other texts have no folder in them
 
-
+# %% ../nbs/13_experiments.ipynb #a7b7090b
 def _written(v):
     return f"{v:.12g}" if isinstance(v, (int, float)) and not isinstance(v, bool) else str(_name(v))
 
-
+# %% ../nbs/13_experiments.ipynb #1289e691
 def _settings(settings):
     return [f"{k}={_written(v)}" for k, v in settings.items()]
 
-
+# %% ../nbs/13_experiments.ipynb #18c6f671
 def _safe(parts):
     return re.sub(r"[^\w.=+-]", "_", "-".join(parts))
 
-
+# %% ../nbs/13_experiments.ipynb #880088b4
 def run_name(
     cfg: RunConfig,  # Resolved
 ) -> str:  # Without the seed
@@ -70,12 +70,12 @@ def run_name(
         ]
     )
 
-
+# %% ../nbs/13_experiments.ipynb #0fd6e010
 def _config(data, kind, settings):
     unused = UNUSED.get(settings.get("method", "ecan"), ())
     return resolve_config(RunConfig(str(data), kind, **{k: v for k, v in settings.items() if k not in unused}))
 
-
+# %% ../nbs/13_experiments.ipynb #c4981ed8
 def experiment_runs(
     name: str,  # Of an experiment
     data: str,  # Path, or `sample`
@@ -108,7 +108,7 @@ def run_record(
     config = {k: _name(v) for k, v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
 
-
+# %% ../nbs/13_experiments.ipynb #410643fd
 def _same_data(record, file, other):
     if record["images"] != other["images"]:
         raise ValueError(
@@ -116,7 +116,7 @@ def _same_data(record, file, other):
             f"{other['images']}; choose another folder for the records"
         )
 
-
+# %% ../nbs/13_experiments.ipynb #9f39b0cf
 def _save_record(folder, file):
     record = run_record(folder)
     if file.exists():
@@ -124,7 +124,7 @@ def _save_record(folder, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda f: f.write_text(as_json(record, separators=(",", ":"))))
 
-
+# %% ../nbs/13_experiments.ipynb #e7d7fd54
 def _check_faces(record, file, faces):
     "Check that a record was made from this data set, by comparing image counts"
 
@@ -141,7 +141,7 @@ def _check_faces(record, file, faces):
             "the records"
         )
 
-
+# %% ../nbs/13_experiments.ipynb #3bcd3a6d
 def _read_record(file, cfg):
     "A record, if it is one of the run that is asked for"
     record = json.loads(file.read_text())
@@ -151,7 +151,7 @@ def _read_record(file, cfg):
             raise ValueError(f"{file} is the record of a run with {k} {found}, expected {asked}")
     return record
 
-
+# %% ../nbs/13_experiments.ipynb #70f30045
 def experiment_results(
     name: str,  # Of an experiment
     records,  # Folder of records, as `reproduce` writes it
@@ -200,7 +200,7 @@ def _cell(values):
         return ""
     return f"{values.mean():.2f}" + (f" ± {values.std():.2f} ({len(values)})" if len(values) > 1 else " (1)")
 
-
+# %% ../nbs/13_experiments.ipynb #9e0d7945
 def experiment_table(
     name: str,  # Of an experiment
     results: pd.DataFrame,  # From `experiment_results`
@@ -228,51 +228,80 @@ def experiment_table(
     rows = pd.DataFrame(table, index=list(exp["runs"]))
     return rows[(rows.fillna("") != "").any(axis=1)]  # without rows that nobody has trained
 
-
-def _note(name, results, kind, settings):
-    "Note on the runs of a table: settings, split, views and commits"
-    exp = _experiment(name)
-    given = {**exp["settings"], **settings}
-    runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
+# %% ../nbs/13_experiments.ipynb #1f85c00c
+def _settings_said(exp, runs, kind, given):
+    "Sentences on the settings of a table's runs"
     shared = {
         k: getattr(next(iter(runs)), k)
         for k in ("arch", "epochs", "opt", "schedule", "level")
         if len({getattr(c, k) for c in runs}) == 1
     }
-    said = [f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."]
-    said.append("Trained on all of train." if given.get("train_all") else "Trained on train without `valid`.")
-    said.append(f"Views of an image in evaluation: {given.get('eval_crops', 'center')}.")
+    yield f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."
+    yield "Trained on all of train." if given.get("train_all") else "Trained on train without `valid`."
     if kind == "rafdb" and not given.get("pretrained"):
-        said.append(
+        yield (
             "The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set "
             "pretrained=PATH` gives weights)."
         )
     if kind == "fer2013" and "fer2013" in exp.get("paper", {}):
-        said.append(
+        yield (
             "The paper trains on all of train for 200 epochs; "
             'it reports on FER2013\'s "public test set", which may be PublicTest or PrivateTest.'
         )
-    commits = sorted({c for each in results["commits"] for c in each.split()})
+
+
+def _note(name, results, kind, settings):
+    "Note on the runs of a table: settings and commits"
+    exp = _experiment(name)
+    given = {**exp["settings"], **settings}
+    runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
+    said = list(_settings_said(exp, runs, kind, given))
+    commits = sorted({c[:7] for each in results["commits"] for c in each.split()})
     if commits:
         said.append(f"Commits: {', '.join(commits)}.")
     return " ".join(said)
 
+# %% ../nbs/13_experiments.ipynb #e5cbdfef
+def _narrow(table, measure):
+    "The columns of one measure as Markdown, a column for each split"
+    columns = [c for c in table if c.endswith(f": {measure}")]
+    own = table[columns].fillna("")
+    rows = [["", *[c.split(": ")[0] for c in columns]], ["---"] * (1 + len(columns))]
+    rows += [[label, *[v or "–" for v in values]] for label, *values in own[(own != "").any(axis=1)].itertuples()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
+# %% ../nbs/13_experiments.ipynb #542c72e9
+def _tables(table):
+    "The first measure's table, and those of the others, folded"
+    first, *others = dict.fromkeys(c.split(": ")[1] for c in table)
+    folded = "\n\n".join(f"{m[0].upper()}{m[1:]}, in percent\n\n{_narrow(table, m)}" for m in others)
+    return _narrow(table, first), others, folded
+
+# %% ../nbs/13_experiments.ipynb #f9482560
 def experiment_markdown(
     name: str,  # Of an experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
     **settings,  # As the runs were made with
 ) -> str:
-    "The table as a page of Markdown, with what a reader must know of its runs"
+    "The results as a page of Markdown: accuracy; folded, other measures and what a reader must know of the runs"
     table = experiment_table(name, results, kind)
-    rows = [[label, *cells] for label, cells in zip(table.index, table.to_numpy().tolist())]
-    lines = [["", *table.columns], ["---"] * (1 + len(table.columns)), *rows]
-    said = f"Percent: mean ± standard deviation (seeds). {_note(name, results, kind, settings)}"
+    seeds = results.groupby("label")["seed"].nunique()
+    counted = f"{seeds.max()} seed{'s' if seeds.max() > 1 else ''}"
+    if seeds.nunique() == 1:  # said once
+        table = table.replace(r" \(\d+\)$", "", regex=True)
+    else:
+        counted = "number of seeds in brackets"
+    views = {"center": "one view of each image", "flip": "each image and its mirror image"}
+    crops = settings.get("eval_crops", "center")
+    main, others, folded = _tables(table)
+    spread = "mean ± standard deviation, " if seeds.max() > 1 else ""
     return (
-        f"# {_experiment(name)['title']}: {kind}\n\n{said}\n\n"
-        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + "\n"
+        f"# {_experiment(name)['title']}: {kind}\n\n"
+        f"Accuracy in percent, {views.get(crops, f'{crops} crops of each image')}; {spread}{counted}.\n\n{main}\n\n"
+        f"<details><summary>{', '.join([*others, 'settings'])}</summary>\n\n"
+        + (f"{folded}\n\n" if others else "")
+        + f"{_note(name, results, kind, settings)}\n\n</details>\n"
     )
 
 # %% ../nbs/13_experiments.ipynb #cc479b37
@@ -288,22 +317,22 @@ _AXES = dict(
     size="side of the images",
 )
 
-
+# %% ../nbs/13_experiments.ipynb #14674b00
 def _first_test(splits):
     names = [s for s in dict.fromkeys(splits) if s not in ("train", "valid")]
     return names[0] if names else None
 
-
+# %% ../nbs/13_experiments.ipynb #e30912f9
 def _vocab(folder):
     return json.loads((folder / "config.json").read_text())["about"]["vocab"]
 
-
+# %% ../nbs/13_experiments.ipynb #e1bce65c
 def _predictions(folder, split):
     return pd.read_csv(
         folder / f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str), keep_default_na=False
     )
 
-
+# %% ../nbs/13_experiments.ipynb #2e0cb7ee
 def _tsne(folders, faces, split):
     first = next(iter(folders.values()))
     vocab, measured = _vocab(first), set(_predictions(first, split)["image"])
@@ -316,7 +345,7 @@ def _tsne(folders, faces, split):
     fig.suptitle(f"{split}, seed 0", fontsize=10)
     return fig
 
-
+# %% ../nbs/13_experiments.ipynb #a54db6f2
 def _confusions(folders, split):
     runs = {}
     for label, folder in folders.items():
@@ -325,7 +354,7 @@ def _confusions(folders, split):
         runs[f"{label}: {100 * np.mean(np.equal(y, p)):.2f} % on {split}, seed 0"] = (y, p)
     return plot_confusions(runs, vocab)
 
-
+# %% ../nbs/13_experiments.ipynb #ef860311
 def experiment_figure(
     name: str,  # Of an experiment
     results: pd.DataFrame,  # From `experiment_results`
@@ -489,6 +518,14 @@ def _write_figure(name, results, kind, faces, folders, file, say):
     if figure is not None:
         say(f"written: {file}")
 
+# %% ../nbs/13_experiments.ipynb #3ab875cb
+def _chosen(name, runs, only):
+    "Configurations of the runs to make: all, or the one of a stem"
+    chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
+    if only is not None and not chosen:
+        raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
+    return chosen
+
 # %% ../nbs/13_experiments.ipynb #c0cefd38
 def reproduce(
     name: str,  # Of an experiment
@@ -506,9 +543,7 @@ def reproduce(
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)
-    chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
-    if only is not None and not chosen:
-        raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
+    chosen = _chosen(name, runs, only)
     figure_faces = _needed_faces(exp, name, data, kind, out)
     all_faces = cache(lambda: None if kind == "sample" else figure_faces or read_faces(data, kind))
 

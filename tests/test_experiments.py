@@ -285,6 +285,26 @@ def test_a_sweep_is_drawn_from_records_alone(tmp_path):
     assert experiment_figure("figure7", pd.DataFrame(columns=["label", "split"]), "fer2013") is None
 
 
+def test_a_page_shows_accuracy_with_the_papers_beside_it_and_folds_the_rest(tmp_path):
+    first, *others = experiment_runs("table5", "x", "fer2013").values()
+    fake_record(tmp_path, first, accuracy=0.7)
+    page = experiment_markdown("table5", experiment_results("table5", tmp_path, "fer2013"), "fer2013")
+    shown, folded = page.split("<details>")
+    assert "1 seed." in shown and "| baseline, cosine | 70.00 |" in shown and "| ECAN, cosine | – |" in shown
+    assert "73.73" in shown and "73.25" in folded and "| ECAN, one-cycle |" not in page
+
+
+def test_a_page_says_how_many_seeds_a_row_has(tmp_path):
+    runs = experiment_runs("table5", "x", "fer2013")
+    fake_record(tmp_path, runs["baseline, cosine"], seed=0)
+    fake_record(tmp_path, runs["baseline, cosine"], seed=1)
+    both = experiment_markdown("table5", experiment_results("table5", tmp_path, "fer2013"), "fer2013")
+    fake_record(tmp_path, runs["ECAN, cosine"], seed=0)
+    mixed = experiment_markdown("table5", experiment_results("table5", tmp_path, "fer2013"), "fer2013")
+    assert "2 seeds." in both and "(2)" not in both
+    assert "seeds in brackets" in mixed and "(2)" in mixed and "(1)" in mixed
+
+
 def test_the_results_page_shows_what_the_records_say():
     from fastcore.nbio import read_nb
     from test_package import ROOT
@@ -296,7 +316,7 @@ def test_the_results_page_shows_what_the_records_say():
         if "data" in o
     )
     for name, results, kind, settings in recorded_experiments(ROOT / "results" / "records"):
-        assert experiment_markdown(name, results, kind, **settings).strip() in page
+        assert experiment_markdown(name, results, kind, **settings).split("\n", 1)[1].strip() in page
 
 
 def fake_run(monkeypatch, during=lambda folder: None):
