@@ -151,10 +151,14 @@ _MEASURES = {
 }
 
 
+_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they are surer than
+they should be. `Predictor.calibrate` fits a temperature to labelled faces of your own.""".replace("\n", " ")
+
+
 def _calibration(about):
     split = about.get("calibrated_on")
     if split is None:
-        return "not calibrated, because no labelled image was left to fit a temperature on."
+        return _NOT_CALIBRATED
     return (
         f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}. The calibration error (ECE) is "
         "therefore given for the other splits alone."
@@ -163,7 +167,8 @@ def _calibration(about):
 
 def _splits_table(splits):
     used = {name: key for name, key in _MEASURES.items() if any(key in m for m in splits.values())}
-    rows = [[s, m["n"], *[_percent(m.get(key)) for key in used.values()]] for s, m in splits.items()]
+    named = {s: "part of train" if s.endswith("_seen") else s for s in splits}
+    rows = [[named[s], m["n"], *[_percent(m.get(key)) for key in used.values()]] for s, m in splits.items()]
     return _table(["split", "images", *used], rows)
 
 
