@@ -12,9 +12,8 @@ import time
 import warnings
 from pathlib import Path
 
-from sklearn.model_selection import train_test_split
-
 from fastai.callback.core import CancelValidException
+from sklearn.model_selection import train_test_split
 
 from ecan_fastai.all import *
 from ecan_fastai.readers.ferplus import FERPLUS_SETTINGS, ferplus_faces
