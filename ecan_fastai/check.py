@@ -118,7 +118,7 @@ def check_data(
     path,  # Data of any kind that `read_faces` knows
     kind: str = "auto",  # Kind of the data
     distance: int = 2,  # Bits of 64 in which the hashes of a near pair may differ
-) -> DataReport:
+) -> "DataReport":
     "Look at every image of a data set: counts, broken images, and images that stand there twice"
     if not 0 <= distance <= 16:
         raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
@@ -133,7 +133,7 @@ def check_data(
 
 # %% ../nbs/11_check.ipynb #60e08079
 def show_pairs(
-    report: DataReport,  # From `check_data`
+    report: "DataReport",  # From `check_data`
     pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default those across splits
     max_n: int = 8,  # Pairs to draw
 ):

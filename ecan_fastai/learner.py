@@ -144,10 +144,10 @@ class ECANLearner(Learner):
         return PrettyString(text)
 
 # %% ../nbs/07_learner.ipynb #d8cdf39d
-@delegates(Learner.__init__, but="model,splitter")
+@delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def ecan_learner(
     dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch=None,  # Name of a timm model, function that makes a model (timm's, torchvision's), or module; default resnet18
+    arch=None,  # timm name, function that makes a model, or module; default resnet18
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     l1: float | None = None,  # Share of ENSC in the loss; default 0.2
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
@@ -159,10 +159,14 @@ def ecan_learner(
     loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
+    opt_func=None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
+    lr=None,  # Default 0.1 at 256 images a step and in proportion; fastai's 0.001 if opt_func is given
+    wd=None,  # Weight decay; default 5e-4, or that of opt_func
+    wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
+    moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
-) -> ECANLearner:
-    """Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`), its
-    rate of 0.1 in proportion to the batch size"""
+) -> "ECANLearner":
+    "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`)"
     arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
     views, n_classes = _views(dls)
@@ -179,7 +183,8 @@ def ecan_learner(
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     _check_fits(dls, model, views[0], arch)
     cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
-    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs)
+    opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
+    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
 
 # %% ../nbs/07_learner.ipynb #a6346018
 def _ecan_loss(loss_func, settings):
@@ -196,14 +201,19 @@ def _ecan_loss(loss_func, settings):
     return loss_func
 
 # %% ../nbs/07_learner.ipynb #f770b17f
-@delegates(Learner.__init__, but="model,splitter")
+@delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def baseline_learner(
     dls,  # DataLoaders; of two views the first is used
-    arch=None,  # Name of a timm model, function that makes a model (timm's, torchvision's), or module; default resnet18
+    arch=None,  # timm name, function that makes a model, or module; default resnet18
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     loss_func=None,  # Default: cross-entropy
     metrics=None,  # Default: accuracy, average accuracy, macro-F1
     cbs=None,  # Further callbacks
+    opt_func=None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
+    lr=None,  # Default 0.1 at 256 images a step and in proportion; fastai's 0.001 if opt_func is given
+    wd=None,  # Weight decay; default 5e-4, or that of opt_func
+    wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
+    moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
 ) -> Learner:
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
@@ -213,7 +223,8 @@ def baseline_learner(
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     _check_fits(dls, model, views[0], arch)
     loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), [CropsAsImages(), *L(cbs)]
-    return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs)
+    opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
+    return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
 
 # %% ../nbs/07_learner.ipynb #fa975eaa
 def _check_fits(dls, model, view, arch):
@@ -241,15 +252,16 @@ def _use_own_stats(dls, encoder, in_chans):
     set_stats(dls, mean, std, defaults_only=True)
 
 # %% ../nbs/07_learner.ipynb #984652d1
-def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, kwargs):
+def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs):
     if pretrained is True:
         _use_own_stats(dls, model.encoder, in_chans)
     elif pretrained in NAMES and len(named_stats(pretrained)[0]) == in_chans:
         set_stats(dls, *named_stats(pretrained), defaults_only=True)
-    opt = {} if "opt_func" in kwargs else {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256}
-    learn = cls(
-        dls, model, loss_func, metrics=metrics or face_metrics(), cbs=cbs, splitter=face_splitter, **{**opt, **kwargs}
-    )
+    given = {k: v for k, v in opt.items() if v is not None}
+    if "opt_func" not in given:
+        given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}
+    metrics = metrics or face_metrics()
+    learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, splitter=face_splitter, **given, **kwargs)
     if pretrained:
         learn.freeze()
     return learn
