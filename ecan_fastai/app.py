@@ -1,4 +1,4 @@
-"A page in the browser that labels the faces of uploaded photographs, built with Gradio."
+"A web page that labels the faces of uploaded photographs, built with Gradio."
 
 import os
 import signal
@@ -18,14 +18,14 @@ from ecan_fastai.readers.records import write_csv
 from ecan_fastai.video import draw_faces
 
 LARGEST_FILE = "20mb"
-LARGEST_SIDE = 1600  # Larger photographs are made smaller, in pixels
+LARGEST_SIDE = 1600  # Pixels; larger photographs are scaled down
 MOST_FILES = 200
 MOST_HEATMAPS = 12
-KEPT_SECONDS = 120  # Uploads and results are deleted after this time, and all of them when the page is closed down
+KEPT_SECONDS = 120  # Uploads and results are deleted after this time, or when the page is closed
 
 
 def _photo(file):
-    "Read an uploaded photograph, made smaller if it is large"
+    "Read an uploaded photograph, scaled down if it is large"
     try:
         image = read_face(file, 3)
     except ValueError:
@@ -37,7 +37,7 @@ def _photo(file):
 
 
 def _rounded(table):
-    "Three decimals, as float64: a float32 would be shown with the digits that it does not have"
+    "Round to three decimals, as float64: float32 would show further digits"
     return table.astype({c: float for c in table.select_dtypes("number")}).round(3)
 
 
@@ -46,7 +46,7 @@ def _said(n):
 
 
 class FaceApp:
-    "What the page answers: each method takes file paths and returns values for the page"
+    "The functions of the page: each method takes file paths and returns values to show"
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class FaceApp:
         return _said(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
 
     def heatmaps(self, file):  # Sentence, list of (image, caption)
-        "Draw where the model looks, in the largest faces of a photograph"
+        "Draw heat maps of where the model looks, on the largest faces of a photograph"
         crops = [f.image for f in self.finder(_photo(file))]
         if not crops:
             return _said(0), []
@@ -102,7 +102,7 @@ class FaceApp:
 
 
 def _one_sentence(answer, n_outputs):
-    "The answer, or one sentence on the page and one line in the log"
+    "Answer, or show an error as one sentence on the page and one line in the log"
 
     @wraps(answer)
     def _inner(value):
@@ -118,7 +118,7 @@ def _one_sentence(answer, n_outputs):
 
 
 def _gradio():
-    "Gradio, which is told before it is imported that it reports nothing and where it keeps files"
+    "Import Gradio with telemetry switched off"
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
@@ -129,7 +129,7 @@ def _gradio():
 
 
 def _uploaded_file(payload):
-    "Path of an upload as it came: Gradio would decode it first, with a traceback for what is no image"
+    "Return the path of an upload; Gradio itself would decode it first, with a traceback if it is no image"
     return None if payload is None else payload.path
 
 
@@ -180,11 +180,11 @@ def build_app(
 
 def launch_app(
     predictor: Predictor,  # Model that labels the faces
-    host: str = "127.0.0.1",  # Address to listen on; the default is reached from this computer alone
+    host: str = "127.0.0.1",  # Address to listen on; the default is for this computer alone
     port: int | None = None,  # Default: the first free one from 7860 on
-    wait: bool = True,  # Return when the page is closed down, not at once
+    wait: bool = True,  # Return when the page is closed, not at once
 ):  # gradio.Blocks, running
-    "Serve the page; uploads over 20 MB are refused, nothing is kept, and nothing is sent anywhere"
+    "Serve the page; refuses uploads over 20 MB, deletes them after minutes, and sends nothing anywhere"
     folder = tempfile.TemporaryDirectory(prefix="ecan_app_")
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     gr = _gradio()
@@ -193,9 +193,9 @@ def launch_app(
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options: dict = dict(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[])
     _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
-    print(f"ecan_app: open {url} in a browser, end with Ctrl+C", flush=True)
+    print(f"ecan_app: open {url} in a browser, stop with Ctrl+C", flush=True)
     if wait:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it deletes its files as well
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside, it deletes its files too
         try:
             page.block_thread()
         finally:

@@ -31,7 +31,7 @@ def _check(level, recipe, size):
 
 # %% ../nbs/01_augment.ipynb #60faa7bd
 def uses_five_crops(level: str, recipe: str) -> bool:
-    "Whether FiveCrop is part of this column of Table 1"
+    "Whether this level and recipe use FiveCrop"
     return level == "strong" and recipe == "fer2013"
 
 # %% ../nbs/01_augment.ipynb #eb3945ef
@@ -52,7 +52,7 @@ def _five_crops(size, side):
 
 # %% ../nbs/01_augment.ipynb #c7be42a3
 class RandomFiveCrop(A.ImageOnlyTransform):
-    "One of the five crops of FiveCrop, each with the same chance: `A.OneOf` over five `A.Crop` in a third of the time"
+    "One of the five crops of FiveCrop at random: as `A.OneOf` over five `A.Crop`, in a third of the time"
 
     def __init__(
         self,
@@ -71,8 +71,7 @@ class RandomFiveCrop(A.ImageOnlyTransform):
 
 # %% ../nbs/01_augment.ipynb #399b26ee
 class RandomShift(A.ImageOnlyTransform):
-    """Move the image by whole pixels, black where it was: a crop from the padded image, `A.PadIfNeeded` and
-    `A.RandomCrop` in one copy"""
+    "Shift the image by whole pixels, with black borders: `A.PadIfNeeded` and `A.RandomCrop` in one copy"
 
     def __init__(
         self,
@@ -97,7 +96,7 @@ class RandomShift(A.ImageOnlyTransform):
 
 # %% ../nbs/01_augment.ipynb #5a7e1c2d
 class RandomRotate(A.Rotate):
-    "`A.Rotate` of an image alone: the same draws and pixels in a quarter of the time"
+    "`A.Rotate` for images only: the same draws and pixels in a quarter of the time"
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -139,13 +138,12 @@ def seed_pipeline(
     pipeline,  # From `train_pipeline`
     seed: int,  # Same seed, same draws
 ):
-    "Seed a pipeline so that its transforms draw independently, one after the other from one stream"
+    "Seed a pipeline; all its transforms draw from one stream, and so independently"
     pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
 
 class AllCrops:
-    """The pipeline `before` once, then each of `crops` (pipelines): a dict with `image` (n_crops, height, width[,
-    channels])"""
+    "Run the pipeline `before` once, then each pipeline of `crops`; `image` is (n_crops, height, width[, channels])"
 
     def __init__(self, before, crops):
         self.before, self.crops = before, crops
@@ -162,12 +160,12 @@ class AllCrops:
 def train_pipeline(
     level: str = "strong",  # One of "none", "weak", "strong" (Table 1)
     recipe: str = "rafdb",  # "rafdb" or "fer2013": the column of Table 1
-    size: int = 224,  # Side in pixels to which an image is brought
+    size: int = 224,  # Side in pixels to which images are resized
     channels: int = 3,  # Channels of the images, 1 (grey) or 3 (RGB)
-    all_crops: bool = False,  # Give all five crops of FiveCrop instead of a random one
-):  # A callable `pipeline(image=...)["image"]` on uint8 arrays (height, width, channels)
-    """Training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for `all_crops`
-    without FiveCrop"""
+    all_crops: bool = False,  # Return all five crops of FiveCrop instead of a random one
+):  # `pipeline(image=...)["image"]` for uint8 arrays (height, width, channels)
+    """Return the training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for
+    `all_crops` without FiveCrop"""
     _check(level, recipe, size)
     if all_crops and not uses_five_crops(level, recipe):
         raise ValueError(
@@ -186,8 +184,7 @@ def train_pipeline(
 
 # %% ../nbs/01_augment.ipynb #a3caf0f8
 def image_side(level: str, recipe: str, size: int, crops: str = "center") -> int:
-    """Side of the images from which evaluation views are cut: `size` under FiveCrop, else 6/5 of it for five or
-    ten crops"""
+    "Side of the image from which evaluation views are cut: `size`, or 6/5 of it for five or ten crops without FiveCrop"
     if crops not in CROPS:
         raise ValueError(f"unknown evaluation crops {crops!r}, expected one of {', '.join(CROPS)}")
     side = crop_size(level, recipe, size)
@@ -198,8 +195,8 @@ def eval_boxes(
     image_size: int,  # Side of the image
     side: int,  # Side of a view
     crops: str = "center",  # One of `CROPS`
-) -> list:  # (mirrored, left, top) of each view; a mirrored view is cut from the mirrored image
-    "Where the evaluation views of an image lie"
+) -> list:  # (mirrored, left, top) of each view, in the mirrored image if mirrored
+    "Return the positions of the evaluation views in an image"
     five = _five_corners(image_size, side)
     chosen = five if crops in ("five", "ten") else five[-1:]
     return [
@@ -212,10 +209,10 @@ def eval_boxes(
 def eval_pipelines(
     level: str = "strong",  # The level used in training
     recipe: str = "rafdb",  # The recipe used in training
-    size: int = 224,  # Side in pixels to which an image is brought
-    crops: str = "center",  # "center", "flip" (it and its mirror image), "five" (and corners) or "ten"
-) -> list:  # One deterministic pipeline a view
-    "Evaluation views of an image; raises `ValueError` for an unknown `crops`"
+    size: int = 224,  # Side in pixels to which images are resized
+    crops: str = "center",  # "center", "flip" (centre and its mirror image), "five" (and corners) or "ten"
+) -> list:  # One deterministic pipeline per view
+    "Return the pipelines of the evaluation views; raises `ValueError` for an unknown `crops`"
     side, whole = crop_size(level, recipe, size), image_side(level, recipe, size, crops)
     return [
         A.Compose([A.Resize(whole, whole), *[A.HorizontalFlip(p=1)] * mirrored, A.Crop(x, y, x + side, y + side)])

@@ -1,4 +1,4 @@
-"""What is wrong with a data set before training: counts, broken images, images in two splits
+"""Find problems before training: counts, broken images, images in two splits
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/check.html.md"""
 
@@ -73,9 +73,9 @@ class DataReport:
     "What `check_data` found"
 
     counts: pd.DataFrame  # Faces of each class and split
-    broken: dict  # Each image that cannot be read, to what is wrong with it
-    pairs: pd.DataFrame  # Equal or nearly equal images: distance in bits, image, split and label of both
-    faces: list  # The `Face` records that were looked at, in the numbering of the columns a and b of `pairs`
+    broken: dict  # Name of each unreadable image to its problem
+    pairs: pd.DataFrame  # Equal or similar images: distance in bits; image, split and label of both
+    faces: list  # `Face` records, which the columns a and b of `pairs` number
 
     @property
     def leaks(self) -> pd.DataFrame:
@@ -83,7 +83,7 @@ class DataReport:
         return self.pairs[self.pairs.split_a != self.pairs.split_b]
 
     def summary(self) -> pd.DataFrame:
-        "Number of pairs by the splits they stand in, and how many of them carry two different labels"
+        "Count pairs by their splits, and how many of them have two different labels"
         if not len(self.pairs):
             return pd.DataFrame(columns=["splits", "same pixels", "near", "of both, labelled differently"])
         splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
@@ -115,11 +115,11 @@ def _pair_table(pairs, faces, digests, whole):
 
 
 def check_data(
-    path,  # Data of any kind that `read_faces` knows
+    path,  # Data of any kind that `read_faces` reads
     kind: str = "auto",  # Kind of the data
-    distance: int = 2,  # Bits of 64 in which the hashes of a near pair may differ
+    distance: int = 2,  # Bits of 64 by which the hashes of a near pair may differ
 ) -> "DataReport":
-    "Look at every image of a data set: counts, broken images, and images that stand there twice"
+    "Check every image of a data set: counts, broken images, and images that occur twice"
     if not 0 <= distance <= 16:
         raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
     faces = read_faces(path, kind)
@@ -134,10 +134,10 @@ def check_data(
 # %% ../nbs/11_check.ipynb #60e08079
 def show_pairs(
     report: "DataReport",  # From `check_data`
-    pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default those across splits
+    pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default: pairs across splits
     max_n: int = 8,  # Pairs to draw
 ):
-    "Draw pairs of images one above the other, with split and label"
+    "Show pairs of images, one above the other, with split and label"
     pairs = (report.leaks if pairs is None else pairs).head(max_n)
     if not len(pairs):
         raise ValueError("no pairs to show")

@@ -1,4 +1,4 @@
-"Console scripts, thin: arguments in, one clear sentence out where something is wrong."
+"Console scripts: they read arguments, call the package, and print one clear sentence if something is wrong."
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from ecan_fastai.config import CROPS, GROUPS, KINDS, RunConfig, help_text, setti
 
 
 def _parser():
-    "Options of `ecan_train`: only those that are typed are in what it returns, the rest is left to `RunConfig`"
+    "Parser of `ecan_train`; it returns only the options that are typed, and `RunConfig` has the other defaults"
     p = _Parser(
         "ecan_train",
         description="Train a facial-expression model and write a run folder: settings, history, metrics, predictions, "
@@ -37,13 +37,13 @@ def _parser():
         "--resume",
         type=Path,
         metavar="RUN",
-        help="resume the interrupted run in this folder; takes no other option, and DATA only if the data was moved",
+        help="resume the interrupted run in this folder; takes no other option, and DATA only if it was moved",
     )
     return p
 
 
 def _option(f):
-    "How argparse reads a field of `RunConfig`"
+    "Return the argparse options of a field of `RunConfig`"
     of_type = setting_types(RunConfig)[f.name]
     if f.name == "pretrained":
         return dict(nargs="?", const=True, metavar="PATH")
@@ -69,19 +69,19 @@ def _print_record(record, out):
 
 
 class _Parser(argparse.ArgumentParser):
-    "A parser that repeats what was typed without codes that a terminal would obey"
+    "A parser whose messages hold no control codes"
 
     def error(self, message):
         super().error(printable(message))
 
 
 def printable(text):
-    "Text on one line, without codes that a terminal would obey"
+    "Return text on one line, with control codes escaped"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _script(f):
-    """Decorate a console script: hide libraries' warnings to their developers, and print ours in one line"""
+    "Decorate a console script: print `UserWarning`s in one line and hide other warnings"
 
     @wraps(f)
     def _inner(args=None):
@@ -106,9 +106,7 @@ def ecan_train(args=None):
     typed = vars(parser.parse_args(args))
     out, resume = typed.pop("out", None), typed.pop("resume", None)
     if resume is not None and (out is not None or typed.keys() - {"data"}):
-        parser.error(
-            "--resume takes all settings from the run's folder: give nothing else with it but DATA, if it was moved"
-        )
+        parser.error("--resume takes all settings from the run's folder: give nothing else, DATA only if it was moved")
     if resume is None and "data" not in typed:
         parser.error("DATA is missing: a folder, a csv file, or `sample`")
     try:
@@ -126,7 +124,7 @@ def ecan_train(args=None):
 
 
 def _left(out, prog):
-    "What an interrupted run leaves, and how to resume it"
+    "Say what an interrupted run leaves, and how to resume it"
     resume = f"{prog} --resume {shlex.quote(str(out))}"
     if out is not None and (out / "checkpoint.pth").exists():
         return f"the finished epochs are in {out}, resume with: {resume}"
@@ -166,7 +164,7 @@ def _add_run(p):
 
 
 def _refuse_run(p, paths):
-    "A run's folder holds images too, its figures"
+    "Refuse a run's folder as images; its figures would be found"
     for path in map(Path, paths):
         if (path / "model.safetensors").is_file():
             p.error(f"{path} is the folder of a run: give it as --run {path}")
@@ -178,8 +176,8 @@ def _with_model(prog, about, example):
     p.add_argument(
         "--crops",
         choices=tuple(CROPS),
-        help="views of an image whose outputs are averaged: the centre, it and its mirror image, five crops, or ten "
-        "(default: as the run was evaluated)",
+        help="views averaged for each image: the centre, the centre and its mirror image, five crops, or ten (default: "
+        "as the run was evaluated)",
     )
     return p
 
@@ -189,8 +187,8 @@ def ecan_predict(args=None):
     "Label images with a trained model"
     p = _with_model(
         "ecan_predict",
-        "Label images of faces, or with --faces the faces in photographs and video. Prints a table, or writes a CSV or "
-        "JSON file.",
+        "Label images cropped to the face, or with --faces the faces in photographs, video and a webcam. Prints a "
+        "table, or writes a CSV or JSON file.",
         "ecan_predict face.jpg more_faces/ --run runs/mine --out labels.csv",
     )
     p.add_argument(
@@ -198,8 +196,8 @@ def ecan_predict(args=None):
         nargs="+",
         type=Path,
         metavar="IMAGE",
-        help="image file, or folder of images, each a face as the model was trained on; "
-        "with --faces also whole photographs and video",
+        help="image file, or folder of images, cropped to the face; with --faces photograph, video or folder of them, "
+        "or `webcam`",
     )
     p.add_argument(
         "--faces", action="store_true", help="find the faces first (needs the extra `faces`), one row for each"
@@ -208,35 +206,35 @@ def ecan_predict(args=None):
         "--every",
         type=float,
         metavar="SECONDS",
-        help="with --faces: time between the frames of a video that are looked at, 0 for every frame; default 1, with "
-        "--annotated 0",
+        help="with --faces: time between the frames of a video that are labelled, 0 for every frame; default 1, or 0 "
+        "with --annotated",
     )
     p.add_argument("--seconds", type=float, metavar="N", help="with --faces: stop after N seconds of video or `webcam`")
     p.add_argument(
         "--smoothing",
         type=float,
         metavar="SECONDS",
-        help="with --faces: time constant over which a video's probabilities are averaged, 0 for none; default 0.5",
+        help="with --faces: time constant for averaging the probabilities of a video, 0 for none; default 0.5",
     )
     p.add_argument(
         "--annotated",
         type=Path,
         metavar="FILE",
-        help="with --faces: write the photograph or video, one alone, with boxes and labels drawn in, as .png, .jpg, "
-        ".mp4, .avi or .webm",
+        help="with --faces: write the one photograph or video with boxes and labels to FILE (.png, .jpg, .mp4, .avi or "
+        ".webm)",
     )
     p.add_argument(
         "--by",
         type=Path,
         metavar="PEOPLE.csv",
-        help="also print accuracy by age, gender or any other column of a table of the people on the images; its first "
-        "column is the file's name; the expression is its column `label`, or else the image's folder",
+        help="also print accuracy by age, gender or any other column of this table; its first column is the name of "
+        "the image file; the true expression is its column `label`, or else the image's folder",
     )
     p.add_argument(
         "--heatmaps",
         type=Path,
         metavar="FILE",
-        help="also draw where the model looks (Grad-CAM, needs the extra `explain`) in the first 16 images to FILE.png",
+        help="also draw to FILE.png where the model looks in the first 16 images (Grad-CAM, needs the extra `explain`)",
     )
     p.add_argument(
         "--out",
@@ -306,7 +304,7 @@ def _print_groups(table, files, people, vocab):
 
 
 def _print_faces(table):
-    "Pixels as whole numbers, and no seconds where there is no video"
+    "Print pixels as whole numbers, and seconds only of videos"
     if not len(table):
         return print("no face found")
     columns = [
@@ -331,9 +329,9 @@ def ecan_evaluate(args=None):
         "--split",
         action="append",
         metavar="NAME",
-        help="split to evaluate, may be repeated (default: all but train and valid, or all if there are no others)",
+        help="split to evaluate, may be repeated (default: all but train and valid, or all if no other exists)",
     )
-    p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, per class too, to FILE.json")
+    p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, also by class, to FILE.json")
     given = p.parse_args(args)
     _refuse_run(p, [given.data])
     _out(p, given.out, ".json")
@@ -375,10 +373,10 @@ def ecan_check(args=None):
         type=int,
         default=2,
         metavar="BITS",
-        help="bits of 64 in which the perceptual hashes of a near pair may differ; default 2",
+        help="bits of 64 by which the perceptual hashes of a near pair may differ; default 2",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
-    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across two splits to FILE.png")
+    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
     given = p.parse_args(args)
     _out(p, given.out, ".csv")
     _out(p, given.picture, ".png", flag="--picture")
@@ -411,8 +409,8 @@ def ecan_app(args=None):
     "Serve a page that labels the faces of photographs"
     p = _Parser(
         "ecan_app",
-        description="Open a page on this computer that labels the faces of photographs (needs the extra `app`). "
-        "Nothing is kept and nothing is sent anywhere.",
+        description="Serve a web page on this computer that labels the faces of photographs (needs the extra `app`). "
+        "Photographs are deleted after a few minutes, and nothing is sent anywhere.",
         epilog="Example: ecan_app --run runs/mine",
     )
     _add_run(p)
@@ -420,9 +418,9 @@ def ecan_app(args=None):
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on; default 127.0.0.1, which is reached from this computer alone",
+        help="address to listen on; default 127.0.0.1, for this computer alone",
     )
-    p.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    p.add_argument("--port", type=int, help="port to listen on; default: the first free one from 7860 on")
     given = p.parse_args(args)
     with _one_sentence(p):
         from ecan_fastai.app import launch_app
@@ -435,7 +433,7 @@ def ecan_app(args=None):
 
 
 def _setting(text):
-    "`key=value` as a setting of `RunConfig`, in the type that it has there"
+    "Parse `key=value` as a setting of `RunConfig`, with its type there"
     key, equals, value = text.partition("=")
     types = {
         k: v for k, v in setting_types(RunConfig).items() if k not in ("data", "kind", "seed")
@@ -455,18 +453,21 @@ def _setting(text):
 def _reproduce_parser():
     p = _Parser(
         "ecan_reproduce",
-        description="Reproduce a table or figure of the paper, or answer an open question: train the missing runs, "
-        "then write the table from all that are finished, with the paper's numbers where it has some for that data, "
-        "and the figure. Several processes may share a folder: each takes other runs. Without EXPERIMENT: list what "
-        "there is.",
+        description="Reproduce a table or figure of the paper, or answer a question that it leaves open: train the "
+        "missing runs, then write the table of all finished runs, with the paper's numbers if it has some for that "
+        "data, and the figure. Several processes may share a folder: each takes runs that no other is training. "
+        "Without EXPERIMENT: list the experiments.",
         epilog="Example: ecan_reproduce table5 --data path/to/fer2013 --seeds 3",
     )
     p.add_argument(
-        "experiment", nargs="?", metavar="EXPERIMENT", help="table2 to table5, figure3a to figure7, or a question"
+        "experiment",
+        nargs="?",
+        metavar="EXPERIMENT",
+        help="table2 to table5, figure3a to figure7, or the name of a question",
     )
     p.add_argument("--data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes, or `sample`")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
-    p.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row; default 1")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, so of runs per row; default 1")
     p.add_argument(
         "--out",
         type=Path,
@@ -487,15 +488,15 @@ def _reproduce_parser():
     which.add_argument(
         "--commands",
         action="store_true",
-        help="train nothing: print a command for each run, to be executed in any order, also at the same time (xargs, "
-        "a job array)",
+        help="train nothing: print a command for each run, to be executed in any order and in parallel (xargs, a job "
+        "array)",
     )
-    which.add_argument("--only", metavar="RUN", help="make this one of the runs alone, as --commands names it")
+    which.add_argument("--only", metavar="RUN", help="make only this run, named as by --commands")
     return p
 
 
 def _commands(given):
-    "A command for each run of an experiment, which can be executed from any folder"
+    "Yield a command for each run of an experiment, which can be executed from any folder"
     from ecan_fastai.experiments import planned_runs, run_stem
 
     script = Path(sys.executable).with_name("ecan_reproduce")
@@ -551,5 +552,5 @@ def ecan_reproduce(args=None):
 
 
 def _untouched(parser, given):
-    "Options that have their defaults"
+    "Return the options that have their defaults"
     return {k for k, v in vars(given).items() if v == parser.get_default(k)}

@@ -1,5 +1,5 @@
-"""Names and settings of a run. Heavy imports wait until they are needed, so that `--help` and a wrong argument are
-answered at once."""
+"""Names and settings of a run. This module imports nothing heavy, so that `--help` and wrong arguments are answered
+at once."""
 
 import math
 import os
@@ -29,7 +29,7 @@ METHOD_PRESETS = {"center": dict(l2=0.003)}
 TUNED = {"fer2013": dict(arch="resnet18_cifar", epochs=40, momentum=0.99, center_features=True)}
 TUNED["ferplus"] = TUNED["fer2013"]
 
-# allowed ranges of numbers: what a message says, and the test
+# allowed ranges of numbers: text of the message, and the test
 _POSITIVE = ("above 0", lambda v: 0 < v < math.inf)
 _NOT_NEGATIVE = ("0 or more", lambda v: 0 <= v < math.inf)
 _COUNT = ("at least 1", lambda v: v >= 1)
@@ -42,76 +42,88 @@ _CONTRAST = ("ecan", "supcon", "ensc")
 
 def _setting(
     group,  # One of `GROUPS`
-    help,  # What it means, in a line; the defaults of presets and the methods are added to it
-    default=None,  # `None` stands for the preset
+    help,  # Meaning in one line; methods and defaults are added to it
+    default=None,  # `None`: from the preset
     choices=None,  # Allowed values
-    valid=None,  # Range of a number, one of those above
+    valid=None,  # Range of a number, from above
     methods=METHODS,  # Methods on which it has an effect
 ) -> Any:
-    "A setting of `RunConfig`: everything that is said of it stands here"
+    "A setting of `RunConfig`, with all its documentation"
     return field(default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, methods=methods))
 
 
 @dataclass
 class RunConfig:
-    """Everything that decides a run. `None` stands for the preset of the data's kind, see `RunConfig.resolve`. Raises
-    `ValueError` for a value that is not allowed."""
+    """All settings of a run. `None` takes the preset of the kind of data, see `RunConfig.resolve`. Raises `ValueError`
+    for a value that is not allowed."""
 
-    # the order of the fields is that of the parts of a run's name, by which finished runs are found: append new ones
-    data: str = _setting("data", "folder or csv file, or `sample` for faces that the package draws itself", MISSING)
+    # a run's name, by which finished runs are found, has its parts in this order: append new fields
+    data: str = _setting("data", "folder or csv file, or `sample` for faces that the package draws", MISSING)
     kind: str = _setting("data", "kind of DATA", "auto", ("auto", "sample", *KINDS))
-    method: str = _setting("method", "the paper's method, its baseline, or a row of its Table 3", "ecan", METHODS)
+    method: str = _setting(
+        "method", "ecan (the paper's method), baseline (cross-entropy), or another row of its Table 3", "ecan", METHODS
+    )
     preset: str = _setting(
         "run",
-        "defaults: the paper's, or those for 40 epochs on FER2013, with centred features and a stem for small images",
+        "set of defaults: the paper's, or tuned for 40 epochs on FER2013 (stem for small images, centred features)",
         "paper",
         ("paper", "tuned"),
     )
-    arch: str | None = _setting("method", "name of a timm model")
+    arch: str | None = _setting(
+        "method", "name of a timm model, or resnet18_cifar or resnet18_half (stems for small images)"
+    )
     pretrained: str | bool = _setting(
         "method",
-        "start from timm's weights (give DATA before it), or with PATH from named weights (fer2013, imagenet), a run's "
-        "folder, or a checkpoint",
+        "start from timm's weights (write DATA before it), or with PATH from named weights (fer2013, imagenet), a run "
+        "folder or a checkpoint",
         False,
     )
     epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)
     bs: int | None = _setting(
-        "optimizer", "batch size; without it 256, less for small data", valid=("at least 2", lambda v: v >= 2)
+        "optimizer",
+        "batch size; if not given, 256, or less for small data sets",
+        valid=("at least 2", lambda v: v >= 2),
     )
     lr: float | None = _setting(
         "optimizer",
-        "highest learning rate; without it 0.1 at batch size 256 and in proportion (paper), 0.002 (adam)",
+        "highest learning rate; if not given, 0.1 x batch size / 256 (paper) or 0.002 (adam)",
         valid=_POSITIVE,
     )
-    wd: float | None = _setting("optimizer", "weight decay; without it 5e-4 (paper), 1e-2 (adam)", valid=_NOT_NEGATIVE)
+    wd: float | None = _setting(
+        "optimizer", "weight decay; if not given, 5e-4 (paper) or 1e-2 (adam)", valid=_NOT_NEGATIVE
+    )
     opt: str | None = _setting("optimizer", "the paper's SGD, or Adam", choices=("paper", "adam"))
     schedule: str = _setting("optimizer", "learning rate schedule", "one-cycle", ("one-cycle", "cosine"))
     size: int | None = _setting("data", "side of the images in pixels", valid=("at least 8 pixels", lambda v: v >= 8))
     channels: int | None = _setting("data", "1 for grey, 3 for colour", choices=(1, 3))
     level: str | None = _setting("data", "augmentation level of the paper's Table 1", choices=LEVELS)
-    recipe: str | None = _setting("data", "column of the paper's Table 1", choices=RECIPES)
+    recipe: str | None = _setting(
+        "data", "augmentations that the paper's Table 1 has for this data set", choices=RECIPES
+    )
     small_size: int = _setting(
         "data",
-        "side in pixels of the views in the first epochs, 0 for none",
+        "side in pixels of smaller views in the first epochs, 0 for none",
         0,
         valid=("0 for none, or at least 8 pixels", lambda v: v == 0 or v >= 8),
     )
-    small_pct: float = _setting("data", "share of the epochs on small_size", 0.75, valid=_SHARE)
+    small_pct: float = _setting("data", "fraction of the epochs that use small_size", 0.75, valid=_SHARE)
     all_crops: bool = _setting("data", "train on all five crops of FiveCrop instead of a random one", False)
     eval_crops: str = _setting(
         "evaluation",
-        "evaluate on the centre view, or on the mean over it and its mirror image, five crops, or ten",
+        "views averaged in evaluation: the centre, the centre and its mirror image, five crops, or ten",
         "center",
         tuple(CROPS),
     )
-    l1: float = _setting("method", "share of the contrastive loss (lambda 1)", 0.2, valid=_SHARE, methods=_CONTRAST)
+    l1: float = _setting(
+        "method", "share of the contrastive loss beside cross-entropy (lambda 1)", 0.2, valid=_SHARE, methods=_CONTRAST
+    )
     l2: float | None = _setting(
         "method",
         "weight of the MVA or center loss (lambda 2)",
         valid=_NOT_NEGATIVE,
         methods=("ecan", "center"),
     )
-    n_groups: int = _setting("method", "feature groups of MVA (V)", 5, valid=_COUNT, methods=("ecan",))
+    n_groups: int = _setting("method", "feature groups that MVA compares (V)", 5, valid=_COUNT, methods=("ecan",))
     temperature: float | None = _setting(
         "method", "temperature of the contrastive loss", valid=_POSITIVE, methods=_CONTRAST
     )
@@ -125,14 +137,14 @@ class RunConfig:
         "method", "batches that the memory bank holds (K)", 16, valid=_COUNT, methods=("ecan", "ensc")
     )
     affinity_reduction: str = _setting(
-        "method", "affinity loss as mean, or as the literal sum of Eq. 8", "mean", ("mean", "sum"), methods=("ecan",)
+        "method", "affinity loss as a mean, or as the literal sum of Eq. 8", "mean", ("mean", "sum"), methods=("ecan",)
     )
     normalize_compact: bool = _setting(
         "method", "L2-normalise the features for the MVA or center loss", False, methods=("ecan", "center")
     )
     anchors_only: bool = _setting(
         "method",
-        "gradient of the contrastive loss through the anchors alone; same value, about half the gradient",
+        "take the gradient of the contrastive loss through its anchors alone: same value, about half the gradient",
         False,
         methods=_CONTRAST,
     )
@@ -144,7 +156,7 @@ class RunConfig:
     label_smoothing: float | None = _setting("method", "label smoothing of cross-entropy, 0 to 1", valid=_SHARE)
     key_eval: bool = _setting(
         "method",
-        "key encoder in evaluation mode, its running statistics moved like its parameters",
+        "run the key encoder in evaluation mode, and update its running statistics like its parameters",
         False,
         methods=_KEYS,
     )
@@ -156,22 +168,24 @@ class RunConfig:
         ("none", "sampler", "weights", "positives"),
     )
     valid_pct: float = _setting(
-        "data", "share of train held out where the data has no valid split", 0.1, valid=_OPEN_SHARE
+        "data", "fraction of train held out if the data has no valid split", 0.1, valid=_OPEN_SHARE
     )
-    train_all: bool = _setting("data", "train on that share too; it is then reported as seen", False)
+    train_all: bool = _setting("data", "train on the held-out images too; they are then reported as seen", False)
     skip_broken: bool = _setting("data", "leave out images that cannot be read", False)
     seed: int = _setting("run", "seed of all random numbers", 0, valid=_NOT_NEGATIVE)
     precision: str = _setting(
         "run",
-        "auto takes bf16 where the GPU or processor computes it natively, else fp32; fp16 needs a GPU",
+        "auto is bf16 if the GPU or processor computes it natively, else fp32; fp16 needs a GPU",
         "auto",
         ("auto", "fp32", "fp16", "bf16"),
     )
-    workers: int | None = _setting("run", "loader processes; without it one a core, at most 16", valid=_NOT_NEGATIVE)
+    workers: int | None = _setting(
+        "run", "loader processes; if not given, one per core, at most 16", valid=_NOT_NEGATIVE
+    )
     watch_tests: bool = _setting(
         "evaluation",
-        "also record the test splits' accuracy after every epoch, for comparison with best-epoch results; has no "
-        "effect on training",
+        "also record test accuracy after every epoch, to compare with published best-epoch results; does not change "
+        "training",
         False,
     )
 
@@ -199,8 +213,7 @@ class RunConfig:
             raise ValueError("small_pct has no effect without small_size: give both")
 
     def resolve(self):
-        """Fill in the preset of the data's kind, which must be known; settings that have no effect with the method
-        become `None`"""
+        """Fill in the preset of the kind of data; settings that have no effect with the method become `None`"""
         if self.kind == "auto" and self.data == "sample":
             self.kind = "sample"
         if self.kind == "auto":
@@ -215,13 +228,13 @@ class RunConfig:
             setattr(self, name, None)
         if self.method == "ecan" and self.n_groups > self.bank_groups + 1:
             warnings.warn(
-                f"n_groups {self.n_groups} asks for {self.n_groups - 1} older groups, and the bank holds "
+                f"n_groups {self.n_groups} needs {self.n_groups - 1} older groups, but the bank holds "
                 f"{self.bank_groups} (bank_groups): MVA sees {self.bank_groups + 1} groups"
             )
         return self
 
     def _preset(self):
-        "Values of the settings that are not given"
+        "Values for the settings that are not given"
         if self.preset == "tuned" and self.kind not in TUNED:
             raise ValueError(
                 f"preset tuned is for data of kind {' or '.join(TUNED)}, and {self.data} is of kind {self.kind}"
@@ -250,7 +263,7 @@ UNUSED = {m: tuple(f.name for f in fields(RunConfig) if m not in f.metadata["met
 
 
 def setting_types(config):
-    "Each setting of a dataclass to the type of a given value, without `None`"
+    "Map each setting of a dataclass to its type, without `None`"
     return {f.name: (get_args(f.type) or (f.type,))[0] for f in fields(config)}
 
 
@@ -260,8 +273,8 @@ def _shown(value):
 
 def default_text(
     f,  # A field of `RunConfig`
-) -> str:  # Empty for settings that are off, or that depend on other settings
-    "The default of a setting, as the presets have it"
+) -> str:  # Empty for settings that are off or depend on other settings
+    "Return the default of a setting, by preset"
     if f.default is not None:
         return "" if isinstance(f.default, bool) or f.default is MISSING else f"default {f.default}"
     if f.name not in _defaults("other") and all(f.name not in values for values in PRESETS.values()):
@@ -281,7 +294,7 @@ def default_text(
 def help_text(
     f,  # A field of `RunConfig`
 ) -> str:
-    "What a setting means, the methods on which it has an effect, and its default"
+    "Return the help of a setting: its meaning, the methods on which it has an effect, its default"
     methods = f.metadata["methods"]
     parts = [f.metadata["help"]]
     if methods != METHODS:
@@ -290,7 +303,7 @@ def help_text(
 
 
 def _described():
-    "Every setting by group, a line each"
+    "Describe every setting in a line, by group"
     for group in GROUPS:
         yield f"\n{group.capitalize()}:"
         yield from (f"    {f.name}: {help_text(f)}" for f in fields(RunConfig) if f.metadata["group"] == group)

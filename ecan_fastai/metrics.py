@@ -21,7 +21,7 @@ def per_class_table(
     targets,  # Class indices (n,)
     predicted,  # Predicted class indices (n,)
     vocab,  # Names of the classes
-) -> pd.DataFrame:  # One row a class: precision, recall, f1, n
+) -> pd.DataFrame:  # One row per class: precision, recall, f1, n
     "Compute precision, recall and F1 of every class; 0 where the denominator is 0"
     p, r, f, n = precision_recall_fscore_support(targets, predicted, labels=range(len(vocab)), zero_division=0)
     return pd.DataFrame(dict(precision=p, recall=r, f1=f, n=n), index=list(vocab))
@@ -60,10 +60,10 @@ def _bands(values):
 
 
 def subgroup_table(
-    correct,  # (n,) 1 for a right prediction, 0 for a wrong one, NaN for none (no face was found)
-    people: pd.DataFrame,  # (n rows) one column for each attribute, as age, gender
-) -> pd.DataFrame:  # One row for each group: attribute, group, images, found, correct, accuracy, low, high
-    "Count right predictions by group of people; accuracy is over the images with a prediction"
+    correct,  # (n,) 1 if the prediction is right, 0 if wrong, NaN if no face was found
+    people: pd.DataFrame,  # (n rows) a column per attribute, such as age
+) -> pd.DataFrame:  # attribute, group, images, found, correct, accuracy, low, high
+    "Count right predictions by group of people, a row each; accuracy is over the images with a prediction"
     correct, rows = pd.Series(list(correct), dtype=float), []
     for attribute in people:
         groups = _bands(people[attribute].reset_index(drop=True))
@@ -74,11 +74,11 @@ def subgroup_table(
 
 # %% ../nbs/08_metrics.ipynb #c4a1b0e2
 def calibration_error(
-    probabilities,  # (n, n_classes), of each row the sum is 1
+    probabilities,  # (n, n_classes), each row with the sum 1
     targets,  # Class indices (n,)
     n_bins: int = 15,  # Bins of equal width over the largest probability
 ) -> float:  # 0 to 1
-    "Return the expected calibration error: the mean distance between confidence and accuracy over the bins"
+    "Return the expected calibration error (ECE): the mean gap between confidence and accuracy over the bins"
     probabilities = np.asarray(probabilities)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(targets)
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
@@ -87,11 +87,11 @@ def calibration_error(
 
 # %% ../nbs/08_metrics.ipynb #c4a1b0e3
 def fit_temperature(
-    logits,  # (n, n_classes), of faces that the model has not seen in training
+    logits,  # (n, n_classes), of faces not used in training
     targets,  # Class indices (n,)
-) -> float:  # Above 1 for a model that is too sure
-    """Return the temperature that gives the smallest cross-entropy, between 1/20 and 20; 1 if all labels are right,
-    because a lower temperature would then always be better"""
+) -> float:  # Above 1 for an overconfident model
+    """Return the temperature from 1/20 to 20 with the smallest cross-entropy; 1 if all labels are right, because a
+    lower one would then always be better"""
     logits, targets, rows = np.asarray(logits, dtype=float), np.asarray(targets), np.arange(len(targets))
     if (logits.argmax(1) == targets).all():
         return 1.0

@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, their SHA-256 beside them, by one process at a time."""
+"""Files of a run: written whole or not at all, listed with their SHA-256, by one process at a time."""
 
 import hashlib
 import json
@@ -9,19 +9,19 @@ from contextlib import suppress
 from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
-SUMS = "SHA256SUMS"  # a line each: digest, two spaces, name; `sha256sum -c` reads it
+SUMS = "SHA256SUMS"  # lines of digest, two spaces, name, as `sha256sum -c` reads them
 
 
 def write_whole(
     file,  # `Path` to write
-    write,  # Function that writes to the path that it is given
+    write,  # Function that writes to a given path
 ):
-    "Write a file whole or not at all; raises `OSError` naming the file, and leaves nothing behind"
+    "Write a file whole or not at all; raises `OSError` naming the file"
     part = file.with_name(f".{file.name}.part")
     try:
         write(part)
         with part.open("rb+") as f:
-            os.fsync(f.fileno())  # a full disk is told here at the latest
+            os.fsync(f.fileno())  # a full disk raises here at the latest
         os.replace(part, file)
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
         reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
@@ -33,11 +33,11 @@ def write_whole(
 
 def write_run_file(
     file,  # `Path` in a run's folder
-    write,  # Function that writes to the path that it is given
+    write,  # Function that writes to a given path
 ):
     """Write a file of a run whole, and its SHA-256 to the folder's list. In a distributed run only the process of
-    rank 0 writes. The list holds the old and the new digest until the file is replaced, so that a run that is killed
-    in between still fits its list"""
+    rank 0 writes. Until the file is replaced, the list holds the old and the new digest, so that the files fit it at
+    any time"""
     if rank_distrib():
         return
     digests = _sums(file.parent)
@@ -55,7 +55,7 @@ def write_run_file(
 def check_file(
     file,  # `Path` in a run's folder
 ):
-    "Raise `ValueError` if a file is not as the run wrote it; a file that is not in the folder's list passes"
+    "Raise `ValueError` if a file differs from what the run wrote; a file that is not listed passes"
     known = _sums(file.parent).get(file.name)
     if known and _digest(file) not in known:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_file(
 
 
 def _sums(folder):
-    "File name to the digests that it may have"
+    "Map file names to the digests that they may have"
     file, digests = folder / SUMS, {}
     if file.is_file():
         for line in file.read_text(errors="replace").splitlines():
@@ -88,7 +88,7 @@ def _digest(file):
 
 
 def remove_parts(folder):
-    "Remove what a killed process left half written; only for whoever holds the lock of the folder"
+    "Remove files that a killed process left half written; hold the folder's lock when calling"
     for part in folder.glob(".*.part"):
         part.unlink()
 
@@ -97,7 +97,7 @@ def remove_parts(folder):
 
 
 def as_json(value, **kwargs):
-    "JSON text; numbers that are not finite become null, because JSON has no NaN"
+    "Return JSON text; numbers that are not finite become null, because JSON has no NaN"
 
     def finite(v):
         if isinstance(v, dict):
@@ -110,7 +110,7 @@ def as_json(value, **kwargs):
 
 
 def read_json(file):
-    "A JSON file of a run, checked; raises `ValueError` naming the file"
+    "Check and read a JSON file of a run; raises `ValueError` naming the file"
     check_file(file)
     try:
         return json.loads(file.read_text())
@@ -126,7 +126,7 @@ class InUse(ValueError):
 
 
 def lock_run(
-    out,  # `Path` of a run's folder, or of any file that several processes write
+    out,  # `Path` of a run's folder, or of any file that processes share
     timeout: float = 0,  # Seconds to wait for another process, -1 without limit
 ):  # Context manager
     "Lock a run's folder; raises `InUse` if another process holds the lock"

@@ -1,5 +1,5 @@
-"""The results of a run and where they came from: metrics, predictions, figures, weights, exported learner, versions
-and hardware."""
+"""The results of a run: metrics, predictions, figures, weights, exported learner, and the versions and hardware that
+gave them."""
 
 import os
 import platform
@@ -28,9 +28,9 @@ from ecan_fastai.weights import model_card
 # Versions and hardware
 
 
-@cache  # of the code that this process runs, whatever is committed while it does
+@cache  # commits made while this process runs do not change its code
 def package_commit():
-    "Commit of the package's code, where it lies in a repository of its own; with a + where files differ from it"
+    "Return the commit of the package's code, with a + if files differ from it; None outside its repository"
 
     def git(*args):
         return subprocess.run(
@@ -46,7 +46,7 @@ def package_commit():
 
 
 def environment(dls):
-    "Versions, commit and hardware of this process"
+    "Return versions, commit and hardware of this process"
     import albumentations
     import cv2
     import fastai
@@ -73,7 +73,7 @@ def environment(dls):
 
 
 def _processor():
-    "Model of the processor, as Linux or else Python tells it"
+    "Return the model of the processor, from Linux or else Python"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -86,7 +86,7 @@ def write_json(file, value):
 
 
 def note_environment(dls, out):
-    "Add this environment to config.json, under `resumed`, if it is another one than the run's last"
+    "Add this environment to config.json under `resumed`, if it differs from the run's last one"
     file, now = out / "config.json", environment(dls)
     written = read_json(file)
     known = [written["environment"], *written.get("resumed", [])]
@@ -98,7 +98,7 @@ def note_environment(dls, out):
 
 
 def _evaluate(learn, cfg, out):
-    "Metrics, predictions and a confusion matrix of every split but train, in float32, in which the model is exported"
+    "Write metrics, predictions and confusion matrices of every split but train, in float32, as exported"
     # published FER2013 code reports ten crops
     both = cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe)
     predictor, vocab = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab)
@@ -130,7 +130,7 @@ def _evaluate(learn, cfg, out):
 
 
 def _calibrate(outputs, metrics):
-    "Temperature that is fitted on valid, if training has not seen it, and the calibration errors of the other splits"
+    "Fit a temperature on valid if training has not seen it, and note the calibration errors of other splits"
     if "valid" not in outputs:
         return {}
     temperature = round(fit_temperature(*outputs["valid"][:2]), 4)
@@ -153,11 +153,13 @@ def _write_predictions(faces, targets, probs, vocab, file):
     )
     table = pd.DataFrame(columns)
     table[[f"p_{v}" for v in vocab]] = probs.round(5)
-    write_run_file(file, lambda f: table.to_csv(f, index=False))  # is read again: names stay as they are
+    write_run_file(
+        file, lambda f: table.to_csv(f, index=False)
+    )  # plain to_csv, because the file is read again: names stay as they are
 
 
 def _write_figure(file, plot, *args):
-    "Draw and write a figure in which names are shown as they are: `$` begins no formula"
+    "Draw and write a figure; `$` in names begins no formula"
     with matplotlib.rc_context({"text.parse_math": False}):
         fig = plot(*args).figure
         write_run_file(file, lambda f: fig.savefig(f, dpi=110, format="png"))
@@ -172,7 +174,7 @@ def _first_and_last(column):
 
 
 def _record(cfg, history, metrics, out):
-    "What metrics.json holds"
+    "Return the content of metrics.json"
     seconds, written = history["seconds"], read_json(out / "config.json")
     record = dict(
         method=cfg.method,
@@ -192,8 +194,8 @@ def write_results(
     learn,  # After its last epoch
     cfg,  # Resolved `RunConfig`
     out,  # Folder of the run
-    rows,  # Of the history, a dict an epoch
-) -> dict:  # The record that is written to `metrics.json`
+    rows,  # History, a dict per epoch
+) -> dict:  # Record written to `metrics.json`
     "Evaluate a trained learner and write everything to the run's folder, `metrics.json` last"
     history = pd.DataFrame(rows)
     # a run may have been stopped between its last checkpoint and this file

@@ -1,5 +1,5 @@
-"""A training run from its configuration to its folder: what `ecan_train` does. Plain machinery; the method is in
-the notebooks."""
+"""A training run from its configuration to its folder: what `ecan_train` does. The method itself is in the
+notebooks."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ OPTIMIZER_PRESETS = {
 
 
 def resolve_config(cfg):
-    "Recognise the data of a configuration, and fill in what named weights ask for and then the preset of its kind"
+    "Recognise the data of a configuration, then fill in the settings of named weights and the preset of its kind"
     if cfg.kind == "auto" and cfg.data != "sample":
         cfg.kind = detect_kind(cfg.data)
     if cfg.pretrained in NAMES:
@@ -59,7 +59,7 @@ def resolve_config(cfg):
 
 
 def run_loaders(cfg, out):
-    "DataLoaders of a resolved configuration; settles precision, batch size and number of workers where none is given"
+    "Make the DataLoaders of a resolved configuration; sets precision, batch size and workers if not given"
     _settle_precision(cfg)
     if cfg.workers is None:
         cfg.workers = min(16, defaults.cpus)
@@ -96,13 +96,13 @@ def _settle_precision(cfg):
 
 
 def _sample(folder, channels):
-    "Draw the sample; of the processes of a distributed run the first one draws it"
+    "Draw the sample; in a distributed run one process draws it"
     with lock_run(folder, timeout=-1) if num_distrib() > 1 else nullcontext():
         return sample_faces(folder, channels=channels)
 
 
 def run_learner(cfg, dls, out):
-    "Learner of a resolved configuration"
+    "Make the learner of a resolved configuration"
     opt = OPTIMIZER_PRESETS[cfg.opt]
     if cfg.lr is None:
         cfg.lr = opt["lr"] * (images_per_step(dls) / 256 if cfg.opt == "paper" else 1)
@@ -111,8 +111,7 @@ def run_learner(cfg, dls, out):
     kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any():
         warnings.warn(
-            "no class has less than three quarters of the faces that a class has on average: balance positives "
-            "changes nothing"
+            "balance positives changes nothing: no class has less than three quarters of the average number of faces"
         )
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
     smoothing = cfg.label_smoothing or 0.0
@@ -147,7 +146,7 @@ def run_learner(cfg, dls, out):
 
 
 def _set_precision(learn, precision, device):
-    "Mixed precision, and the memory layout that is faster with it"
+    "Add mixed precision and the faster memory layout"
     if channels_last_is_faster(device, precision):
         learn.add_cb(ChannelsLast())
     if precision != "fp32":
@@ -161,7 +160,7 @@ def _set_precision(learn, precision, device):
 def read_config(
     out,  # `Path` of a run's folder
 ) -> RunConfig:
-    "Settings of a run; raises `ValueError` where there are none, or none of this version, or edited ones"
+    "Read the settings of a run; raises `ValueError` if they are missing, edited, or of another version"
     file = out / "config.json"
     if not file.exists():
         raise ValueError(f"{out} holds no run to resume: expected config.json in it")
@@ -172,7 +171,7 @@ def read_config(
 
 
 def _read_checkpoint(out, device):
-    "State after the last finished epoch, or None"
+    "Read the state after the last finished epoch; None if there is none"
     file = out / "checkpoint.pth"
     if not file.exists():
         return None
@@ -183,11 +182,11 @@ def _read_checkpoint(out, device):
         raise ValueError(f"{file} is broken: {str(e).partition(chr(10))[0]}") from e
 
 
-_FREE = ("data", "workers")  # may change between the checkpoint and what is resumed
+_FREE = ("data", "workers")  # may change when a run is resumed
 
 
 def _check_state(state, cfg, out):
-    "Raise `ValueError` if a checkpoint was made with other settings than those of config.json"
+    "Raise `ValueError` if a checkpoint was made with settings other than config.json's"
     for name, value in asdict(cfg).items():
         made = state.get("config", {}).get(name, value)  # checkpoints of earlier versions hold no settings
         if name not in _FREE and made != value:
@@ -198,7 +197,7 @@ def _check_state(state, cfg, out):
 
 
 def _load_state(learn, state, out):
-    "Weights and optimizer from a checkpoint"
+    "Load weights and optimizer state from a checkpoint"
     try:
         learn.model.load_state_dict(state["model"])
         if learn.opt is None:
@@ -216,7 +215,7 @@ _DATA_FILE = "data.csv.gz"
 
 
 def _data_table(dls, cfg):
-    "Split, label, name and size of every image, in the order of the loaders"
+    "List split, label, name and size of every image, in the order of the loaders"
     root = Path(cfg.data) if Path(cfg.data).is_dir() else Path(cfg.data).parent
     rows = []
     for split, dl in zip(dls.split_names, dls.loaders):
@@ -225,7 +224,7 @@ def _data_table(dls, cfg):
 
 
 def _image_mark(image, root):
-    "Name and size in bytes of an image file; of pixels their checksum"
+    "Return name and size in bytes of an image file; for an array checksum and size"
     if isinstance(image, np.ndarray):
         return f"pixels {zlib.crc32(image.tobytes()):08x}", image.size
     file = Path(getattr(image, "file", image))
@@ -234,12 +233,12 @@ def _image_mark(image, root):
 
 
 def _check_data(dls, cfg, out):
-    "Raise `ValueError` naming what differs between the data of a run and what lies there now"
+    "Raise `ValueError` naming how the data differs from that of the run"
     file = out / _DATA_FILE
     if cfg.kind == "sample":
         return
     if not file.exists():
-        return warnings.warn(f"{file} is missing: whether the data of the run has changed cannot be checked")
+        return warnings.warn(f"{file} is missing: cannot check whether the data of the run has changed")
     columns = ["split", "label", "image", "size"]
     check_file(file)
     before = pd.read_csv(file, dtype=str, keep_default_na=False)[columns]
@@ -262,8 +261,8 @@ def _check_data(dls, cfg, out):
 
 @contextmanager
 def _alone(out):
-    """Hold the lock of a run's folder, without what a killed process left half written in it. Of a distributed run the
-    process of rank 0 holds it for all"""
+    """Lock a run's folder and remove files that a killed process left half written. In a distributed run the process
+    of rank 0 holds the lock for all"""
     if rank_distrib():
         yield
         return
@@ -275,8 +274,8 @@ def _alone(out):
 def start_run(
     cfg,  # `RunConfig`
     out,  # Folder of the run, new or empty
-) -> dict | None:  # The record that is written to `metrics.json`; None in a process of another rank than 0
-    "Train, evaluate and write a new run; a folder that is not empty is refused"
+) -> dict | None:  # Record written to `metrics.json`; None in processes of ranks other than 0
+    "Train, evaluate and write a new run; raises `ValueError` if the folder is not empty"
     out = Path(out)
     with _alone(out):
         if not rank_distrib():
@@ -285,7 +284,7 @@ def start_run(
 
 
 def _check_new(out):
-    "Raise `ValueError` for a folder with something else in it than what a start leaves that was killed early"
+    "Raise `ValueError` if a folder is not empty, except for files of a start that was killed early"
     if (out / "metrics.json").exists():
         raise ValueError(f"{out} already holds a finished run: give another folder with --out")
     if (out / "config.json").exists():
@@ -322,10 +321,10 @@ def _start(cfg, out):
 
 def resume_run(
     out,  # Folder of a run that was interrupted
-    data=None,  # Where the same data lies now, if it was moved
-) -> dict | None:  # The record that is written to `metrics.json`; None in a process of another rank than 0
-    """Resume a run from its last finished epoch, as if it had not stopped; raises `ValueError` if its data, settings
-    or files have changed"""
+    data=None,  # New path of the same data, if it was moved
+) -> dict | None:  # Record written to `metrics.json`; None in processes of ranks other than 0
+    """Resume a run from its last finished epoch, with the same result as without the stop; raises `ValueError` if its
+    data, settings or files have changed"""
     out = Path(out)
     with _alone(out):
         return _resume(out, data)
@@ -360,7 +359,7 @@ def _resume(out, data):
 
 
 def _first_process_first(load, *args):
-    "Result of `load`, which the process of rank 0 calls before the others do; gives each process its device"
+    "Call `load` in the process of rank 0 before the others; gives each process its device"
     if num_distrib() < 2:
         return load(*args)
     if find_spec("accelerate") is None:
@@ -378,12 +377,12 @@ def _warn_short(learn, cfg):
         warnings.warn(
             f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about "
             f"{memory:.0f}: {100 * cfg.momentum**steps:.0f} % of it will still be its start; "
-            "train longer or give a smaller momentum"
+            "train longer or use a smaller momentum"
         )
 
 
 def _distributed(learn):
-    "Context of a fit: fastai's distributed training where several processes were launched"
+    "Return the context of a fit: fastai's distributed training if several processes were launched"
     if num_distrib() < 2:
         return nullcontext()
     import fastai.distributed  # noqa: F401  adds `distrib_ctx`, and cannot be imported without accelerate
@@ -395,7 +394,7 @@ def _distributed(learn):
 
 @contextmanager
 def _own_messages():
-    "Errors of callbacks in their own words, without the callback's name that fastai puts before them"
+    "Remove the prefix that fastai puts before the errors of callbacks"
     try:
         yield
     except (ValueError, OSError) as e:
@@ -404,7 +403,7 @@ def _own_messages():
 
 
 def _train(learn, cfg, out, state):
-    "Train the epochs that are left; of several processes that of rank 0 writes the results"
+    "Train the remaining epochs, then write the results in the process of rank 0"
     keeper, done = RunState(out, asdict(cfg), state), state["epochs"] if state else 0
     with warnings.catch_warnings():
         # a small split may lack a class

@@ -1,5 +1,5 @@
-"""What happens between the epochs of a run: checkpoint and history, a line of text, a look at the test splits, and
-the end of a run that diverges. One callback each."""
+"""Callbacks between the epochs of a run: write checkpoint and history, print a line, evaluate the test splits, and
+stop a run that diverges."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from ecan_fastai.runfiles import write_run_file
 
 
 def rng_state(dls):
-    "States of all generators that a run draws from, as plain values and tensors"
+    "Return the states of all random generators of a run, as plain values and tensors"
     name, keys, *rest = np.random.get_state()
     return dict(
         torch=torch.get_rng_state(),
@@ -33,7 +33,7 @@ def rng_state(dls):
 
 
 def set_rng_state(state, dls):
-    "Restore `rng_state`; a GPU that was not there keeps the state that it has"
+    "Restore `rng_state`; a GPU without a saved state keeps its own"
     torch.set_rng_state(state["torch"].cpu())
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i, cuda in enumerate(state["cuda"][:n_gpus]):
@@ -60,7 +60,7 @@ class RunState(Callback):
         self,
         out,  # Folder of the run
         config: dict,  # Settings of the run, kept in the checkpoint
-        resumed: dict | None = None,  # Checkpoint to go on from
+        resumed: dict | None = None,  # Checkpoint to resume from
     ):
         self.out, self.config, self.resumed = Path(out), config, resumed
         self.rows: list[dict] = []
@@ -110,7 +110,7 @@ class RunState(Callback):
 
 
 class StopOnDivergence(Callback):
-    "Raise `ValueError` after an epoch whose training loss is not finite, before anything is kept of it"
+    "Raise `ValueError` after an epoch whose training loss is not finite, before it is saved"
 
     order = RunState.order
 
@@ -125,17 +125,17 @@ class StopOnDivergence(Callback):
 
 @torch.no_grad()
 def split_accuracy(model, dl):
-    "Accuracy outside fastai's events, so that a fit goes on as if nothing had been evaluated"
+    "Measure accuracy outside fastai's events, so that the fit is not affected"
     was_training = model.training
     model.eval()
-    with torch.random.fork_rng(devices=[]):  # a loader draws from torch's generator whenever it starts
+    with torch.random.fork_rng(devices=[]):  # a loader draws from torch's generator when it starts
         right = sum((model(b[0]).argmax(-1) == b[-1]).sum().item() for b in dl)
     model.train(was_training)
     return right / len(dl.dataset)
 
 
 class WatchTests(Callback):
-    "Evaluate the test splits after every epoch, a column of the recorder each"
+    "Evaluate the test splits after every epoch, each into a column of the recorder"
 
     order = RunState.order + 1  # after the epoch's time is taken, before the progress bar shows the columns
 
@@ -150,7 +150,7 @@ class WatchTests(Callback):
 
 
 class EpochLines(Callback):
-    "Print a line an epoch where no progress bar shows a table, for output that goes to a file"
+    "Print a line per epoch if there is no progress bar, as for output to a file"
 
     order = ProgressCallback.order + 1
 

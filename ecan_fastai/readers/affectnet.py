@@ -32,14 +32,14 @@ _AFFECTNET_SETS, _AFFECTNET_CSVS = (
 def is_affectnet(
     path,  # A folder
 ) -> bool:
-    "Whether AffectNet lies at `path`"
+    "Whether `path` holds AffectNet"
     return any(
         (Path(path) / name).exists() for name in ("train_set/annotations", "val_set/annotations", "training.csv")
     )
 
 # %% ../../nbs/03e_affectnet.ipynb #fea36f85
 def _affectnet_label(file):
-    "The number in a .npy file; one that promises more is not loaded"
+    "Return the number in a .npy file, without loading a larger array"
     try:
         array = np.load(file, mmap_mode="r")
         if array.size == 1:
@@ -80,10 +80,10 @@ def _affectnet_csv(path):
 
 # %% ../../nbs/03e_affectnet.ipynb #3bc5ffa9
 def affectnet_faces(
-    path,  # Folder with train_set/ and val_set/, or with training.csv and validation.csv
+    path,  # Folder in one of the two layouts
     contempt: bool = True,  # Keep class 7
-) -> list:  # `Face` records of train (287,651 published) and val_set (4,000, or 3,999 as folders)
-    "Faces of AffectNet; warns where the counts are not the published ones"
+) -> list:  # `Face` records of train (published: 287,651) and val_set (4,000; as folders 3,999)
+    "Read the faces of AffectNet; warns if the counts differ from the published ones"
     path = existing_folder(path)
     expected = AFFECTNET_COUNTS
     if (path / "train_set").is_dir():

@@ -31,15 +31,15 @@ CKPLUS_SETTINGS = dict(size=48, channels=1, recipe="fer2013")  # of its loaders
 def is_ckplus(
     path,  # A folder
 ) -> bool:
-    "Whether CK+48 lies at `path`"
+    "Whether `path` holds CK+48"
     return (Path(path) / "CK+48").exists() or Path(path).name == "CK+48"
 
 # %% ../../nbs/03g_ckplus.ipynb #fa1f7111
 def ckplus_faces(
-    path,  # The folder CK+48, or one with it inside
+    path,  # The folder CK+48, or the one that holds it
     fold: int = 0,  # Which tenth of the subjects is the test split
 ) -> list:  # `Face` records of train, valid and test
-    "Faces of CK+48 (981 published), split by subject"
+    "Read the faces of CK+48 (published: 981), split by subject"
     path = first_existing(existing_folder(path), "CK+48")
     faces = [Face(f.image, expression_name(f.label), "train", f.name) for f in class_folders(path, "train")]
     for f in faces:

@@ -32,7 +32,7 @@ EXPW_SETTINGS = dict(vocab=EXPRESSIONS)  # of its loaders
 def is_expw(
     path,  # A folder
 ) -> bool:
-    "Whether ExpW lies at `path`"
+    "Whether `path` holds ExpW"
     return any((Path(path) / name).exists() for name in ("label.lst", "label/label.lst"))
 
 # %% ../../nbs/03f_expw.ipynb #adaebd3c
@@ -56,7 +56,7 @@ def expw_faces(
     path,  # Folder with `label.lst` and `image/origin/`
     fold: int = 0,  # Which tenth of the photographs is the test split
 ) -> list:  # `Face` records of train, valid and test
-    "Faces of ExpW (91,793 published), cut from their photographs; warns where the counts are not the published ones"
+    "Read the faces of ExpW (published: 91,793); warns if the counts differ from the published ones"
     path = existing_folder(path)
     file = first_existing(path, "label.lst", "label/label.lst")
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""RAF-DB, FER+, AffectNet, ExpW, CK+48 and FER2013 in the layouts in which they are distributed, found out and read
+"""FER2013, RAF-DB, FER+, AffectNet, ExpW and CK+48, recognised and read as they are distributed
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/published.html.md"""
 
@@ -27,9 +27,9 @@ from .records import check_names
 class Reader:
     "How a kind of data is read and recognised"
 
-    faces: Callable  # Path to `Face` records
-    detect: Callable  # Whether a path holds this kind
-    settings: dict = field(default_factory=dict)  # Of its loaders
+    faces: Callable  # Reads a path into `Face` records
+    detect: Callable  # Tells whether a path holds this kind
+    settings: dict = field(default_factory=dict)  # Settings of its loaders
 
 # %% ../../nbs/03h_published.ipynb #b982a8a4
 READERS = dict(
@@ -47,7 +47,7 @@ READERS = dict(
 def detect_kind(
     path,  # A folder or a csv file
 ) -> str:  # One of `KINDS`
-    "What kind of data lies at `path`"
+    "Recognise the kind of data at `path`"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
@@ -61,10 +61,10 @@ def detect_kind(
 # %% ../../nbs/03h_published.ipynb #91860fd0
 def read_faces(
     path,  # A folder or a csv file
-    kind: str = "auto",  # One of `KINDS`, or "auto" to look
-    **kwargs,  # To the kind's own reader: `votes` for ferplus, `contempt` for affectnet, `fold` for expw and ckplus
+    kind: str = "auto",  # One of `KINDS`, or "auto" to recognise it
+    **kwargs,  # `votes` of ferplus, `contempt` of affectnet, `fold` of expw and ckplus
 ) -> list:  # `Face` records
-    "Labelled faces of whatever lies at `path`; raises `ValueError` where there are none, or for unusable names"
+    "Read the labelled faces at `path`; raises `ValueError` if there are none, or for unusable names"
     kind = detect_kind(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")

@@ -34,7 +34,7 @@ FER2013_SETTINGS = dict(vocab=EXPRESSIONS, image_size=48, size=48, channels=1, r
 def is_fer2013(
     path,  # A folder or a csv file
 ) -> bool:
-    "Whether FER2013 lies at `path`"
+    "Whether `path` holds FER2013"
     path = Path(path)
     if path.is_file():
         return {"emotion", "pixels"} <= set(read_csv(path, n_lines=1).columns)
@@ -68,7 +68,7 @@ def _pixels(text, where):
 
 # %% ../../nbs/03b_fer2013_files.ipynb #3b4452d3
 def fer2013_split(usage, where):
-    "Name of the split that a Usage names"
+    "Return the split of a value in the column Usage"
     if str(usage).strip() not in FER2013_USAGE:
         raise ValueError(f"{where}: expected a Usage of {', '.join(FER2013_USAGE)}, got {usage!r}")
     return FER2013_USAGE[str(usage).strip()]
@@ -87,9 +87,9 @@ def read_fer2013_csv(file):
 
 # %% ../../nbs/03b_fer2013_files.ipynb #653eb818
 def fer2013_faces(
-    path,  # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
+    path,  # Folder form, csv file, or folder with the csv file in it
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest
-    "Faces of FER2013; warns where the counts are not the published ones"
+    "Read the faces of FER2013; warns if the counts differ from the published ones"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")

@@ -1,4 +1,4 @@
-"""Votes of ten people on each image of FER2013, as records
+"""The votes of ten people on each image of FER2013, as records
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/ferplus.html.md"""
 
@@ -29,14 +29,14 @@ FERPLUS_SETTINGS = dict(vocab=EXPRESSIONS_8, size=48, channels=1, recipe="fer201
 def is_ferplus(
     path,  # A folder
 ) -> bool:
-    "Whether FER+ lies at `path`"
+    "Whether `path` holds FER+"
     return any((Path(path) / name).exists() for name in (_FERPLUS_CSV, _FERPLUS_TABLE, "FER2013Train"))
 
 # %% ../../nbs/03d_ferplus.ipynb #8f7b3f57
 def ferplus_label(
-    votes,  # Ten numbers of votes in the order of `FERPLUS_VOTES`
+    votes,  # Ten vote counts in the order of `FERPLUS_VOTES`
 ):  # Name of the expression, or None
-    "The majority's label, as FER+'s released code has it"
+    "Return the label of the majority, by the rule of FER+'s released code"
     v = np.where(np.asarray(votes) > 1, votes, 0)
     name = FERPLUS_VOTES[int(v.argmax())]
     return name if 2 * v.max() > v.sum() and name in EXPRESSIONS_8 else None
@@ -49,7 +49,7 @@ def _votes(values, where):
 
 # %% ../../nbs/03d_ferplus.ipynb #700fd645
 def _vote_columns(table, file):
-    "The columns of votes of a table, found by their names, in the order of `FERPLUS_VOTES`"
+    "Return the vote columns of a table in the order of `FERPLUS_VOTES`"
     names = [expression_name(c) for c in table]
     wrong = [v for v in FERPLUS_VOTES if names.count(v) != 1]
     if wrong:
@@ -137,9 +137,9 @@ def _ferplus_folders(path):
 # %% ../../nbs/03d_ferplus.ipynb #8105f336
 def ferplus_faces(
     path,  # Folder of one of the three forms
-    votes=None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
+    votes=None,  # Table of votes on the folder form; default `ferplus_votes.csv` in `path`
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest, with votes
-    "Faces of FER+ whose votes have a majority"
+    "Read the faces of FER+ whose votes have a majority"
     path = existing_folder(path)
     if votes is not None or (path / _FERPLUS_TABLE).exists():
         return _ferplus_table(path / _FERPLUS_TABLE if votes is None else Path(votes), path)

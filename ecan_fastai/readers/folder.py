@@ -17,7 +17,7 @@ from .records import Face, class_folders, existing_folder, read_csv, split_name,
 
 # %% ../../nbs/03a_folder.ipynb #91345075
 def _split_folders(path):
-    "Folder name to split name where the folders of `path` are splits, empty where they are classes"
+    "Map folder names to split names; empty if the folders of `path` are classes"
     splits = {p.name: split_name(p.name) for p in subfolders(path) if p.name != "models"}
     known = [s for s in splits.values() if s in ("train", "valid", "test")]
     if not known:
@@ -35,7 +35,7 @@ def _split_folders(path):
 def folder_faces(
     path,  # Folder of class folders, or of split folders with class folders in them
 ) -> list:  # `Face` records
-    "Faces of a folder; raises `ValueError` where there are none"
+    "Read the faces of a folder; raises `ValueError` if there are none"
     path = existing_folder(path)
     splits = _split_folders(path)
     faces = [f for folder, split in splits.items() for f in class_folders(path / folder, split)]
@@ -67,13 +67,13 @@ def _rows(df, path, image_col, label_col, split_col, place):
 
 # %% ../../nbs/03a_folder.ipynb #bf3ac7f4
 def table_faces(
-    df: pd.DataFrame,  # One row a face
+    df: pd.DataFrame,  # One row per face
     path=".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, used if it is there
+    split_col: str = "split",  # Column of split names, optional
 ) -> list:  # `Face` records
-    "Faces of a table; raises `ValueError` naming a missing column, or the row with something wrong in it"
+    "Read the faces of a table; raises `ValueError` naming a missing column or a wrong row"
     missing = [c for c in (image_col, label_col) if c not in df]
     if missing:
         names = ", ".join(map(str, df.columns))
@@ -83,12 +83,12 @@ def table_faces(
 # %% ../../nbs/03a_folder.ipynb #d456da3e
 def csv_faces(
     csv,  # Comma-separated file with a header
-    path=None,  # Folder to which image paths are relative; default the file's own
+    path=None,  # Folder to which image paths are relative; default that of the file
     image_col: str = "image",  # Column of image paths
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, used if it is there
+    split_col: str = "split",  # Column of split names, optional
 ) -> list:  # `Face` records
-    "Faces of a comma-separated file"
+    "Read the faces of a comma-separated file"
     df = read_csv(csv, (image_col, label_col))
     root = Path(path) if path is not None else Path(csv).parent
     return _rows(df, root, image_col, label_col, split_col, lambda line: f"{csv}, line {line}")

@@ -37,7 +37,7 @@ RAFDB_SETTINGS = dict(vocab=EXPRESSIONS)  # of its loaders
 def is_rafdb(
     path,  # A folder
 ) -> bool:
-    "Whether RAF-DB lies at `path`"
+    "Whether `path` holds RAF-DB"
     path = Path(path)
     if any((path / name).exists() for name in (_RAFDB_LIST, "basic" / _RAFDB_LIST, "DATASET")):
         return True
@@ -66,9 +66,9 @@ def _rafdb_folders(root):
 
 # %% ../../nbs/03c_rafdb.ipynb #740bf983
 def rafdb_faces(
-    path,  # Folder of RAF-DB basic, in its authors' layout or as it is on Kaggle
+    path,  # Folder of RAF-DB basic, in its authors' layout or Kaggle's
 ) -> list:  # `Face` records of train (12,271 published) and test (3,068)
-    "Faces of RAF-DB's basic expressions; warns where the counts are not the published ones"
+    "Read RAF-DB's basic expressions; warns if the counts differ from the published ones"
     path = first_existing(existing_folder(path), "basic", "DATASET")
     if (path / _RAFDB_LIST).exists():
         faces = _rafdb_list(path)

@@ -1,4 +1,4 @@
-"""A labelled face as every reader gives it, names of expressions, and what readers share
+"""The labelled face that every reader returns, names of expressions, and what readers share
 
 Docs: https://ecan-fastai.github.io/ecan_fastai/records.html.md"""
 
@@ -29,8 +29,8 @@ EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"
 
 @dataclass(frozen=True)
 class Face:
-    """A labelled image: `image` is anything that `read_face` takes, `name` tells a person where it is, `shares`
-    are those of the votes for each class where people voted"""
+    """A labelled image: `image` is anything that `read_face` takes, `name` is shown in messages, `shares` are the
+    shares of votes per class where people voted"""
 
     image: Any
     label: str
@@ -42,7 +42,7 @@ class Face:
         return self.name or str(self.image)
 
     def __fspath__(self):
-        "Path of the image file, so that `Image.open(face)` works; raises `TypeError` for an image that is no file"
+        "Return the path of the image file, so that `Image.open(face)` works; raises `TypeError` if it is no file"
         return os.fspath(self.image)
 
 # %% ../../nbs/03_records.ipynb #3d1788fb
@@ -63,8 +63,8 @@ _SYNONYMS = dict(
 
 def expression_name(
     label: str,  # What a data set calls an expression
-) -> str:  # One of `EXPRESSIONS_8`, or `label` itself where it is none of them
-    'The name that this package uses: "Happiness" is "happy"'
+) -> str:  # One of `EXPRESSIONS_8`, or `label` itself
+    'Return the name that this package uses: "Happiness" becomes "happy"'
     name = str(label).strip().lower()
     name = _SYNONYMS.get(name, name)
     return name if name in EXPRESSIONS_8 else label
@@ -91,18 +91,18 @@ _SPLIT_NAMES = {
 
 
 def split_name(
-    name,  # Of a folder, or in a table
-) -> str:  # "train", "valid" or "test", or `name` itself where it is none of them
-    'The name that this package uses: "Training", "VAL" and "test_set" are "train", "valid" and "test"'
+    name,  # Name of a folder, or in a table
+) -> str:  # "train", "valid" or "test", or `name` itself
+    'Return the name that this package uses: "Training", "VAL" and "test_set" are "train", "valid" and "test"'
     plain = re.sub(r"[\s_-]", "", str(name)).lower()
     return next((split for split, names in _SPLIT_NAMES.items() if plain in names), str(name).strip())
 
 # %% ../../nbs/03_records.ipynb #9938feae
 def image_files(
-    folder,  # Searched with the folders in it; links to folders inside it are not followed
+    folder,  # Searched with its subfolders; links to folders are not followed
 ) -> list:  # Paths, sorted
-    """Files of a folder that are named like images, each once; links that lead nowhere and folders that cannot be
-    listed are among them, so that they are reported as broken images"""
+    """List the image files of a folder, each once. Dead links and folders that cannot be listed are included, and so
+    reported as broken images"""
     found, unreadable = [], []
     for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
         folders[:] = [d for d in folders if not d.startswith(".")]
@@ -146,8 +146,8 @@ def check_names(
     names,  # Of classes or of splits
     what: str = "class",  # "class" or "split"
 ):
-    """Raise `ValueError` for names that cannot be printed, or of a split cannot be part of a file name, and for names
-    that differ only in case, blanks or Unicode form"""
+    """Raise `ValueError` for names that cannot be printed, that differ only in case, blanks or Unicode form, or, for
+    splits, that cannot be part of a file name"""
     plain: dict[str, str] = {}
     for name in dict.fromkeys(names):
         if problem := _name_problem(name, what):
@@ -163,12 +163,12 @@ def data_root(path):
 
 # %% ../../nbs/03_records.ipynb #096c0d77
 def first_existing(path, *roots):
-    "The first of `path` and its subfolders `roots` that exists, `path` itself at the last"
+    "Return the first of the subfolders `roots` of `path` that exists, or `path`"
     return next((path / r for r in roots if (path / r).exists()), path)
 
 # %% ../../nbs/03_records.ipynb #ea9c93e0
 def name_of_id(text, ids, where, what="a label"):
-    "Name of the whole number in `text`"
+    "Return the name that `ids` has for the whole number in `text`"
     number = re.fullmatch(r"\s*(\d{1,9})(\.0*)?\s*", str(text), re.ASCII)
     if number is None or int(number[1]) not in ids:
         raise ValueError(f"{where}: expected {what} from {min(ids)} to {max(ids)}, got {text!r}")
@@ -181,7 +181,7 @@ def read_csv(
     header: bool = True,  # Whether the first line names the columns
     n_lines: int | None = None,  # Lines to read; default all
 ) -> pd.DataFrame:  # Cells as text, empty ones missing, indexed by line number in the file
-    "Read a table; raises `ValueError` for what is not one, and for columns that are missing or there twice"
+    "Read a table; raises `ValueError` if it cannot be read, or if a column is missing or duplicated"
     if not Path(csv).is_file():
         raise FileNotFoundError(f"no such file: {csv}")
     text = dict(dtype=str, keep_default_na=False, na_values=[""])
@@ -218,14 +218,14 @@ def write_csv(
     table: pd.DataFrame,
     file,  # Written without the index
 ):
-    "Write a table; cells that a spreadsheet would run as a formula get an apostrophe in front"
+    "Write a table; puts an apostrophe before cells that a spreadsheet would run as a formula"
     table.apply(lambda column: column.map(_harmless)).to_csv(file, index=False)
 
 # %% ../../nbs/03_records.ipynb #8a9b2a34
 def read_lines(
     file,  # Text file
 ) -> list:  # (where, line) of each line that is not blank
-    "Lines of a text file, each with its place; raises `ValueError` for a file that is not text, or empty"
+    "Read the lines of a text file, each with its place; raises `ValueError` if the file is empty or not text"
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
@@ -252,10 +252,10 @@ def split_by_group(
     faces: list,  # `Face` records
     groups: list,  # The group of each
     fold: int = 0,  # Which fold is the test split; the next is valid
-    n_folds: int = 10,  # Folds, each of about the same mixture of classes
-    seed: int = 42,  # Seed of the deal
+    n_folds: int = 10,  # Folds, with about the same class proportions
+    seed: int = 42,  # Seed of the split
 ) -> list:  # `Face` records with splits train, valid and test, no group in two of them
-    "Deal groups of faces into splits"
+    "Split faces by group"
     if not 0 <= fold < n_folds:
         raise ValueError(f"expected a fold from 0 to {n_folds - 1}, got {fold}")
     if len(set(groups)) < n_folds:
