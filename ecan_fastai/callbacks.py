@@ -16,7 +16,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, maybe_gather, to_device
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from torch import Tensor
 
 from .fastai_internals import add_columns, fill_columns
@@ -64,18 +64,6 @@ class MemoryBankUpdate(Callback):
         if not len(get_model(self.model).bank):
             self.fill()
 
-    @torch.no_grad()
-    def fill(self):
-        "Key features of training batches into the bank until it is full, at most one pass over the data"
-        model, train = get_model(self.model), self.dls.train
-        device = next(model.parameters()).device
-        for b in progress(train, "fill the memory bank", min(len(train), -(-model.bank.size // train.bs))):
-            (_, x_k), y = to_device(b, device)
-            x_k, y = unfold_crops(x_k, y)
-            self.push(model.keys(x_k), y)
-            if model.bank.full:
-                break
-
     def after_pred(self):
         self.pending = self.pred["z_k"], self.y
 
@@ -84,14 +72,31 @@ class MemoryBankUpdate(Callback):
             self.push(*self.pending)
         self.pending = None
 
-    def push(
-        self,
-        z: Tensor,  # Keys of this process (n, d)
-        y: Tensor,  # Labels (n,), or shares (n, C), of which the largest counts
-    ):
-        "Push the keys of all processes into the bank, those of the first process first"
-        y = y.argmax(1) if y.ndim == 2 else y
-        get_model(self.model).bank.push(maybe_gather(z), maybe_gather(y))
+# %% ../nbs/06_callbacks.ipynb #094d05d4
+@patch
+def fill(self: MemoryBankUpdate):
+    "Key features of training batches into the bank until it is full, at most one pass over the data"
+    model, train = get_model(self.model), self.dls.train
+    device = next(model.parameters()).device
+    batches = progress(train, "fill the memory bank", min(len(train), -(-model.bank.size // train.bs)))
+    with torch.no_grad():
+        for b in batches:
+            (_, x_k), y = to_device(b, device)
+            x_k, y = unfold_crops(x_k, y)
+            self.push(model.keys(x_k), y)
+            if model.bank.full:
+                break
+
+# %% ../nbs/06_callbacks.ipynb #2ed00a09
+@patch
+def push(
+    self: MemoryBankUpdate,
+    z: Tensor,  # Keys of this process (n, d)
+    y: Tensor,  # Labels (n,), or shares (n, C), of which the largest counts
+):
+    "Push the keys of all processes into the bank, those of the first process first"
+    y = y.argmax(1) if y.ndim == 2 else y
+    get_model(self.model).bank.push(maybe_gather(z), maybe_gather(y))
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
 def unfold_crops(x, y):

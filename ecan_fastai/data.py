@@ -168,6 +168,21 @@ def _process():
     info = get_worker_info()
     return "main" if info is None else info.seed
 
+# %% ../nbs/02_data.ipynb #e74044c8
+def _process_seed():
+    "Seed of a worker for its pass, as torch gives it; in the main process a draw from torch's generator"
+    info = get_worker_info()
+    return torch.randint(2**31, ()).item() if info is None else info.seed % 2**32
+
+# %% ../nbs/02_data.ipynb #674de89d
+def _read_and_transform(x, channels, item_tfms, split_idx):
+    "A decoded image, after fastai's transforms of it where there are any"
+    img = read_face(x, channels)
+    if not item_tfms:
+        return img
+    pil = PILImage.create(img[..., 0] if channels == 1 else img)
+    return read_face(compose_tfms(pil, item_tfms.fs, split_idx=split_idx), channels)
+
 # %% ../nbs/02_data.ipynb #cca8943b
 class FaceTransform(Transform):
     "Image to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
@@ -192,20 +207,14 @@ class FaceTransform(Transform):
         store_attr()
 
     def __call__(self, x, split_idx=None, **kwargs):
-        img = read_face(x, self.channels)
-        if self.item_tfms:
-            img = self._fastai_image(img, split_idx)
+        img = _read_and_transform(x, self.channels, self.item_tfms, split_idx)
         if split_idx == 0:
             if self.seeded_in != _process():
-                self._seed_for_process()
+                self.seed(_process_seed())
             views = [_to_face(self.train(image=img)["image"]) for _ in range(self.n_views)]
             return TwoView(views) if self.n_views == 2 else views[0]
         crops = [pipe(image=img)["image"] for pipe in self.valid]
         return _to_face(crops[0] if len(crops) == 1 else np.stack(crops))
-
-    def _fastai_image(self, img, split_idx):
-        pil = PILImage.create(img[..., 0] if self.channels == 1 else img)
-        return read_face(compose_tfms(pil, self.item_tfms.fs, split_idx=split_idx), self.channels)
 
     def decode(self, x, **kwargs):
         return x
@@ -214,10 +223,6 @@ class FaceTransform(Transform):
         "Draw from `seed` on"
         seed_pipeline(self.train, seed)
         self.seeded_in = _process()
-
-    def _seed_for_process(self):
-        info = get_worker_info()
-        self.seed(torch.randint(2**31, ()).item() if info is None else info.seed % 2**32)
 
 # %% ../nbs/02_data.ipynb #0604f0c4
 def _channels_first(a):
@@ -235,24 +240,16 @@ def _to_face(a):
         FaceImage
     )
 
-# %% ../nbs/02_data.ipynb #eb7ee644
-class TwoViewDL(TfmdDL):
-    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own"
+# %% ../nbs/02_data.ipynb #3e3e590f
+def _seed_generators(seed):
+    "Seed the global generators of Python, NumPy and torch"
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
 
-    item_weights = None  # (n,) to draw items with replacement, each by its weight; None: each item once an epoch
-
-    def shuffle_fn(self, idxs):
-        return (
-            super().shuffle_fn(idxs)
-            if self.item_weights is None
-            else self.rng.choices(idxs, self.item_weights, k=len(idxs))
-        )
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        dl = super().new(dataset, cls, **kwargs)
-        if dataset is None:
-            dl.item_weights = self.item_weights
-        return dl
+# %% ../nbs/02_data.ipynb #67e80e98
+class _SeededDL(TfmdDL):
+    "`TfmdDL` that seeds the augmentation of every training batch by the number of the batch in the pass"
 
     @property
     def draws(self):
@@ -283,15 +280,31 @@ class TwoViewDL(TfmdDL):
         seed: int,  # Seed of a batch
     ):
         "Seed the augmentation, and in a worker process the global generators as well, for other transforms"
-        for tl in getattr(self.dataset, "tls", []):
-            for tfm in tl.tfms.fs:
-                if isinstance(tfm, FaceTransform):
-                    tfm.seed(seed)
-        if get_worker_info() is None:
-            return
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
+        tfms = [tfm for tl in getattr(self.dataset, "tls", []) for tfm in tl.tfms.fs]
+        for tfm in tfms:
+            if isinstance(tfm, FaceTransform):
+                tfm.seed(seed)
+        if get_worker_info() is not None:
+            _seed_generators(seed)
+
+# %% ../nbs/02_data.ipynb #eb7ee644
+class TwoViewDL(_SeededDL):
+    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own"
+
+    item_weights = None  # (n,) to draw items with replacement, each by its weight; None: each item once an epoch
+
+    def shuffle_fn(self, idxs):
+        return (
+            super().shuffle_fn(idxs)
+            if self.item_weights is None
+            else self.rng.choices(idxs, self.item_weights, k=len(idxs))
+        )
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        dl = super().new(dataset, cls, **kwargs)
+        if dataset is None:
+            dl.item_weights = self.item_weights
+        return dl
 
     def do_item(self, s):
         try:
@@ -378,7 +391,7 @@ def TwoViewBlock(
     norm.by_default = stats is None  # a pretrained model may bring its own
     return TransformBlock(type_tfms=tfm, batch_tfms=[IntToFloatTensor(), norm], dl_type=TwoViewDL)
 
-# %% ../nbs/02_data.ipynb #cfaac5fd
+# %% ../nbs/02_data.ipynb #7207dc28
 def _grid(x, samples, max_n, nrows=None, ncols=None, figsize=None):
     width, n = 2 if isinstance(x, tuple) else 1, min(len(samples), max_n)
     if ncols is None:
@@ -387,14 +400,14 @@ def _grid(x, samples, max_n, nrows=None, ncols=None, figsize=None):
         nrows = -(-n // ncols)
     return get_grid(n, nrows=nrows, ncols=ncols, figsize=figsize or (3 * width * ncols, 3 * nrows))
 
-
+# %% ../nbs/02_data.ipynb #cfaac5fd
 @dispatch  # type: ignore[no-redef]
 def show_batch(x: TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None:
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
 
-
+# %% ../nbs/02_data.ipynb #f224be42
 @dispatch  # type: ignore[no-redef]
 def show_results(x: TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None:

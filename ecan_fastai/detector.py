@@ -65,6 +65,27 @@ def _upright(img, box, eyes, margin):
     turn[:, 2] += (side - 1) / 2 - center
     return cv2.warpAffine(img, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), angle
 
+# %% ../nbs/12_detector.ipynb #6b8ba5e3
+def _mtcnn(min_size, device):
+    "The detector; a GPU is the default where there is one"
+    try:
+        from facenet_pytorch import MTCNN
+    except ImportError as e:
+        raise ImportError(f'finding faces needs the package {e.name}: pip install "ecan_fastai[faces]"') from e
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return MTCNN(min_face_size=min_size, device=torch.device(device))
+
+# %% ../nbs/12_detector.ipynb #d217e953
+def _cut_out(image, boxes, probs, points, threshold, margin):
+    "The faces of one image, from what the detector gives for it"
+    faces = []
+    for box, p, eyes in zip(boxes, probs, points) if boxes is not None else ():
+        if p >= threshold:
+            box = box.astype(float).tolist()
+            face, angle = _upright(image, box, eyes[:2].astype(float), margin)
+            faces.append(FoundFace(*box, float(p), angle, face))  # type: ignore[call-arg]
+    return faces
+
 # %% ../nbs/12_detector.ipynb #40100154
 class FaceFinder:
     """MTCNN (Zhang et al., 2016): find the faces of an image, the largest first; raises `ImportError` without the extra
@@ -81,14 +102,8 @@ class FaceFinder:
             raise ValueError(f"threshold: expected a probability, 0 or more and less than 1, got {threshold}")
         if min_size < 12:
             raise ValueError(f"min_size: the detector needs faces of at least 12 pixels, got {min_size}")
-        try:
-            from facenet_pytorch import MTCNN
-        except ImportError as e:
-            raise ImportError(f'finding faces needs the package {e.name}: pip install "ecan_fastai[faces]"') from e
         self.threshold, self.min_size, self.margin = threshold, min_size, margin
-        self.mtcnn = MTCNN(
-            min_face_size=min_size, device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        )
+        self.mtcnn = _mtcnn(min_size, device)
 
     def __call__(
         self,
@@ -102,25 +117,13 @@ class FaceFinder:
         images,  # uint8 (height, width, 3) each; neighbours of one size go through the detector together
     ) -> list:  # List of `FoundFace` for each image
         "Find the faces of several images"
-        faces = []
-        for _, group in groupby(images, key=np.shape):
-            faces += self._find_in_one_size(list(group))
-        return faces
+        return [faces for _, group in groupby(images, key=np.shape) for faces in self._find_in_one_size(list(group))]
 
     def _find_in_one_size(self, images):
         if min(images[0].shape[:2]) <= self.min_size:
             return [[] for _ in images]
         detected = zip(images, *self.mtcnn.detect(np.stack(images), landmarks=True))
-        return [self._cut_out(*one) for one in detected]
-
-    def _cut_out(self, image, boxes, probs, points):
-        faces = []
-        for box, p, eyes in zip(boxes, probs, points) if boxes is not None else ():
-            if p >= self.threshold:
-                box = box.astype(float).tolist()
-                face, angle = _upright(image, box, eyes[:2].astype(float), self.margin)
-                faces.append(FoundFace(*box, float(p), angle, face))  # type: ignore[call-arg]
-        return faces
+        return [_cut_out(*one, self.threshold, self.margin) for one in detected]
 
 # %% ../nbs/12_detector.ipynb #8490f971
 def media_files(
@@ -134,7 +137,7 @@ def media_files(
         raise ValueError(f"no images or videos found under {path}")
     return files
 
-
+# %% ../nbs/12_detector.ipynb #b6321b06
 def readable_media(
     predictor: Predictor,
     files: list,  # Photographs and videos
@@ -147,7 +150,7 @@ def readable_media(
         raise ValueError(f"none of the {len(files)} files can be read")
     return left
 
-
+# %% ../nbs/12_detector.ipynb #f4c22f7e
 def _frames(items, every, seconds):
     "Yield the name, second (of a video's frame) and image of everything in `items`"
     for i, item in enumerate(items):
@@ -157,7 +160,7 @@ def _frames(items, every, seconds):
         else:
             yield name, math.nan, read_face(item, 3)
 
-
+# %% ../nbs/12_detector.ipynb #89fbc766
 _PIXELS_AT_ONCE = 2**24  # of all images of a batch
 
 
@@ -174,7 +177,7 @@ def _batches(frames, n_frames):
     if batch:
         yield batch
 
-# %% ../nbs/12_detector.ipynb #b642c7fe
+# %% ../nbs/12_detector.ipynb #8be8a19f
 _WHERE = ["image", "second", "track", "left", "top", "right", "bottom", "found"]
 
 
@@ -189,7 +192,7 @@ def _annotator(file, items, every):
         raise ValueError(f"annotated: expected the name of an image file for a photograph, got {file}")
     return (lambda _, image, table: Image.fromarray(draw_faces(image, table)).save(file)), nullcontext()
 
-
+# %% ../nbs/12_detector.ipynb #c58ed0a7
 def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
     "A table of the faces of each frame"
     found = finder.find([image for _, _, image in batch])
@@ -207,7 +210,7 @@ def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
         table["probability"] = own.max(1)
         yield table.join(pd.DataFrame(own, columns=predictor.columns))
 
-
+# %% ../nbs/12_detector.ipynb #b642c7fe
 @patch
 def predict_faces(
     self: Predictor,

@@ -13,6 +13,7 @@ import math
 import reprlib
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -205,10 +206,7 @@ def _read_run(run):
     model.load_state_dict(weights)
     return config, about, model
 
-# %% ../nbs/10_inference.ipynb #65add853
-_PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # a CPU, a GPU: a batch of views that keeps it busy and fits
-
-
+# %% ../nbs/10_inference.ipynb #4176bbd4
 class _Pixels:
     "Images as tensors, for a loader"
 
@@ -221,9 +219,41 @@ class _Pixels:
     def __getitem__(self, i):
         return self.predictor.pixels(self.items[i])
 
+# %% ../nbs/10_inference.ipynb #65add853
+_PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # a CPU, a GPU: a batch of views that keeps it busy and fits
+
+
+@torch.inference_mode()
+def _outputs(predictor, part, x, bs, num_workers=0):
+    "Output of a part of the classifier for every view of every image (n, views, ...)"
+    items, model, device = image_list(x), predictor.model, predictor.device
+    if bs is not None and bs < 1:
+        raise ValueError(f"bs must be at least 1, got {bs}")
+    bs = bs or max(1, _PIXELS_AT_ONCE[device.type == "cuda"] // (len(model.boxes) * model.view_size**2))
+    loader = DataLoader(_Pixels(predictor, items), bs, num_workers=num_workers if len(items) > 8 * bs else 0)
+    return torch.cat([model.each_view(part, pixels.to(device)).cpu() for pixels in progress(loader, "evaluate images")])
+
+# %% ../nbs/10_inference.ipynb #a0b89e3e
+def _to_device(model, device):
+    "Move a model to a device, in the memory layout that is fast there; return the device"
+    try:
+        torch.zeros(1, device=(device := torch.device(device))).cpu()
+        model.to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"no such device here: {device}") from e
+    if channels_last_is_faster(device):
+        model.to(memory_format=torch.channels_last)
+    return device
+
 # %% ../nbs/10_inference.ipynb #98a9c774
 class Predictor:
     "The model of a run's folder or of a learner, ready to use"
+
+    # methods of cells below, for type checkers
+    pixels: Callable[..., Tensor]
+    logits: Callable[..., Tensor]
+    probabilities: Callable[..., np.ndarray]
+    readable: Callable[..., list]
 
     def __init__(
         self,
@@ -239,72 +269,12 @@ class Predictor:
         stats = about["mean"], about["std"]
         self._build(model, about["vocab"], stats, views, crops or cfg["eval_crops"], device, about["temperature"])
 
-    @classmethod
-    def from_learner(
-        cls,
-        learn,  # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
-        crops: str | None = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
-        key: bool = False,  # The key encoder instead of the query encoder
-    ):
-        "The model of a learner as it is now, as a run's folder would give it, but not calibrated"
-        tfm = next((t for tl in learn.dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
-        norm = next((t for t in learn.dls.after_batch.fs if isinstance(t, Normalize)), None)
-        if tfm is None or norm is None:
-            raise ValueError(
-                "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
-            )
-        each_view = [t for v in learn.dls.after_batch.fs if isinstance(v, EachView) for t in v.tfms]
-        if any(t.split_idx != 0 for t in each_view):
-            raise ValueError(
-                "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"
-            )
-        if tfm.item_tfms:
-            raise ValueError(
-                "Predictor.from_learner cannot apply the loaders' item_tfms: use size, level and recipe instead, or "
-                "learn.predict"
-            )
-        model = learn.model.inference(key=True) if key else learn.model.inference()
-        stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
-        predictor = cls.__new__(cls)
-        predictor.run = None
-        predictor._build(model, learn.dls.vocab, stats, tfm.views, crops or tfm.views["eval_crops"], learn.dls.device)
-        return predictor
-
     def _build(self, classifier, vocab, stats, views, crops, device, temperature=1.0):
         level, recipe, size = views["level"], views["recipe"], views["size"]
-        side = image_side(level, recipe, size, crops)
+        side, view_size = image_side(level, recipe, size, crops), crop_size(level, recipe, size)
         self.vocab, self.channels, self.crops = list(vocab), views["channels"], crops
-        view_size = crop_size(level, recipe, size)
         self.model = ImageModel(classifier, *stats, side, view_size, crops, temperature).eval()
-        try:
-            torch.zeros(1, device=(device := torch.device(device))).cpu()
-            self.model.to(device)
-        except (RuntimeError, AssertionError, NotImplementedError) as e:
-            raise ValueError(f"no such device here: {device}") from e
-        if channels_last_is_faster(device):
-            self.model.to(memory_format=torch.channels_last)
-        self.device = device
-        self.resize = Resize(side, side)
-
-    def pixels(
-        self,
-        x,  # Anything that `read_face` takes
-    ) -> Tensor:  # uint8 (channels, side, side)
-        "An image as the model takes it"
-        img = self.resize(image=read_face(x, self.channels))["image"]
-        return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
-
-    @torch.inference_mode()
-    def _run(self, part, x, bs, num_workers=0):
-        "Output of a part of the classifier for every view of every image (n, views, ...)"
-        items, model = image_list(x), self.model
-        if bs is not None and bs < 1:
-            raise ValueError(f"bs must be at least 1, got {bs}")
-        bs = bs or max(1, _PIXELS_AT_ONCE[self.device.type == "cuda"] // (len(model.boxes) * model.view_size**2))
-        loader = DataLoader(_Pixels(self, items), bs, num_workers=num_workers if len(items) > 8 * bs else 0)
-        return torch.cat(
-            [model.each_view(part, pixels.to(self.device)).cpu() for pixels in progress(loader, "evaluate images")]
-        )
+        self.device, self.resize = _to_device(self.model, device), Resize(side, side)
 
     @property
     def center_view(self):
@@ -312,65 +282,123 @@ class Predictor:
         mid = (self.model.side - self.model.view_size) // 2
         return self.model.boxes.index((False, mid, mid))
 
-    def logits(
-        self,
-        x,  # Image, folder of images, or list of images
-        bs: int | None = None,  # Images at a time; default by their size
-        num_workers: int = 0,  # Processes that read images, where there are many
-    ) -> Tensor:  # (n, views, n_classes)
-        "Logits of every view of every image"
-        return self._run(self.model.classifier, x, bs, num_workers)
-
-    def probabilities(
-        self,
-        x,  # Image, folder of images, or list of images
-        bs: int | None = None,  # Images at a time; default by their size
-        num_workers: int = 0,  # Processes that read images, where there are many
-    ) -> np.ndarray:  # (n, n_classes)
-        "Calibrated probabilities of the classes, in the order of `vocab`"
-        return (self.logits(x, bs, num_workers).mean(1) / self.model.temperature).softmax(-1).numpy()
-
-    def features(
-        self,
-        x,  # Image, folder of images, or list of images
-        bs: int | None = None,  # Images at a time; default by their size
-    ) -> np.ndarray:  # (n, d)
-        "The encoder's features, averaged over views and not normalised"
-        return self._run(self.model.classifier.encoder, x, bs).mean(1).numpy()
-
-    def predict(
-        self,
-        x,  # Image, folder of images, or list of images
-        bs: int | None = None,  # Images at a time; default by their size
-        skip_broken: bool = False,  # Go on without images that cannot be read, and warn which
-    ) -> pd.DataFrame:  # image, label, probability, and the probability of every class as p_<class>
-        "Labels and probabilities, a row an image"
-        items = image_list(x)
-        names = [str(o) if isinstance(o, (str, Path, PhotoCrop)) else f"image {i}" for i, o in enumerate(items)]
-        if skip_broken:
-            kept = self.readable(items)
-            if not kept:
-                raise ValueError(f"none of the {len(items)} images can be read")
-            items, names = [items[i] for i in kept], [names[i] for i in kept]
-        probs = self.probabilities(items, bs)
-        labels = [self.vocab[k] for k in probs.argmax(1)]
-        table = pd.DataFrame(dict(image=names, label=labels, probability=probs.max(1)))
-        return table.join(pd.DataFrame(probs, columns=self.columns))
-
     @property
     def columns(self):
         "Columns of the classes' probabilities in the table of `predict`"
         return [f"p_{v}" for v in self.vocab]
 
-    def readable(
-        self,
-        items,  # List of images
-    ) -> list:  # Indices
-        "Find the images that can be read; a warning names each that cannot"
-        broken = broken_faces([Face(o, "") for o in items], self.channels)
-        for problem in broken.values():
-            warnings.warn(f"left out: {problem}")
-        return [i for i in range(len(items)) if i not in broken]
+# %% ../nbs/10_inference.ipynb #ae13c3e4
+def _learner_transforms(dls):
+    "`FaceTransform` and `Normalize` of a learner's loaders; raises `ValueError` for those that a run cannot describe"
+    tfm = next((t for tl in dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
+    norm = next((t for t in dls.after_batch.fs if isinstance(t, Normalize)), None)
+    if tfm is None or norm is None:
+        raise ValueError(
+            "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
+        )
+    each_view = [t for v in dls.after_batch.fs if isinstance(v, EachView) for t in v.tfms]
+    if any(t.split_idx != 0 for t in each_view):
+        raise ValueError(
+            "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"
+        )
+    if tfm.item_tfms:
+        raise ValueError(
+            "Predictor.from_learner cannot apply the loaders' item_tfms: use size, level and recipe instead, or "
+            "learn.predict"
+        )
+    return tfm, norm
+
+# %% ../nbs/10_inference.ipynb #11aef0e2
+@patch(cls_method=True)
+def from_learner(
+    cls: Predictor,
+    learn,  # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
+    crops: str | None = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
+    key: bool = False,  # The key encoder instead of the query encoder
+):
+    "The model of a learner as it is now, as a run's folder would give it, but not calibrated"
+    tfm, norm = _learner_transforms(learn.dls)
+    model = learn.model.inference(key=True) if key else learn.model.inference()
+    stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
+    predictor: Predictor = cls.__new__(cls)  # type: ignore[arg-type]
+    predictor.run = None
+    predictor._build(model, learn.dls.vocab, stats, tfm.views, crops or tfm.views["eval_crops"], learn.dls.device)
+    return predictor
+
+# %% ../nbs/10_inference.ipynb #5cf55493
+@patch
+def pixels(
+    self: Predictor,
+    x,  # Anything that `read_face` takes
+) -> Tensor:  # uint8 (channels, side, side)
+    "An image as the model takes it"
+    img = self.resize(image=read_face(x, self.channels))["image"]
+    return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
+
+# %% ../nbs/10_inference.ipynb #a0b3fa58
+@patch
+def logits(
+    self: Predictor,
+    x,  # Image, folder of images, or list of images
+    bs: int | None = None,  # Images at a time; default by their size
+    num_workers: int = 0,  # Processes that read images, where there are many
+) -> Tensor:  # (n, views, n_classes)
+    "Logits of every view of every image"
+    return _outputs(self, self.model.classifier, x, bs, num_workers)
+
+# %% ../nbs/10_inference.ipynb #bc9e2bc5
+@patch
+def probabilities(
+    self: Predictor,
+    x,  # Image, folder of images, or list of images
+    bs: int | None = None,  # Images at a time; default by their size
+    num_workers: int = 0,  # Processes that read images, where there are many
+) -> np.ndarray:  # (n, n_classes)
+    "Calibrated probabilities of the classes, in the order of `vocab`"
+    return (self.logits(x, bs, num_workers).mean(1) / self.model.temperature).softmax(-1).numpy()
+
+# %% ../nbs/10_inference.ipynb #a690860f
+@patch
+def features(
+    self: Predictor,
+    x,  # Image, folder of images, or list of images
+    bs: int | None = None,  # Images at a time; default by their size
+) -> np.ndarray:  # (n, d)
+    "The encoder's features, averaged over views and not normalised"
+    return _outputs(self, self.model.classifier.encoder, x, bs).mean(1).numpy()
+
+# %% ../nbs/10_inference.ipynb #53a6b218
+@patch
+def readable(
+    self: Predictor,
+    items,  # List of images
+) -> list:  # Indices
+    "Find the images that can be read; a warning names each that cannot"
+    broken = broken_faces([Face(o, "") for o in items], self.channels)
+    for problem in broken.values():
+        warnings.warn(f"left out: {problem}")
+    return [i for i in range(len(items)) if i not in broken]
+
+# %% ../nbs/10_inference.ipynb #1f4d4036
+@patch
+def predict(
+    self: Predictor,
+    x,  # Image, folder of images, or list of images
+    bs: int | None = None,  # Images at a time; default by their size
+    skip_broken: bool = False,  # Go on without images that cannot be read, and warn which
+) -> pd.DataFrame:  # image, label, probability, and the probability of every class as p_<class>
+    "Labels and probabilities, a row an image"
+    items = image_list(x)
+    names = [str(o) if isinstance(o, (str, Path, PhotoCrop)) else f"image {i}" for i, o in enumerate(items)]
+    if skip_broken:
+        kept = self.readable(items)
+        if not kept:
+            raise ValueError(f"none of the {len(items)} images can be read")
+        items, names = [items[i] for i in kept], [names[i] for i in kept]
+    probs = self.probabilities(items, bs)
+    labels = [self.vocab[k] for k in probs.argmax(1)]
+    table = pd.DataFrame(dict(image=names, label=labels, probability=probs.max(1)))
+    return table.join(pd.DataFrame(probs, columns=self.columns))
 
 # %% ../nbs/10_inference.ipynb #32fb300b
 def find_images(
@@ -384,7 +412,7 @@ def find_images(
         raise ValueError(f"no images found under {path}")
     return files
 
-
+# %% ../nbs/10_inference.ipynb #1875bb56
 def image_list(x):
     if isinstance(x, (str, Path)):
         return find_images(x)
@@ -453,6 +481,24 @@ def evaluate(
         }
     return result
 
+# %% ../nbs/10_inference.ipynb #38e10af0
+def _check_onnx():
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ImportError(f'exporting to ONNX needs the package {e.name}: pip install "ecan_fastai[onnx]"') from e
+
+# %% ../nbs/10_inference.ipynb #bdb5a1b9
+def _save_onnx(program, predictor, file):
+    made = torch.onnx.export(
+        program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False
+    )
+    made.model.metadata_props.update(
+        labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels)
+    )
+    made.save(file)
+
 # %% ../nbs/10_inference.ipynb #a6df1898
 @patch
 def export(
@@ -476,21 +522,3 @@ def export(
     finally:
         model.to(self.device)
     return file
-
-
-def _check_onnx():
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f'exporting to ONNX needs the package {e.name}: pip install "ecan_fastai[onnx]"') from e
-
-
-def _save_onnx(program, predictor, file):
-    made = torch.onnx.export(
-        program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False
-    )
-    made.model.metadata_props.update(
-        labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels)
-    )
-    made.save(file)

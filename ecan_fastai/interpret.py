@@ -101,7 +101,7 @@ def plot_confusions(
             ax.set_yticklabels([])
     return fig
 
-# %% ../nbs/08_interpret.ipynb #03977633
+# %% ../nbs/08_interpret.ipynb #d4c14fa5
 _CLASSES = [
     ("#332288", "o"),
     ("#cc6677", "s"),
@@ -114,7 +114,37 @@ _CLASSES = [
     ("#999933", ">"),
 ]  # Tol's muted scheme
 
+# %% ../nbs/08_interpret.ipynb #61c6aab2
+def _tsne(z, seed):
+    "Features (n, d) in two dimensions (n, 2)"
+    made = TSNE(init="pca", perplexity=min(30, (len(z) - 1) / 3), random_state=seed)
+    return made.fit_transform(np.asarray(z, np.float32))
 
+# %% ../nbs/08_interpret.ipynb #4b36a92a
+def _scatter_classes(ax, xy, targets, vocab, title):
+    "Points (n, 2) on axes, each class in its colour and with its marker"
+    for c, (name, (color, mark)) in enumerate(zip(vocab, _CLASSES)):
+        points = xy[targets == c]
+        ax.scatter(*points.T, s=9, color=color, marker=mark, linewidths=0, alpha=0.8, label=name)
+    ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    ax.set_title(title, parse_math=False)
+
+# %% ../nbs/08_interpret.ipynb #c4bc3952
+def _legend_below(fig, ax, n_classes):
+    "One legend of the classes for all panels of a figure"
+    legend = fig.legend(
+        *ax.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(n_classes, 7),
+        markerscale=2,
+        fontsize=9,
+        frameon=False,
+        handletextpad=0.1,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+# %% ../nbs/08_interpret.ipynb #03977633
 def plot_tsne(
     features: dict,  # Title to features (n, d); the same images in each
     targets,  # Class indices (n,)
@@ -136,25 +166,8 @@ def plot_tsne(
     for ax in axs.flat[len(features) :]:
         ax.axis("off")
     for ax, (title, z) in zip(axs.flat, features.items()):
-        xy = TSNE(init="pca", perplexity=min(30, (len(z) - 1) / 3), random_state=seed).fit_transform(
-            np.asarray(z, np.float32)
-        )
-        for c, (name, (color, mark)) in enumerate(zip(vocab, _CLASSES)):
-            own = xy[targets == c]
-            ax.scatter(*own.T, s=9, color=color, marker=mark, linewidths=0, alpha=0.8, label=name)
-        ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
-        ax.set_title(title, parse_math=False)
-    legend = fig.legend(
-        *axs[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(vocab), 7),
-        markerscale=2,
-        fontsize=9,
-        frameon=False,
-        handletextpad=0.1,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+        _scatter_classes(ax, _tsne(z, seed), targets, vocab, title)
+    _legend_below(fig, axs[0, 0], len(vocab))
     return fig
 
 # %% ../nbs/08_interpret.ipynb #474e28ec
@@ -257,7 +270,7 @@ def _last_maps(encoder, example):
             return module, False
     raise ValueError(f"Grad-CAM finds no feature maps in {type(encoder).__name__}")
 
-# %% ../nbs/08_interpret.ipynb #e401c1cd
+# %% ../nbs/08_interpret.ipynb #110d6015
 def _layer_grad_cam(classifier, example):
     "Captum's Grad-CAM at the last feature maps, and the hook that leads there"
     try:
@@ -267,7 +280,7 @@ def _layer_grad_cam(classifier, example):
     model = _MapsThrough(classifier, example)
     return LayerGradCam(model, model.maps), model.hook
 
-
+# %% ../nbs/08_interpret.ipynb #15bc3825
 def _on_image(heat, boxes, side):
     "Heat maps of views (views, n, view_size, view_size), averaged where they overlap on the image (n, side, side)"
     total, n_views = heat.new_zeros(heat.shape[1], side, side), heat.new_zeros(side, side)
@@ -277,7 +290,19 @@ def _on_image(heat, boxes, side):
         n_views[rows, columns] += 1
     return total / n_views.clamp(min=1)
 
+# %% ../nbs/08_interpret.ipynb #aa08aa74
+def _class_indices(predictor, items, labels):
+    if labels is None:
+        return predictor.probabilities(items).argmax(1).tolist()
+    labels = [labels] * len(items) if isinstance(labels, str) else list(labels)
+    if len(labels) != len(items):
+        raise ValueError(f"expected one class for each of {len(items)} images, got {len(labels)}")
+    for label in labels:
+        if label not in predictor.vocab:
+            raise ValueError(f"the model has no class {label!r}, its classes are {', '.join(predictor.vocab)}")
+    return [predictor.vocab.index(label) for label in labels]
 
+# %% ../nbs/08_interpret.ipynb #e401c1cd
 def grad_cam(
     predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images, as `Predictor.predict` takes them
@@ -301,18 +326,6 @@ def grad_cam(
     heat = torch.cat(maps).cpu().numpy()
     return heat / np.maximum(heat.max((1, 2), keepdims=True), 1e-12)
 
-
-def _class_indices(predictor, items, labels):
-    if labels is None:
-        return predictor.probabilities(items).argmax(1).tolist()
-    labels = [labels] * len(items) if isinstance(labels, str) else list(labels)
-    if len(labels) != len(items):
-        raise ValueError(f"expected one class for each of {len(items)} images, got {len(labels)}")
-    for label in labels:
-        if label not in predictor.vocab:
-            raise ValueError(f"the model has no class {label!r}, its classes are {', '.join(predictor.vocab)}")
-    return [predictor.vocab.index(label) for label in labels]
-
 # %% ../nbs/08_interpret.ipynb #d9b64f23
 def heat_overlay(
     image: np.ndarray,  # uint8 (height, width, 1 or 3)
@@ -323,7 +336,7 @@ def heat_overlay(
     share = 0.6 * heat[..., None]
     return (image * (1 - share) + color * share).round().astype(np.uint8)
 
-
+# %% ../nbs/08_interpret.ipynb #5528d020
 def plot_grad_cam(
     predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images

@@ -99,7 +99,7 @@ class SmallMapConv2d(nn.Conv2d):
             return conv2d_columns
         return None
 
-
+# %% ../nbs/04a_layers.ipynb #2aa9596d
 def speed_up_small_maps(
     model: nn.Module,  # Any model; changed in place
 ) -> nn.Module:  # `model`
@@ -124,7 +124,7 @@ def fast_precision(
     able = torch.cpu.get_capabilities()
     return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
 
-
+# %% ../nbs/04a_layers.ipynb #e78c1d82
 def channels_last_is_faster(
     device="cpu",  # Device of the model
     precision: str = "fp32",  # "fp32", "fp16" or "bf16"

@@ -214,6 +214,53 @@ def _split_normalize(batch_tfms):
         raise ValueError("expected one Normalize with statistics in batch_tfms: Normalize.from_stats(mean, std)")
     return tuple(t.flatten().tolist() for t in (norms[0].mean, norms[0].std)), others
 
+# %% ../nbs/03j_loaders.ipynb #02dab632
+def _check_sampling(bs, balanced, options):
+    "Check how training images are to be drawn, before any of them is read"
+    if bs is not None and not bs > 0:
+        raise ValueError(f"batch size must be above 0, got {bs}")
+    if balanced and options.get("shuffle", True) is not True:
+        raise ValueError("balanced samples the training images at random: leave out shuffle, or balanced")
+
+# %% ../nbs/03j_loaders.ipynb #f0dfe2a1
+def _usable_faces(faces, vocab, channels, image_size, skip_broken):
+    "Faces whose images can be read, and the vocabulary; without broken images, classes may be missing"
+    _check_labels(faces, vocab)
+    faces = _without_broken(faces, channels, image_size, skip_broken)
+    return faces, _check_labels(faces, vocab)
+
+# %% ../nbs/03j_loaders.ipynb #a8592081
+def _batch_size(bs, n_train):
+    "The given batch size, or a power of two that suits the number of training images"
+    if bs is None:
+        bs = min(256, 2 ** max(2, int(math.log2(n_train / 8))))
+    if n_train < bs:
+        raise ValueError(f"batch size {bs} is larger than the training split of {n_train} images")
+    return bs
+
+# %% ../nbs/03j_loaders.ipynb #a5a26e67
+def _data_block(faces_block, label, splits, batch_tfms):
+    "Block of `Face` records, split by `splits`, index lists by name"
+    return DataBlock(
+        blocks=(faces_block, TransformBlock(type_tfms=label)),
+        getters=[_Get("image"), _Get()],
+        splitter=lambda _: list(splits.values()),
+        batch_tfms=[EachView(batch_tfms)] if batch_tfms else None,
+    )
+
+# %% ../nbs/03j_loaders.ipynb #534ceae4
+def _named_loaders(cls, loaders, splits, path):
+    "Loaders under the names of their splits"
+    dls = cls(*loaders, path=path, device=loaders[0].device)
+    dls.split_names = tuple(splits)
+    return dls
+
+# %% ../nbs/03j_loaders.ipynb #866d093f
+def _equal_weights(dls):
+    "Weight of each training image, with which every class is sampled equally often"
+    weights = dict(zip(dls.vocab, dls.class_weights()))
+    return [weights[f.label] for f in dls.train_ds.items]
+
 # %% ../nbs/03j_loaders.ipynb #b124b1b1
 def _loaders(
     cls,
@@ -242,35 +289,17 @@ def _loaders(
 ):
     _check_options(kwargs)
     stats, batch_tfms = _split_normalize(batch_tfms)
-    if bs is not None and not bs > 0:
-        raise ValueError(f"batch size must be above 0, got {bs}")
-    if balanced and kwargs.get("shuffle", True) is not True:
-        raise ValueError("balanced samples the training images at random: leave out shuffle, or balanced")
-    _check_labels(faces, vocab)
-    faces = _without_broken(faces, channels, image_size, skip_broken)
-    vocab = _check_labels(faces, vocab)
+    _check_sampling(bs, balanced, kwargs)
+    faces, vocab = _usable_faces(faces, vocab, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all, valid)
     if soft_labels:
         _check_shares(faces, splits["train"], vocab)
-    if bs is None:
-        bs = min(256, 2 ** max(2, int(math.log2(len(splits["train"]) / 8))))
-    if len(splits["train"]) < bs:
-        raise ValueError(f"batch size {bs} is larger than the training split of {len(splits['train'])} images")
-    faces_block = TwoViewBlock(
-        level, recipe, size, channels, n_views, all_crops, eval_crops, stats=stats, item_tfms=item_tfms
-    )
-    block = DataBlock(
-        blocks=(faces_block, TransformBlock(type_tfms=_Label(vocab, soft_labels))),
-        getters=[_Get("image"), _Get()],
-        splitter=lambda _: list(splits.values()),
-        batch_tfms=[EachView(batch_tfms)] if batch_tfms else None,
-    )
-    loaders = block.dataloaders(faces, bs=bs, **kwargs).loaders
-    dls = cls(*loaders, path=path, device=loaders[0].device)
-    dls.split_names = tuple(splits)
+    bs = _batch_size(bs, len(splits["train"]))
+    views = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, stats, item_tfms)
+    block = _data_block(views, _Label(vocab, soft_labels), splits, batch_tfms)
+    dls = _named_loaders(cls, block.dataloaders(faces, bs=bs, **kwargs).loaders, splits, path)
     if balanced:
-        weights = dict(zip(vocab, dls.class_weights()))
-        dls.train.item_weights = [weights[f.label] for f in dls.train_ds.items]
+        dls.train.item_weights = _equal_weights(dls)
     return dls
 
 # %% ../nbs/03j_loaders.ipynb #72813bba
@@ -301,31 +330,16 @@ class ExpressionDataLoaders(DataLoaders):
             f"{file}: expected a file in a folder named after its class ({', '.join(self.vocab)}), or `Face` records"
         )
 
-    def class_counts(self):
-        "Training faces of each class (C,), in the order of the vocabulary"
-        counts = Counter(f.label for f in self.train_ds.items)
-        return np.array([counts[v] for v in self.vocab])
-
-    def class_weights(self):
-        """n/(C n_c) for each class (C,), scikit-learn's "balanced": their mean over the training faces is 1; 0 for
-        a class without any"""
-        counts = self.class_counts()
-        return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
-
-    def minority_classes(self):
-        """True for each class (C,) with less than three quarters of the training faces that a class has on average:
-        on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"""
-        return self.class_counts() < 0.75 * self.class_counts().mean()
-
-    @classmethod
-    @delegates(_loaders, but="cls")
-    def from_faces(
-        cls,
-        faces: list,  # `Face` records
-        **kwargs,
-    ):
-        "From `Face` records; the other constructors end here"
-        return _loaders(cls, faces, **kwargs)
+# %% ../nbs/03j_loaders.ipynb #d962dfeb
+@patch(cls_method=True)
+@delegates(_loaders, but="cls")
+def from_faces(
+    cls: ExpressionDataLoaders,
+    faces: list,  # `Face` records
+    **kwargs,
+):
+    "From `Face` records; the other constructors end here"
+    return _loaders(cls, faces, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #5f4fd6ae
 @patch(cls_method=True)
@@ -337,6 +351,28 @@ def from_folder(
 ):
     "From a folder; class names are the folders' names"
     return cls.from_faces(folder_faces(path), **{"path": path, **kwargs})
+
+# %% ../nbs/03j_loaders.ipynb #51d9948c
+@patch
+def class_counts(self: ExpressionDataLoaders):
+    "Training faces of each class (C,), in the order of the vocabulary"
+    counts = Counter(f.label for f in self.train_ds.items)
+    return np.array([counts[v] for v in self.vocab])
+
+# %% ../nbs/03j_loaders.ipynb #5e33d917
+@patch
+def class_weights(self: ExpressionDataLoaders):
+    """n/(C n_c) for each class (C,), scikit-learn's "balanced": their mean over the training faces is 1; 0 for
+    a class without any"""
+    counts = self.class_counts()
+    return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
+
+# %% ../nbs/03j_loaders.ipynb #08a89c9a
+@patch
+def minority_classes(self: ExpressionDataLoaders):
+    """True for each class (C,) with less than three quarters of the training faces that a class has on average:
+    on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"""
+    return self.class_counts() < 0.75 * self.class_counts().mean()
 
 # %% ../nbs/03j_loaders.ipynb #a8f2d142
 @patch(cls_method=True)

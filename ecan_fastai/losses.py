@@ -15,6 +15,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/04_losses.ipynb #b045e568
@@ -477,12 +478,40 @@ def _check_bank_options(contrast, bank_positives, center_features):
     if bank_positives is not None:
         _check_classes(bank_positives)
 
+# %% ../nbs/04_losses.ipynb #50eb3be4
+class _CrossEntropy(nn.Module):
+    "Cross-entropy on logits, and what fastai asks of a loss on them: probabilities and class indices"
+
+    weight: Tensor | None
+
+    def __init__(self, weight, label_smoothing, reduction):
+        super().__init__()
+        weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        self.register_buffer("weight", weight, persistent=False)  # a setting, not state
+        self.label_smoothing, self.reduction = label_smoothing, reduction
+
+    def _cross_entropy(self, logits, y, reduction):
+        return F.cross_entropy(
+            logits.float(), y, self.weight, reduction=reduction, label_smoothing=self.label_smoothing
+        )
+
+    def activation(self, out: Tensor):
+        return out.float().softmax(-1)
+
+    def decodes(self, out: Tensor):
+        return out.argmax(-1)
+
+# %% ../nbs/04_losses.ipynb #b36b31de
+def _part_names(l1, l2, contrast, compact):
+    alpha = ["alpha"] * (l2 > 0 and compact == "mva")
+    cosines = ["cos_within", "cos_between"] * (l1 > 0)
+    return ["ce"] + [contrast] * (l1 > 0) + [compact] * (l2 > 0) + alpha + cosines
+
 # %% ../nbs/04_losses.ipynb #0ac42a6c
-class ECANLoss(nn.Module):
+class ECANLoss(_CrossEntropy):
     """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
     logits"""
 
-    weight: Tensor | None
     bank_positives: Tensor | None
 
     def __init__(
@@ -500,96 +529,87 @@ class ECANLoss(nn.Module):
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):
-        super().__init__()
-        weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        super().__init__(weight, label_smoothing, reduction)
         bank_positives = None if bank_positives is None else torch.as_tensor(bank_positives)
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
         _check_bank_options(contrast, bank_positives, center_features)
-        # settings, not state: they follow the device, and are not saved
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bank_positives", bank_positives, persistent=False)
+        self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
         self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
-        self.label_smoothing, self.center_features, self.reduction = label_smoothing, center_features, reduction
-        self.reading = reading = reading or PaperReading()
-        self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=reading.anchors_only)
-        self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (reading.affinity_reduction,)))
+        self.center_features, self.reading = center_features, reading or PaperReading()
+        self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=self.reading.anchors_only)
+        self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (self.reading.affinity_reduction,)))
         self.parts: dict[str, Tensor] = {}
 
     @property
     def part_names(self):
         """Names of `parts`: the terms whose weight is not 0, MVA's alpha, and the mean cosines within and between
         classes that the contrastive loss sees"""
-        contrast = [self.contrast] * (self.l1 > 0)
-        compact = [self.compact] * (self.l2 > 0)
-        alpha = ["alpha"] * (self.l2 > 0 and self.compact == "mva")
-        cosines = ["cos_within", "cos_between"] * (self.l1 > 0)
-        return ["ce"] + contrast + compact + alpha + cosines
+        return _part_names(self.l1, self.l2, self.contrast, self.compact)
 
-    def forward(
-        self,
-        out,  # Logits (n, C), or the training output of `ECANModel`, a dict
-        y: Tensor,  # Labels (n,), or class shares (n, C), of which the contrast and MVA take the largest
-    ) -> Tensor:  # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
-        "Total loss (Eq. 11) of training output, cross-entropy of logits; leaves each term in `parts`"
-        if isinstance(out, Tensor):
-            return self._cross_entropy(out, y, self.reduction)
-        y = y.as_subclass(Tensor)
-        ce = self._cross_entropy(out["logits"], y, "none")
-        if self.weight is not None and self.reduction == "mean" and y.ndim == 1:
-            ce = ce * (len(y) / self.weight[y].sum())  # the mean is then torch's
-        loss, parts = (1 - self.l1) * ce, [ce.mean()]
-        if y.ndim == 2:
-            y = y.argmax(1)
-        if self.l1:
-            center = out["bank_z"].mean(0) if self.center_features and len(out["bank_z"]) else None
-            parts.append(self._contrast(out, y, center))
-            loss = loss + self.l1 * parts[-1]
-        if self.l2:
-            parts.append(self._compact(out, y))
-            loss = loss + self.l2 * parts[-1]
-        else:
-            loss = loss + 0 * out["centers"].sum()  # DistributedDataParallel needs every parameter in the loss
-        if self.l2 and self.compact == "mva":
-            parts.append(self.compact_loss.alpha)
-        if self.l1:
-            parts += mean_cosines(out["z_q"].detach(), y, center)
-        self.parts = {name: part.detach() for name, part in zip(self.part_names, parts)}
-        return loss if self.reduction == "none" else getattr(loss, self.reduction)()
+# %% ../nbs/04_losses.ipynb #bd934e62
+@patch
+def extra_repr(self: ECANLoss):
+    "Settings, where the module is printed"
+    names = "l1 l2 n_groups reading weight label_smoothing bank_positives center_features".split()
+    return ", ".join(f"{k}={getattr(self, k)!r}" for k in names)
 
-    def _cross_entropy(self, logits, y, reduction):
-        return F.cross_entropy(
-            logits.float(), y, self.weight, reduction=reduction, label_smoothing=self.label_smoothing
-        )
+# %% ../nbs/04_losses.ipynb #b034fcb1
+def _contrast_term(loss, out, y, center):
+    "Contrastive loss of a training output with the settings of an `ECANLoss`; all views are anchors"
+    z, y = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
+    if loss.contrast == "supcon":
+        return loss.contrast_loss(z, y)
+    if loss.contrast == "esc":
+        return loss.contrast_loss(z, y, out["bank_z"], center)
+    if loss.bank_positives is not None:
+        _check_classes(loss.bank_positives, len(out["centers"]))
+    return loss.contrast_loss(z, y, out["bank_z"], out["bank_y"], loss.bank_positives, center)
 
-    def _contrast(self, out, y, center):
-        z, y = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
-        if self.contrast == "supcon":
-            return self.contrast_loss(z, y)
-        if self.contrast == "esc":
-            return self.contrast_loss(z, y, out["bank_z"], center)
-        if self.bank_positives is not None:
-            _check_classes(self.bank_positives, len(out["centers"]))
-        return self.contrast_loss(z, y, out["bank_z"], out["bank_y"], self.bank_positives, center)
+# %% ../nbs/04_losses.ipynb #6808b412
+def _compact_term(loss, out, y):
+    "Compactness loss of a training output with the settings of an `ECANLoss`; MVA's older groups come from the bank"
 
-    def _compact(self, out, y):
-        def unit(z):
-            return F.normalize(z.float(), dim=-1) if self.reading.normalize_compact else z
+    def unit(z):
+        return F.normalize(z.float(), dim=-1) if loss.reading.normalize_compact else z
 
-        x, centers = unit(out["z_q"]), out["centers"]
-        if self.compact == "center":  # the same value; undoes l2 in the gradient of the centres
-            return self.compact_loss(x, y, centers.detach() + (centers - centers.detach()) / self.l2)
-        if self.compact == "affinity":
-            return self.compact_loss(x, y, centers)
-        whole = min(self.n_groups - 1, len(out["bank_order"]) // len(y))
-        rows = out["bank_order"][: whole * len(y)].view(whole, len(y))
-        return self.compact_loss(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows])
+    x, centers = unit(out["z_q"]), out["centers"]
+    if loss.compact == "center":  # the same value; undoes l2 in the gradient of the centres
+        return loss.compact_loss(x, y, centers.detach() + (centers - centers.detach()) / loss.l2)
+    if loss.compact == "affinity":
+        return loss.compact_loss(x, y, centers)
+    whole = min(loss.n_groups - 1, len(out["bank_order"]) // len(y))
+    rows = out["bank_order"][: whole * len(y)].view(whole, len(y))
+    return loss.compact_loss(x, y, centers, unit(out["bank_z"][rows]), out["bank_y"][rows])
 
-    def activation(self, out: Tensor):
-        return out.float().softmax(-1)
-
-    def decodes(self, out: Tensor):
-        return out.argmax(-1)
-
-    def extra_repr(self):
-        names = "l1 l2 n_groups reading weight label_smoothing bank_positives center_features".split()
-        return ", ".join(f"{k}={getattr(self, k)!r}" for k in names)
+# %% ../nbs/04_losses.ipynb #146b072a
+@patch
+def forward(
+    self: ECANLoss,
+    out,  # Logits (n, C), or the training output of `ECANModel`, a dict
+    y: Tensor,  # Labels (n,), or class shares (n, C), of which the contrast and MVA take the largest
+) -> Tensor:  # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
+    "Total loss (Eq. 11) of training output, cross-entropy of logits; leaves each term in `parts`"
+    if isinstance(out, Tensor):
+        return self._cross_entropy(out, y, self.reduction)
+    y = y.as_subclass(Tensor)
+    ce = self._cross_entropy(out["logits"], y, "none")
+    if self.weight is not None and self.reduction == "mean" and y.ndim == 1:
+        ce = ce * (len(y) / self.weight[y].sum())  # the mean is then torch's
+    loss, parts = (1 - self.l1) * ce, [ce.mean()]
+    if y.ndim == 2:
+        y = y.argmax(1)
+    if self.l1:
+        center = out["bank_z"].mean(0) if self.center_features and len(out["bank_z"]) else None
+        parts.append(_contrast_term(self, out, y, center))
+        loss = loss + self.l1 * parts[-1]
+    if self.l2:
+        parts.append(_compact_term(self, out, y))
+        loss = loss + self.l2 * parts[-1]
+    else:
+        loss = loss + 0 * out["centers"].sum()  # DistributedDataParallel needs every parameter in the loss
+    if self.l2 and self.compact == "mva":
+        parts.append(self.compact_loss.alpha)
+    if self.l1:
+        parts += mean_cosines(out["z_q"].detach(), y, center)
+    self.parts = {name: part.detach() for name, part in zip(self.part_names, parts)}
+    return loss if self.reduction == "none" else getattr(loss, self.reduction)()

@@ -11,11 +11,14 @@ __all__ = ['MemoryBank', 'load_encoder', 'resnet18_half', 'resnet18_cifar', 'cho
 # %% ../nbs/05_model.ipynb #29827abf
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import timm
 import torch
 from fastai.vision.learner import create_body, model_meta
+from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,9 +29,9 @@ from .layers import speed_up_small_maps
 from .runfiles import check_file
 from .weights import NAMES, named_settings, named_weights
 
-# %% ../nbs/05_model.ipynb #c4acbbba
-class MemoryBank(nn.Module):
-    "Ring of the newest `size` key features with their labels (Eq. 2)"
+# %% ../nbs/05_model.ipynb #30b47bc1
+class _BankBuffers(nn.Module):
+    "What a memory bank holds, and how it moves between devices and through files"
 
     z: Tensor
     y: Tensor
@@ -64,6 +67,10 @@ class MemoryBank(nn.Module):
                 state_dict[prefix + name] = torch.zeros_like(buffer)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+# %% ../nbs/05_model.ipynb #c4acbbba
+class MemoryBank(_BankBuffers):
+    "Ring of the newest `size` key features with their labels (Eq. 2)"
+
     def __len__(self):
         return int(self.filled)
 
@@ -75,26 +82,6 @@ class MemoryBank(nn.Module):
     def extra_repr(self):
         return f"{len(self)} of {self.size} rows of {self.z.shape[1]}"
 
-    @torch.no_grad()
-    def push(
-        self,
-        z: Tensor,  # Key features (n, dim), any floating type
-        y: Tensor,  # Labels (n,)
-    ):
-        "Write a batch over the oldest rows"
-        if z.ndim != 2 or z.shape[1] != self.z.shape[1] or y.shape != z.shape[:1]:
-            raise ValueError(
-                f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
-            )
-        z, y = z[-self.size :], y[-self.size :]
-        start, n = int(self.position), len(z)
-        head = min(n, self.size - start)
-        for bank, new in ((self.z, z), (self.y, y)):
-            bank[start : start + head] = new[:head].to(bank.dtype)
-            bank[: n - head] = new[head:].to(bank.dtype)
-        self.position.fill_((start + n) % self.size)
-        self.filled.fill_(min(len(self) + n, self.size))
-
     def rows(self):
         "Filled features (filled, dim) and labels (filled,), as views, in the order of the ring"
         return self.z[: len(self)], self.y[: len(self)]
@@ -102,6 +89,28 @@ class MemoryBank(nn.Module):
     def order(self):
         "Indices of the filled rows from the newest to the oldest (filled,)"
         return (int(self.position) - 1 - torch.arange(len(self), device=self.z.device)) % self.size
+
+# %% ../nbs/05_model.ipynb #5636309a
+@patch
+def push(
+    self: MemoryBank,
+    z: Tensor,  # Key features (n, dim), any floating type
+    y: Tensor,  # Labels (n,)
+):
+    "Write a batch over the oldest rows"
+    if z.ndim != 2 or z.shape[1] != self.z.shape[1] or y.shape != z.shape[:1]:
+        raise ValueError(
+            f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
+        )
+    z, y = z[-self.size :], y[-self.size :]
+    start, n = int(self.position), len(z)
+    head = min(n, self.size - start)
+    with torch.no_grad():
+        for bank, new in ((self.z, z), (self.y, y)):
+            bank[start : start + head] = new[:head].to(bank.dtype)
+            bank[: n - head] = new[head:].to(bank.dtype)
+    self.position.fill_((start + n) % self.size)
+    self.filled.fill_(min(len(self) + n, self.size))
 
 # %% ../nbs/05_model.ipynb #9a3a6feb
 def _safe_load(file):
@@ -232,7 +241,7 @@ def choose_arch(
         )
     return arch or own or "resnet18"
 
-
+# %% ../nbs/05_model.ipynb #7f79063e
 def arch_name(
     arch,  # As `FaceClassifier.create` takes it
 ) -> str:
@@ -315,6 +324,8 @@ def _encoder(arch, in_chans, pretrained, size):
 class FaceClassifier(nn.Module):
     "Encoder and linear classifier: a view (n, channels, height, width) or a pair of views to logits (n, n_classes)"
 
+    create: ClassVar[Callable[..., Any]]  # of a cell below, for type checkers
+
     def __init__(
         self,
         encoder: nn.Module,  # Gives pooled features (n, d)
@@ -322,19 +333,6 @@ class FaceClassifier(nn.Module):
     ):
         super().__init__()
         self.encoder, self.classifier = encoder, classifier
-
-    @classmethod
-    def create(
-        cls,
-        arch=None,  # Name of a timm model, function that makes a model, or encoder module; default resnet18
-        n_classes: int = 7,  # Number of expressions
-        in_chans: int = 3,  # 1 or 3
-        pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
-    ):
-        "Build from an architecture"
-        encoder, d = _encoder(arch, in_chans, pretrained, size)
-        return cls(encoder, nn.Linear(d, n_classes))
 
     def forward(
         self,
@@ -361,8 +359,82 @@ class FaceClassifier(nn.Module):
         "Copy in evaluation mode"
         return copy.deepcopy(self).eval()
 
+# %% ../nbs/05_model.ipynb #d5bd0f65
+@patch(cls_method=True)
+def create(
+    cls: FaceClassifier,
+    arch=None,  # Name of a timm model, function that makes a model, or encoder module; default resnet18
+    n_classes: int = 7,  # Number of expressions
+    in_chans: int = 3,  # 1 or 3
+    pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
+    size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
+):
+    "Build from an architecture"
+    encoder, d = _encoder(arch, in_chans, pretrained, size)
+    return cls(encoder, nn.Linear(d, n_classes))
+
+# %% ../nbs/05_model.ipynb #10ca64be
+def _moved_by_momentum(encoder, key_eval):
+    "Tensors of an encoder that Eq. 1 moves: its parameters, with `key_eval` its normalisation statistics as well"
+    statistics = [b for b in encoder.buffers() if b.is_floating_point()] if key_eval else []
+    return [*encoder.parameters(), *statistics]
+
+# %% ../nbs/05_model.ipynb #2d099bac
+class _WithKeyEncoder(FaceClassifier):
+    "`FaceClassifier` with a key encoder: a copy of its encoder that follows it by momentum"
+
+    def __init__(self, encoder, classifier, key_eval):
+        super().__init__(encoder, classifier)
+        self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.key_eval:
+            self.key_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def keys(self, x: Tensor) -> Tensor:
+        "Key features (n, d) of a view (n, channels, height, width), without gradient"
+        return self.key_encoder(x)
+
+    @torch.no_grad()
+    def update_keys(
+        self,
+        momentum: float,  # m, in [0, 1)
+    ):
+        "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
+        keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
+
+    def inference(
+        self,
+        key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
+    ) -> FaceClassifier:
+        "Copy of an encoder and the classifier alone, in evaluation mode: without bank and centres"
+        return FaceClassifier(
+            copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)
+        ).eval()
+
+# %% ../nbs/05_model.ipynb #5dd2b626
+def _training_output(model, pair):
+    "What `ECANLoss` needs of an `ECANModel` in training, from a pair of views"
+    x_q, x_k = (v.as_subclass(Tensor) for v in pair)  # a subclass would take every operation through Python
+    z_k = model.keys(x_k)  # first: its memory is free again when the query's activations are kept for backward
+    z_q = model.encoder(x_q)
+    bank_z, bank_y = model.bank.rows()
+    return dict(
+        logits=model.classifier(z_q),
+        z_q=z_q,
+        z_k=z_k,
+        bank_z=bank_z,
+        bank_y=bank_y,
+        bank_order=model.bank.order(),
+        centers=model.centers,
+    )
+
 # %% ../nbs/05_model.ipynb #67c2c78c
-class ECANModel(FaceClassifier):
+class ECANModel(_WithKeyEncoder):
     "Extra-Contrast Affinity Network: query and key encoder, memory bank, linear classifier, class centres"
 
     def __init__(
@@ -378,19 +450,12 @@ class ECANModel(FaceClassifier):
         if n_classes < 2:
             raise ValueError(f"expected at least 2 classes, got {n_classes}")
         encoder, d = _encoder(arch, in_chans, pretrained, size)
-        super().__init__(encoder, nn.Linear(d, n_classes))
-        self.key_encoder, self.key_eval = copy.deepcopy(encoder).requires_grad_(False), key_eval
+        super().__init__(encoder, nn.Linear(d, n_classes), key_eval)
         self.bank = MemoryBank(bank_size, d)
         self.centers = nn.Parameter(torch.randn(n_classes, d))
         # every process pushes the same keys, so DistributedDataParallel leaves the bank and its CPU counters alone
         self._ddp_params_and_buffers_to_ignore = [f"bank.{name}" for name, _ in self.bank.named_buffers()]
         self.train()
-
-    def train(self, mode=True):
-        super().train(mode)
-        if self.key_eval:
-            self.key_encoder.eval()
-        return self
 
     def forward(
         self,
@@ -404,45 +469,4 @@ class ECANModel(FaceClassifier):
             x = x, x_k
         if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
             return super().forward(x)
-        x_q, x_k = (v.as_subclass(Tensor) for v in x)  # a subclass would take every operation through Python
-        z_k = self.keys(x_k)  # first: its memory is free again when the query's activations are kept for backward
-        z_q = self.encoder(x_q)
-        bank_z, bank_y = self.bank.rows()
-        return dict(
-            logits=self.classifier(z_q),
-            z_q=z_q,
-            z_k=z_k,
-            bank_z=bank_z,
-            bank_y=bank_y,
-            bank_order=self.bank.order(),
-            centers=self.centers,
-        )
-
-    @torch.no_grad()
-    def keys(self, x: Tensor) -> Tensor:
-        "Key features (n, d) of a view (n, channels, height, width), without gradient"
-        return self.key_encoder(x)
-
-    @torch.no_grad()
-    def update_keys(
-        self,
-        momentum: float,  # m, in [0, 1)
-    ):
-        "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-
-        def moved(encoder):
-            return [
-                *encoder.parameters(),
-                *([b for b in encoder.buffers() if b.is_floating_point()] if self.key_eval else []),
-            ]
-
-        torch._foreach_lerp_(moved(self.key_encoder), moved(self.encoder), 1 - momentum)
-
-    def inference(
-        self,
-        key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
-    ) -> FaceClassifier:
-        "Copy of an encoder and the classifier alone, in evaluation mode: without bank and centres"
-        return FaceClassifier(
-            copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)
-        ).eval()
+        return _training_output(self, x)

@@ -32,14 +32,14 @@ def camera_index(
     found = re.fullmatch(r"webcam(?::(\d+))?", str(x)) if isinstance(x, (str, Path)) else None
     return int(found[1] or 0) if found and not Path(x).exists() else None
 
-
+# %% ../nbs/12a_video.ipynb #1edac79c
 def is_video(
     x,  # Anything
 ) -> bool:
     "Check whether something is the name of a video file or of a camera"
     return isinstance(x, (str, Path)) and (Path(x).suffix.lower() in VIDEO_SUFFIXES or camera_index(x) is not None)
 
-
+# %% ../nbs/12a_video.ipynb #858efba5
 def _open(file):
     camera = camera_index(file)
     if camera is None and not Path(file).is_file():
@@ -50,7 +50,7 @@ def _open(file):
         raise ValueError(f"cannot read {file}: {said}")
     return video
 
-
+# %% ../nbs/12a_video.ipynb #bdaa9601
 def frame_rate(
     file,  # Video file or camera
 ) -> float:  # Frames per second; 25 if the camera or file does not say
@@ -106,7 +106,18 @@ def box_iou(
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both
     return both / np.maximum(union, 1e-9)
 
+# %% ../nbs/12a_video.ipynb #3ab1c5de
+def _match(boxes, tracks, min_iou):
+    "Index of a box to its track, from the largest overlap down"
+    iou = box_iou(boxes, [t["box"] for t in tracks])
+    matched: dict = {}
+    for k in np.argsort(-iou, axis=None, kind="stable"):
+        i, j = divmod(int(k), len(tracks))
+        if iou[i, j] >= min_iou and i not in matched and all(t is not tracks[j] for t in matched.values()):
+            matched[i] = tracks[j]
+    return matched
 
+# %% ../nbs/12a_video.ipynb #a51f9f17
 class FaceTracker:
     "Numbers of faces that hold from frame to frame, and their probabilities smoothed over time"
 
@@ -130,7 +141,7 @@ class FaceTracker:
     ):  # Track numbers from 1 (list of n), and smoothed probabilities (n, n_classes)
         "Take the faces of the next frame"
         alive = [t for t in self.tracks if t["second"] == self.now or second - t["second"] <= self.forget]
-        matched = self._match(np.reshape(boxes, (-1, 4)), alive)
+        matched = _match(np.reshape(boxes, (-1, 4)), alive, self.min_iou)
         numbers, smoothed = [], np.array(probs, float)
         for i, box in enumerate(boxes):
             track = matched.get(i)
@@ -145,16 +156,6 @@ class FaceTracker:
             numbers.append(track["number"])
         self.tracks, self.now = alive, second
         return numbers, smoothed
-
-    def _match(self, boxes, tracks):
-        "Index of a box to its track, from the largest overlap down"
-        iou = box_iou(boxes, [t["box"] for t in tracks])
-        matched: dict = {}
-        for k in np.argsort(-iou, axis=None, kind="stable"):
-            i, j = divmod(int(k), len(tracks))
-            if iou[i, j] >= self.min_iou and i not in matched and all(t is not tracks[j] for t in matched.values()):
-                matched[i] = tracks[j]
-        return matched
 
 # %% ../nbs/12a_video.ipynb #ba811ea5
 BOX_COLOR = (255, 176, 0)

@@ -68,7 +68,7 @@ def named_weights(
     check_file(file := shipped_run(name) / "model.safetensors")
     return load_file(file)
 
-
+# %% ../nbs/00_weights.ipynb #65dc4b0a
 def named_settings(
     name: str,  # One of `NAMES`
 ) -> dict:  # arch and channels; for a shipped model also size and recipe
@@ -78,7 +78,7 @@ def named_settings(
     config = read_json(shipped_run(name) / "config.json")["config"]
     return {k: config[k] for k in ("arch", "size", "channels", "recipe")}
 
-
+# %% ../nbs/00_weights.ipynb #a20339ba
 def named_stats(
     name: str,  # One of `NAMES`
 ) -> tuple:  # (mean, standard deviation), lists with one number per channel

@@ -147,6 +147,29 @@ def test_a_page_begins_with_title_and_subtitle(path):
     assert first.cell_type == "markdown" and re.match(r"# .+\n\n> .+", first.source)
 
 
+LONGEST_CELL = 40  # lines, the directive included
+
+
+def exported(path):
+    return [c.source for c in cells(path, "code") if directives(c) & {"export", "exports", "exporti"}]
+
+
+def public_definitions(source):
+    definitions = (d for d in ast.parse(source).body if isinstance(d, (ast.FunctionDef, ast.ClassDef)))
+    return [d.name for d in definitions if not d.name.startswith("_")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_an_exported_cell_is_short(path):
+    lines = [source.splitlines() for source in exported(path)]
+    assert not [f"{len(cell)} lines: {cell[1]}" for cell in lines if len(cell) > LONGEST_CELL]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_an_exported_cell_has_one_public_definition(path):
+    assert not [names for names in map(public_definitions, exported(path)) if len(names) > 1]
+
+
 @pytest.mark.parametrize(
     "words, page",
     [

@@ -73,7 +73,7 @@ def fer2013_split(usage, where):
         raise ValueError(f"{where}: expected a Usage of {', '.join(FER2013_USAGE)}, got {usage!r}")
     return FER2013_USAGE[str(usage).strip()]
 
-
+# %% ../../nbs/03b_fer2013_files.ipynb #1c03946c
 def read_fer2013_csv(file):
     df = read_csv(file, ("emotion", "pixels", "Usage"))
     ids = dict(enumerate(FER2013_IDS))
