@@ -32,12 +32,12 @@ from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side
 from .data import EachView, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces
-from .metrics import per_class_table, split_metrics
+from .metrics import fit_temperature, per_class_table, split_metrics
 from .model import FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
 from .readers.records import Face, check_names, expression_name, image_files
-from .runfiles import check_file
+from .runfiles import check_file, write_whole
 from .weights import shipped_run
 
 # %% ../nbs/10_inference.ipynb #031c1d43
@@ -481,6 +481,23 @@ def evaluate(
         }
     return result
 
+# %% ../nbs/10_inference.ipynb #2414192e
+@patch
+def calibrate(
+    self: Predictor,
+    images,  # List of images that training has not seen
+    labels,  # Names of their classes, of `vocab`
+) -> float:  # The temperature; above 1 if the model was too sure
+    "Fit the temperature by which logits are divided; probabilities and exports use it from now on"
+    images, labels = image_list(images), list(labels)
+    if len(images) != len(labels):
+        raise ValueError(f"expected a label for each of {len(images)} images, got {len(labels)}")
+    unknown = sorted({str(v) for v in labels if v not in self.vocab})
+    if unknown:
+        raise ValueError(f"no class {', '.join(unknown)} in this model, the classes are {', '.join(self.vocab)}")
+    self.model.temperature = fit_temperature(self.logits(images).mean(1), [self.vocab.index(v) for v in labels])
+    return self.model.temperature
+
 # %% ../nbs/10_inference.ipynb #38e10af0
 def _check_onnx():
     try:
@@ -516,9 +533,9 @@ def export(
     try:
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
         if file.suffix == ".pt2":
-            torch.export.save(program, file)
+            write_whole(file, lambda part: torch.export.save(program, part))
         else:
-            _save_onnx(program, self, file)
+            write_whole(file, lambda part: _save_onnx(program, self, part))
     finally:
         model.to(self.device)
     return file

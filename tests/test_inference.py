@@ -209,6 +209,40 @@ def test_features_are_the_encoders(faces, run):
     assert np.allclose(probs, predictor.probabilities(faces / "test"), atol=1e-5)
 
 
+def test_calibrate_finds_the_temperature_of_labels_drawn_from_softer_probabilities(run, faces):
+    predictor, images = Predictor(run, "center"), test_files(faces) * 8
+    logits = predictor.logits(images).mean(1)
+    drawn = torch.multinomial((logits / 3).softmax(1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    before = predictor.probabilities(images[:4])
+    assert predictor.calibrate(images, [predictor.vocab[k] for k in drawn]) == pytest.approx(3, rel=0.2)
+    after = predictor.probabilities(images[:4])
+    softened = (logits[:4] / predictor.model.temperature).softmax(1).numpy()
+    assert np.allclose(after, softened, atol=1e-5) and (after.argmax(1) == before.argmax(1)).all()
+
+
+@pytest.mark.parametrize(
+    "n,labels,message",
+    [
+        (2, ["happy"], "a label for each of 2 images, got 1"),
+        (1, ["bored"], "no class bored in this model, the classes are angry"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_in_calibration(run, faces, n, labels, message):
+    with pytest.raises(ValueError, match=message):
+        Predictor(run).calibrate(test_files(faces)[:n], labels)
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):
+    def half(program, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", half)
+    with pytest.raises(OSError, match="cannot write .*model.pt2: No space left"):
+        Predictor(run).export(tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_run_is_opened_without_running_code(run, tmp_path):
     code = (
