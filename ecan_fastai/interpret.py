@@ -123,8 +123,9 @@ def _tsne(z, seed):
 # %% ../nbs/08_interpret.ipynb #4b36a92a
 def _scatter_classes(ax, xy, targets, vocab, title):
     "Points (n, 2) on axes, each class in its colour and with its marker"
-    for c, (name, (color, mark)) in enumerate(zip(vocab, _CLASSES)):
-        points = xy[targets == c]
+    n = len(_CLASSES)
+    for c, name in enumerate(vocab):  # the same colour comes again with another marker
+        points, color, mark = xy[targets == c], _CLASSES[c % n][0], _CLASSES[(c + c // n) % n][1]
         ax.scatter(*points.T, s=9, color=color, marker=mark, linewidths=0, alpha=0.8, label=name)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
     ax.set_title(title, parse_math=False)
@@ -151,10 +152,8 @@ def plot_tsne(
     vocab,  # Class names
     seed: int = 0,  # Seed of t-SNE
 ):  # The figure
-    "Draw features in two dimensions by t-SNE, one panel for each model; raises `ValueError` for over 9 classes"
+    "Draw features in two dimensions by t-SNE, one panel for each model"
     targets = np.asarray(targets)
-    if len(vocab) > len(_CLASSES):
-        raise ValueError(f"plot_tsne has markers for {len(_CLASSES)} classes, got {len(vocab)}")
     for title, z in features.items():
         if len(z) != len(targets):
             raise ValueError(f"{title}: expected features of {len(targets)} images, got {len(z)}")

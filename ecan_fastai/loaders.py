@@ -410,23 +410,32 @@ def _from(cls, kind, path, kwargs, **reading):
     faces = read_faces(path, kind, **reading)
     return cls.from_faces(faces, **{"path": data_root(path), **READERS[kind].settings, **kwargs})
 
+# %% ../nbs/03j_loaders.ipynb #ac7a0fab
+def _published(kind):
+    "Decorator of the loaders of published data: their signature shows the settings of their kind"
+
+    def decorate(f):
+        f, settings = delegates(_loaders, but="cls,faces")(f), READERS[kind].settings
+        shown = inspect.signature(f).parameters.items()
+        f.__signature__ = inspect.Signature([p.replace(default=settings.get(k, p.default)) for k, p in shown])
+        return f
+
+    return decorate
+
 # %% ../nbs/03j_loaders.ipynb #7034c67c
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces,image_size,vocab")
+@_published("fer2013")
 def from_fer2013(
     cls: ExpressionDataLoaders,
     path,  # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
-    size: int = 48,  # Side in pixels
-    channels: int = 1,  # FER2013 is grey
-    recipe: str = "fer2013",  # Column of Table 1
     **kwargs,
 ):
     "FER2013: splits train, valid, PublicTest, PrivateTest"
-    return _from(cls, "fer2013", path, dict(size=size, channels=channels, recipe=recipe, **kwargs))
+    return _from(cls, "fer2013", path, kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #99ed11d2
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces")
+@_published("rafdb")
 def from_rafdb(
     cls: ExpressionDataLoaders,
     path,  # Folder of RAF-DB basic
@@ -437,7 +446,7 @@ def from_rafdb(
 
 # %% ../nbs/03j_loaders.ipynb #4793c341
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces")
+@_published("ferplus")
 def from_ferplus(
     cls: ExpressionDataLoaders,
     path,  # Folder of FER+, or of FER2013's folder form
@@ -449,7 +458,7 @@ def from_ferplus(
 
 # %% ../nbs/03j_loaders.ipynb #5b5c76ac
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces")
+@_published("affectnet")
 def from_affectnet(
     cls: ExpressionDataLoaders,
     path,  # Folder of AffectNet
@@ -461,7 +470,7 @@ def from_affectnet(
 
 # %% ../nbs/03j_loaders.ipynb #182c49b2
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces")
+@_published("expw")
 def from_expw(
     cls: ExpressionDataLoaders,
     path,  # Folder of ExpW
@@ -473,7 +482,7 @@ def from_expw(
 
 # %% ../nbs/03j_loaders.ipynb #8fed2e3a
 @patch(cls_method=True)
-@delegates(_loaders, but="cls,faces")
+@_published("ckplus")
 def from_ckplus(
     cls: ExpressionDataLoaders,
     path,  # The folder CK+48, or one with it inside

@@ -522,7 +522,7 @@ class ECANLoss(_CrossEntropy):
         temperature: float = 0.1,  # Temperature of the contrastive loss
         contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
         compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
-        reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
+        reading: "PaperReading | None" = None,  # How the paper is read where it leaves a choice
         weight=None,  # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
         label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
         bank_positives=None,  # Classes (C,) whose bank entries are positives in `ensc_loss`; default none

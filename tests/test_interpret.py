@@ -121,8 +121,16 @@ def test_tsne_keeps_far_classes_apart_and_repeats():
         )
     with pytest.raises(ValueError, match="few: expected features of 60 images, got 10"):
         plot_tsne({"few": z[:10]}, y, VOCAB)
-    with pytest.raises(ValueError, match="markers for 9 classes"):
-        plot_tsne({"far": z}, y, list("abcdefghij"))
+    plt.close("all")
+
+
+def test_tsne_tells_twenty_classes_apart():
+    y = np.repeat(np.arange(20), 2)
+    fig = plot_tsne({"many": np.random.default_rng(0).normal(size=(40, 4))}, y, [str(c) for c in range(20)])
+    looks = {
+        (tuple(c.get_facecolor()[0]), tuple(map(tuple, c.get_paths()[0].vertices))) for c in fig.axes[0].collections
+    }
+    assert len(looks) == 20
     plt.close("all")
 
 

@@ -1,3 +1,4 @@
+import inspect
 import re
 import warnings
 
@@ -566,3 +567,10 @@ def test_the_cleaner_lists_a_class_by_its_losses(maker, make, monkeypatch):
     probs = learn.get_preds()[0][[f.label == "happy" for f in learn.dls.valid_ds.items]]
     order = probs[:, learn.dls.vocab.o2i["happy"]].argsort()  # the least likely has the largest loss
     assert [f.image for f in cleaner.fns] == [faces[i].image for i in order]
+
+
+@pytest.mark.parametrize("make", [ecan_learner, baseline_learner])
+def test_signatures_show_no_default_that_does_not_act(make):
+    shown = inspect.signature(make).parameters
+    assert [shown[k].default for k in ("opt_func", "lr", "wd", "wd_bn_bias", "moms")] == [None] * 5
+    assert "model" not in shown and shown["model_dir"].default == "models"

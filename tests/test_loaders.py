@@ -1,4 +1,5 @@
 import hashlib
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -36,6 +37,23 @@ def tree(path, n=6, classes=("happy", "sad")):
         for i in range(n):
             put(path / c / f"{i}.png")
     return path
+
+
+# Signatures
+
+
+@pytest.mark.parametrize(
+    "kind,size,channels,recipe",
+    [
+        ("fer2013", 48, 1, "fer2013"),
+        ("ferplus", 48, 1, "fer2013"),
+        ("ckplus", 48, 1, "fer2013"),
+        ("rafdb", 224, 3, "rafdb"),
+    ],
+)
+def test_signatures_show_the_defaults_that_act(kind, size, channels, recipe):
+    shown = inspect.signature(getattr(ExpressionDataLoaders, f"from_{kind}")).parameters
+    assert [shown[k].default for k in ("size", "channels", "recipe")] == [size, channels, recipe]
 
 
 # Drawn faces
