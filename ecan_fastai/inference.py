@@ -258,8 +258,7 @@ class Predictor:
     def __init__(
         self,
         run=None,  # Folder of a finished run; default the model that ships with the package
-        crops: str
-        | None = None,  # Views to average: "center", "flip", "five" or "ten"; default as the run was evaluated
+        crops: str | None = None,  # "center", "flip", "five" or "ten" views; default as the run was evaluated
         device=None,  # Default: a GPU if there is one
     ):
         self.run: Path | None = shipped_run() if run is None else Path(run)

@@ -115,6 +115,17 @@ def _views(dls):
         raise ValueError(f"expected one class an image (CategoryBlock), got a target of type {type(y).__name__}")
     return (list(x) if isinstance(x, tuple) else [x]), len(dls.vocab)
 
+# %% ../nbs/07_learner.ipynb #8cff0f2f
+def _two_views(dls):
+    "`_views` of loaders that give two of each face; raises `ValueError` for others"
+    views, n_classes = _views(dls)
+    if len(views) != 2:
+        raise ValueError(
+            "ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 "
+            "(TwoViewBlock), or use baseline_learner"
+        )
+    return views, n_classes
+
 # %% ../nbs/07_learner.ipynb #f7d5f094
 class ECANLearner(Learner):
     "A `Learner` whose `export` holds only what inference needs, and whose `summary` counts all parameters"
@@ -169,12 +180,7 @@ def ecan_learner(
     "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`)"
     arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
-    views, n_classes = _views(dls)
-    if len(views) != 2:
-        raise ValueError(
-            "ecan_learner needs two views of every training face: build the DataLoaders with n_views=2 "
-            "(TwoViewBlock), or use baseline_learner"
-        )
+    views, n_classes = _two_views(dls)
     if bank_groups < 1:
         raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     crops = views[0].shape[0] if views[0].ndim == 4 else 1

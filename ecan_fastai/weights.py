@@ -151,8 +151,8 @@ _MEASURES = {
 }
 
 
-_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they are surer than
-they should be. `Predictor.calibrate` fits a temperature to labelled faces of your own.""".replace("\n", " ")
+_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they are
+overconfident. `Predictor.calibrate` fits a temperature to labelled faces of your own.""".replace("\n", " ")
 
 
 def _calibration(about):

@@ -1,7 +1,7 @@
-"""How alike the features of FER2013's pictures are: `python results/fer2013_similarity/run.py path/to/fer2013 RUN [RUN
+"""How alike the features of FER2013's images are: `python results/fer2013_similarity/run.py path/to/fer2013 RUN [RUN
 ...]`, with the folders of finished runs.
 
-Mean cosine between the features of 2,000 pictures of train (drawn with seed 0), of the same class and of different
+Mean cosine between the features of 2,000 images of train (drawn with seed 0), of the same class and of different
 ones; encoder in evaluation mode, no augmentation.
 """
 
