@@ -151,7 +151,7 @@ _MEASURES = {
 }
 
 
-_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they are
+_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they may be
 overconfident. `Predictor.calibrate` fits a temperature to labelled faces of your own.""".replace("\n", " ")
 
 
