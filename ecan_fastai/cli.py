@@ -364,7 +364,7 @@ def ecan_check(args=None):
     p = _Parser(
         "ecan_check",
         description="Count the images of every class and split, and find broken and duplicate images.",
-        epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --picture pairs.png",
+        epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --figure pairs.png",
     )
     p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
@@ -376,10 +376,10 @@ def ecan_check(args=None):
         help="bits of 64 by which the perceptual hashes of a near pair may differ; default 2",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
-    p.add_argument("--picture", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
+    p.add_argument("--figure", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
     given = p.parse_args(args)
     _out(p, given.out, ".csv")
-    _out(p, given.picture, ".png", flag="--picture")
+    _out(p, given.figure, ".png", flag="--figure")
     with _one_sentence(p):
         from ecan_fastai.check import check_data, show_pairs
         from ecan_fastai.readers.records import write_csv
@@ -389,9 +389,9 @@ def ecan_check(args=None):
         _print_report(report)
         if given.out:
             write_whole(given.out, lambda f: write_csv(report.pairs.drop(columns=["a", "b"]), f))
-        if given.picture and len(report.leaks):
-            write_whole(given.picture, lambda f: show_pairs(report).savefig(f, dpi=110, format="png"))
-        elif given.picture:
+        if given.figure and len(report.leaks):
+            write_whole(given.figure, lambda f: show_pairs(report).savefig(f, dpi=110, format="png"))
+        elif given.figure:
             print("no pair across two splits: no figure written")
 
 

@@ -81,14 +81,14 @@ def test_near_pairs_are_those_of_a_plain_loop(rows):
 
 
 def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
-    ecan_check([str(spoiled), "--out", str(tmp_path / "pairs.csv"), "--picture", str(tmp_path / "pairs.png")])
+    ecan_check([str(spoiled), "--out", str(tmp_path / "pairs.csv"), "--figure", str(tmp_path / "pairs.png")])
     printed = capsys.readouterr().out
     assert "1 broken images" in printed and "test and train" in printed and "short.png" in printed
     table = pd.read_csv(tmp_path / "pairs.csv")
     assert len(table[table.split_a != table.split_b]) == 3 and Image.open(tmp_path / "pairs.png").size[0] > 300
     with pytest.raises(SystemExit) as e:
-        ecan_check([str(spoiled), "--picture", "pairs.foo"])
-    assert e.value.code == 2 and "--picture: expected a name ending in .png, got pairs.foo" in capsys.readouterr().err
+        ecan_check([str(spoiled), "--figure", "pairs.foo"])
+    assert e.value.code == 2 and "--figure: expected a name ending in .png, got pairs.foo" in capsys.readouterr().err
     with pytest.raises(SystemExit) as e:
         ecan_check([str(tmp_path / "nowhere")])
     assert e.value.code == 2 and "no such file or folder" in capsys.readouterr().err

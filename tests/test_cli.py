@@ -195,7 +195,7 @@ def test_a_run_in_the_place_of_images_is_told(tmp_path, capsys):
         (cli.ecan_predict, ["--run", "run", "x.png", "--out", "/no/where/t.csv"], "--out: no such folder: /no/where"),
         (cli.ecan_predict, ["--run", "run", "x.mp4", "--every", "2"], "--every has no effect without --faces"),
         (cli.ecan_evaluate, ["--run", "run", "x", "--out", "t.csv"], "--out: expected a name ending in .json"),
-        (cli.ecan_check, ["x", "--picture", "t.csv"], "--picture: expected a name ending in .png"),
+        (cli.ecan_check, ["x", "--figure", "t.csv"], "--figure: expected a name ending in .png"),
         (cli.ecan_check, ["/no/where"], "no such file or folder: /no/where"),
     ],
 )

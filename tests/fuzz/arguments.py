@@ -54,7 +54,7 @@ GOOD = {  # for an option of each script, values that work
         "--kind": ["folder"],
         "--split": ["train"],
     },
-    ecan_check: {"--kind": ["auto", "folder"], "--distance": ["0", "5"], "--out": ["t.csv"], "--picture": ["t.png"]},
+    ecan_check: {"--kind": ["auto", "folder"], "--distance": ["0", "5"], "--out": ["t.csv"], "--figure": ["t.png"]},
     ecan_reproduce: {"--kind": ["folder"], "--seeds": ["1"], "--records": ["r"], "--set": ["epochs=1", "bs=8"]},
 }
 GOOD[ecan_predict] |= {"--every": ["1"], "--faces": []}
@@ -84,7 +84,7 @@ def _some(rng, options, folder):
         args.append(option)
         if rng.random() < 0.6:
             value = good[rng.integers(len(good))] if good else None
-            args += [str(folder / value) if option in ("--out", "--picture", "--records") else value] if good else []
+            args += [str(folder / value) if option in ("--out", "--figure", "--records") else value] if good else []
         elif rng.random() < 0.8:
             args.append(VALUES[rng.integers(len(VALUES))])
     return args
