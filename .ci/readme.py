@@ -12,6 +12,11 @@ def from_root(markdown):
     return re.sub(r"\]\((?!https?:|#)", "](nbs/", markdown)
 
 
+def without_attributes(markdown):
+    "Images of a page without Quarto's attributes, which GitHub would show as text"
+    return re.sub(r"(!\[[^\]]*\]\([^)]*\))\{[^}]*\}", r"\1", markdown)
+
+
 def plain_text(output):
     return "".join(output.get("text") or output.get("data", {}).get("text/plain", [])).rstrip()
 
@@ -22,7 +27,7 @@ def readme(page):
     for cell in page["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(from_root(source))
+            parts.append(from_root(without_attributes(source)))
         elif not source.startswith("#| hide"):
             code.append(source)
             if cell["outputs"]:

@@ -126,6 +126,23 @@ def test_outputs_hold_no_paths_or_warnings(path):
     assert not re.findall(r"(?:/root|/home/\w+|/tmp|/work)/\S{0,40}|\w*Warning\b", stored)
 
 
+def has_image(output):
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
+
+
+def without_alt(path):
+    "Figures and images of a page without a text for readers who cannot see them"
+    figures = [c.source for c in cells(path, "code") if any(map(has_image, c.outputs))]
+    images = [i for c in cells(path, "markdown") for i in re.findall(r"!\[.*", without_code(c.source))]
+    unsaid = [figure.splitlines()[-1] for figure in figures if not re.match(r'#\| fig-alt: "[^"]+"\n', figure)]
+    return unsaid + [image for image in images if not re.search(r'\)\{fig-alt="[^"]+"\}', image)]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_images_have_alt_text(path):
+    assert not without_alt(path)
+
+
 def hrefs(entry):
     "Pages of a sidebar, in order"
     if isinstance(entry, list):
@@ -202,6 +219,11 @@ def readme_script():
 def test_readme_is_made_from_the_home_page():
     made = readme_script()["readme"](read_nb(NBS / "index.ipynb"))
     assert (ROOT / "README.md").read_text() == made, "run: python .ci/readme.py > README.md"
+
+
+def test_readme_has_no_attributes_of_images():
+    cell = {"cell_type": "markdown", "source": '![A face](images/a.png){fig-alt="A smiling face"}\n\n`{a}`'}
+    assert readme_script()["readme"]({"cells": [cell]}) == "![A face](nbs/images/a.png)\n\n`{a}`\n"
 
 
 def test_readme_is_short():
