@@ -141,10 +141,10 @@ def show_pairs(
     pairs = (report.leaks if pairs is None else pairs).head(max_n)
     if not len(pairs):
         raise ValueError("no pairs to show")
-    fig, axs = plt.subplots(2, len(pairs), figsize=(1.5 * len(pairs), 3.6), squeeze=False, layout="constrained")
+    fig, axs = plt.subplots(2, len(pairs), figsize=(1.8 * len(pairs), 4.4), squeeze=False, layout="constrained")
     for row, (a, b) in zip(pairs.itertuples(), axs.T):
         for ax, i, split, label in ((a, row.a, row.split_a, row.label_a), (b, row.b, row.split_b, row.label_b)):
             ax.imshow(read_face(report.faces[i].image, 1)[..., 0], cmap="gray", vmin=0, vmax=255)
-            ax.set_title(f"{split}\n{label}", fontsize=8, parse_math=False)
+            ax.set_title(f"{split}\n{label}", fontsize=11, parse_math=False)
             ax.axis("off")
     return fig

@@ -66,8 +66,11 @@ def plot_history(
         panels.append(("terms of the training loss", {c: c for c in parts}))
     if "alpha" in history:
         panels.append(("alpha of MVA", {"alpha": "alpha"}))
-    fig, axs = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3), layout="constrained")
-    for (ylabel, columns), ax in zip(panels, axs):
+    rows = -(-len(panels) // 2)
+    fig, axs = plt.subplots(rows, 2, figsize=(7.2, 3 * rows), layout="constrained", squeeze=False)
+    for ax in axs.flat[len(panels) :]:
+        ax.remove()
+    for (ylabel, columns), ax in zip(panels, axs.flat):
         for (c, name), color in zip(columns.items(), _COLORS):
             if c in history:
                 ax.plot(
@@ -89,7 +92,7 @@ def plot_confusions(
     fig, axs = plt.subplots(
         1,
         len(runs),
-        figsize=(len(runs) * (0.9 + 0.65 * len(vocab)), 1.3 + 0.65 * len(vocab)),
+        figsize=(len(runs) * (0.9 + 0.5 * len(vocab)), 1.3 + 0.5 * len(vocab)),
         layout="constrained",
         squeeze=False,
     )
