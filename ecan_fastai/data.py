@@ -374,8 +374,7 @@ def TwoViewBlock(
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
     eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
-    stats: tuple
-    | None = None,  # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
+    stats: tuple | None = None,  # Mean and deviation of each channel; default ImageNet's for RGB, (0.5, 0.25) for grey
     item_tfms=None,  # fastai transforms of the decoded image, before augmentation
 ) -> TransformBlock:
     "Block of two augmented views in training and one view otherwise"

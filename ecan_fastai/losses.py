@@ -242,8 +242,7 @@ def esc_loss(
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor
-    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
@@ -268,8 +267,7 @@ def ensc_loss(
     normalize: bool = True,  # L2-normalise all rows first
     bank_positives: Tensor | None = None,  # Classes (C,) whose bank entries are positives too; the paper has none
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor
-    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
