@@ -11,6 +11,7 @@ __all__ = ['MemoryBank', 'load_encoder', 'resnet18_half', 'resnet18_cifar', 'cho
 # %% ../nbs/05_model.ipynb #29827abf
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -207,6 +208,13 @@ def load_encoder(
     return report
 
 # %% ../nbs/05_model.ipynb #6d070501
+def _register(arch):
+    "Make an architecture known to timm, in place of the one that an earlier import registered under its name"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting")
+        return register_model(arch)
+
+
 def _resnet18_with_stem(name, stride, pretrained, kwargs):
     if pretrained:
         raise ValueError(f"timm has no weights for {name}: use resnet18, or give a file of weights")
@@ -217,13 +225,13 @@ def _resnet18_with_stem(name, stride, pretrained, kwargs):
     return model
 
 # %% ../nbs/05_model.ipynb #4e794ecb
-@register_model
+@_register
 def resnet18_half(pretrained=False, **kwargs):
     "ResNet-18 with a stem for small images: one 3x3 convolution of stride 2, no pooling"
     return _resnet18_with_stem("resnet18_half", 2, pretrained, kwargs)
 
 # %% ../nbs/05_model.ipynb #4425f33e
-@register_model
+@_register
 def resnet18_cifar(pretrained=False, **kwargs):
     "ResNet-18 with CIFAR's stem: one 3x3 convolution without stride, no pooling"
     return _resnet18_with_stem("resnet18_cifar", 1, pretrained, kwargs)
@@ -398,15 +406,6 @@ class _WithKeyEncoder(FaceClassifier):
         "Key features (n, d) of a view (n, channels, height, width), without gradient"
         return self.key_encoder(x)
 
-    @torch.no_grad()
-    def update_keys(
-        self,
-        momentum: float,  # m, in [0, 1)
-    ):
-        "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-        keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
-
     def inference(
         self,
         key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
@@ -470,3 +469,14 @@ class ECANModel(_WithKeyEncoder):
         if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
             return super().forward(x)
         return _training_output(self, x)
+
+# %% ../nbs/05_model.ipynb #7c1d0be4
+@patch
+def update_keys(
+    self: ECANModel,
+    momentum: float,  # m, in [0, 1)
+):
+    "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
+    keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
+    with torch.no_grad():
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
