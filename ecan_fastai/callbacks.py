@@ -51,6 +51,9 @@ class MemoryBankUpdate(Callback):
 
     order, run_valid = MixedPrecision.order + 2, False
 
+    def __init__(self):
+        self.pending = None  # keys and labels of a batch, until it ends
+
     def before_fit(self):
         self.pending = None
         mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
@@ -112,6 +115,9 @@ class CropsAsImages(Callback):
 
     order, run_valid = TrainEvalCallback.order + 1, False
 
+    def __init__(self):
+        super().__init__()
+
     def before_batch(self):
         x, y = self.x, self.y
         pair = isinstance(x, (tuple, list))
@@ -159,6 +165,9 @@ class LossPartsRecorder(Callback):
     "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha, over all processes"
 
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
+
+    def __init__(self):
+        self.batches = []  # parts of the loss of each training batch of the epoch
 
     def before_fit(self):
         self.batches = []
