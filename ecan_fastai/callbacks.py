@@ -102,9 +102,11 @@ def push(
     get_model(self.model).bank.push(maybe_gather(z), maybe_gather(y))
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
-def unfold_crops(x, y):
-    """Stack of crops (n, crops, ...) and labels (n,) to images (n*crops, ...) and as many labels; images pass
-    through"""
+def unfold_crops(
+    x,  # Images (n, channels, height, width), or stacks of crops (n, crops, channels, height, width)
+    y,  # Labels (n,), or shares (n, C)
+) -> tuple:  # Images, those of one stack together, and a label for each
+    "Unfold stacks of crops into images; images pass through"
     if x.ndim < 5:
         return x, y
     return x.flatten(0, 1), y.repeat_interleave(x.shape[1], 0)
@@ -127,8 +129,7 @@ class CropsAsImages(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #9dd95d76
 class ProgressiveResize(Callback):
-    """Train on smaller images in the first epochs: cheaper, and the rest of the fit starts from what
-    they taught"""
+    "Train on smaller images in the first epochs, which costs less, and on the full size in the rest"
 
     order, run_valid = CropsAsImages.order + 1, False
 

@@ -140,8 +140,10 @@ def read_face(
     x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 array (h, w[, 1|3]) or tensor (1|3, h, w)
     channels: int = 3,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (height, width, channels)
-    """Decode an image with OpenCV; raises `ValueError` or `OSError` naming the file for one that cannot be read, and
-    `ValueError` for arrays of another kind"""
+    """Decode an image with OpenCV
+
+    Raises `ValueError` or `OSError` naming the file for one that cannot be read, and `ValueError` for arrays of
+    another kind."""
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
     if isinstance(x, PhotoCrop):

@@ -88,8 +88,9 @@ def _cut_out(image, boxes, probs, points, threshold, margin):
 
 # %% ../nbs/12_detector.ipynb #40100154
 class FaceFinder:
-    """MTCNN (Zhang et al., 2016): find the faces of an image, the largest first; raises `ImportError` without the extra
-    `faces`"""
+    """Find the faces of an image with MTCNN (Zhang et al., 2016), the largest first
+
+    Raises `ImportError` without the extra `faces`."""
 
     def __init__(
         self,

@@ -193,8 +193,9 @@ def plot_sweep(
     label: str | None = None,  # What the setting is called
     ax=None,  # Axes to draw on; default a new figure
 ):
-    """Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where
-    there are several runs of a value"""
+    """Plot measures over the values of a setting, in percent
+
+    Values stand at equal distances. Error bars are standard deviations, where a value has several runs."""
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
@@ -307,8 +308,9 @@ def grad_cam(
     x,  # Image, folder of images, or list of images, as `Predictor.predict` takes them
     labels=None,  # Class to explain, for all images or one for each; default the predicted ones
 ) -> np.ndarray:  # (n, side, side), 0 to 1 in each image; all 0 where nothing speaks for the class
-    """Compute Grad-CAM heat maps, averaged over the views that the predictor evaluates; raises `ImportError` without
-    the extra `explain`, `ValueError` for an unknown class"""
+    """Compute Grad-CAM heat maps, averaged over the views that the predictor evaluates
+
+    Raises `ImportError` without the extra `explain`, and `ValueError` for an unknown class."""
     items, model = image_list(x), predictor.model
     targets = _class_indices(predictor, items, labels)
     example = model.views(torch.zeros(1, predictor.channels, model.side, model.side, device=predictor.device))[0]

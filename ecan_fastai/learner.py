@@ -144,8 +144,9 @@ class ECANLearner(Learner):
         plain.export(fname, **kwargs)
 
     def summary(self):
-        """Summarise as fastai does: layers that evaluation runs, and in the totals those of the key encoder and the
-        class centres too"""
+        """Summarise as fastai does the layers that evaluation runs
+
+        The totals count the parameters of the key encoder and the class centres too."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
         totals = {"params": total, "trainable params": trained, "non-trainable params": total - trained}

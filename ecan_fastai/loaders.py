@@ -362,16 +362,18 @@ def class_counts(self: ExpressionDataLoaders):
 # %% ../nbs/03j_loaders.ipynb #5e33d917
 @patch
 def class_weights(self: ExpressionDataLoaders):
-    """n/(C n_c) for each class (C,), scikit-learn's "balanced": their mean over the training faces is 1; 0 for
-    a class without any"""
+    """Weight n/(C n_c) of each class (C,), scikit-learn's "balanced"
+
+    Their mean over the training faces is 1. A class without a training face has the weight 0."""
     counts = self.class_counts()
     return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
 
 # %% ../nbs/03j_loaders.ipynb #08a89c9a
 @patch
 def minority_classes(self: ExpressionDataLoaders):
-    """True for each class (C,) with less than three quarters of the training faces that a class has on average:
-    on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"""
+    """True for each class (C,) with less than 3/4 of the training faces that a class has on average
+
+    On RAF-DB and FER2013 these are the classes that the paper's Figure 6 calls minority classes."""
     return self.class_counts() < 0.75 * self.class_counts().mean()
 
 # %% ../nbs/03j_loaders.ipynb #a8f2d142

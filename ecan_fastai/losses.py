@@ -507,8 +507,7 @@ def _part_names(l1, l2, contrast, compact):
 
 # %% ../nbs/04_losses.ipynb #0ac42a6c
 class ECANLoss(_CrossEntropy):
-    """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
-    logits"""
+    "(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the training output; cross-entropy on logits"
 
     bank_positives: Tensor | None
 
@@ -540,8 +539,7 @@ class ECANLoss(_CrossEntropy):
 
     @property
     def part_names(self):
-        """Names of `parts`: the terms whose weight is not 0, MVA's alpha, and the mean cosines within and between
-        classes that the contrastive loss sees"""
+        "Names of `parts`: terms with a weight above 0, MVA's alpha, mean cosines within and between classes"
         return _part_names(self.l1, self.l2, self.contrast, self.compact)
 
 # %% ../nbs/04_losses.ipynb #bd934e62

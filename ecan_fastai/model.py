@@ -192,8 +192,9 @@ def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
 ) -> str:  # How many tensors matched, and what was left out
-    """Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises
-    `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"""
+    """Load an encoder's weights from a model with another head, from under wrappers and prefixes
+
+    Raises `ValueError` if fewer than half of its tensors match, or if the file holds a deeper network."""
     tensors, state = encoder.state_dict(), _read_weights(path)
     prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
@@ -461,9 +462,10 @@ class ECANModel(_WithKeyEncoder):
         x,  # A view (n, channels, height, width), or a pair of views (query's, key's)
         x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`
     ):  # Logits (n, n_classes); in training with a pair, a dict
-        """Logits of a view, or of a pair's first view. In training with a pair, a dict of all that `ECANLoss` needs:
-        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d). Under
-        `torch.jit.trace` logits alone"""
+        """Logits of a view, or of a pair's first view; in training with a pair, all that `ECANLoss` needs
+
+        That is a dict of logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers
+        (n_classes, d). Under `torch.jit.trace` it is logits alone."""
         if x_k is not None:
             x = x, x_k
         if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
