@@ -13,6 +13,7 @@ import os
 import random
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +198,7 @@ class FaceTransform(Transform):
         valid,  # Evaluation pipelines, from `eval_pipelines`; several give a stack of crops
         channels: int = 3,  # 1: grey, 3: RGB
         n_views: int = 2,  # Views an item in training: 2 for ECAN, 1 for plain classification
-        item_tfms=None,  # fastai transforms of the decoded image, a `PILImage`, before the pipelines
+        item_tfms: "Callable | list | None" = None,  # fastai transforms of a `PILImage`, before the pipelines
     ):
         super().__init__()
         self.seeded_in = None  # process and pass in which the augmentation was seeded
@@ -377,7 +378,7 @@ def TwoViewBlock(
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
     eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
     stats: tuple | None = None,  # Mean and deviation of each channel; default ImageNet's for RGB, (0.5, 0.25) for grey
-    item_tfms=None,  # fastai transforms of the decoded image, before augmentation
+    item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before augmentation
 ) -> TransformBlock:
     "Block of two augmented views in training and one view otherwise"
     tfm = FaceTransform(

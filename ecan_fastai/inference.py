@@ -258,9 +258,9 @@ class Predictor:
 
     def __init__(
         self,
-        run=None,  # Folder of a finished run; default the model that ships with the package
+        run: str | Path | None = None,  # Folder of a finished run; default the model that ships with the package
         crops: str | None = None,  # "center", "flip", "five" or "ten" views; default as the run was evaluated
-        device=None,  # Default: a GPU if there is one
+        device: str | torch.device | None = None,  # Default: a GPU if there is one
     ):
         self.run: Path | None = shipped_run() if run is None else Path(run)
         cfg, about, model = _read_run(self.run)

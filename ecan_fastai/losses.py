@@ -282,7 +282,7 @@ def mean_cosines(
     z: Tensor,  # Features (n, d)
     y: Tensor,  # Labels (n,)
     center: Tensor | None = None,  # Constant (d,), subtracted first
-):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
+) -> tuple:  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
     "Mean cosine similarity of features within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
     same = y[:, None] == y
@@ -520,9 +520,9 @@ class ECANLoss(_CrossEntropy):
         contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
         compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
         reading: "PaperReading | None" = None,  # How the paper is read where it leaves a choice
-        weight=None,  # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
+        weight: "Tensor | list | None" = None,  # Weight of each class in cross-entropy (C,); default 1
         label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
-        bank_positives=None,  # Classes (C,) whose bank entries are positives in `ensc_loss`; default none
+        bank_positives: "Tensor | list | None" = None,  # Classes (C,) whose bank entries are positives; default none
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):

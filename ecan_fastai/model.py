@@ -372,7 +372,7 @@ class FaceClassifier(nn.Module):
 @patch(cls_method=True)
 def create(
     cls: FaceClassifier,
-    arch=None,  # Name of a timm model, function that makes a model, or encoder module; default resnet18
+    arch: "str | Callable | nn.Module | None" = None,  # timm name, function, or encoder module; default resnet18
     n_classes: int = 7,  # Number of expressions
     in_chans: int = 3,  # 1 or 3
     pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
@@ -439,7 +439,7 @@ class ECANModel(_WithKeyEncoder):
 
     def __init__(
         self,
-        arch="resnet18",  # Name of a timm model, function that makes a model, or encoder module; used for both encoders
+        arch: "str | Callable | nn.Module" = "resnet18",  # timm name, function, or encoder module; for both encoders
         n_classes: int = 7,  # Number of expressions
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
