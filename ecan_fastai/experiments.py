@@ -540,8 +540,7 @@ def reproduce(
 ) -> pd.DataFrame:  # The table
     """Make the missing runs of an experiment, then its table and its figure
 
-    Runs that another process is at are left to it. The table (Markdown and CSV) is made from all finished runs, the
-    figure (PNG) when those that it shows are finished."""
+    Table (Markdown, CSV) and figure (PNG) show all finished runs. A run that another process is at is left to it."""
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)
