@@ -163,9 +163,10 @@ def train_pipeline(
     size: int = 224,  # Side in pixels to which images are resized
     channels: int = 3,  # Channels of the images, 1 (grey) or 3 (RGB)
     all_crops: bool = False,  # Return all five crops of FiveCrop instead of a random one
-):  # `pipeline(image=...)["image"]` for uint8 arrays (height, width, channels)
-    """Return the training augmentation of Table 1; raises `ValueError` for an unknown level or recipe, or for
-    `all_crops` without FiveCrop"""
+) -> "A.Compose | AllCrops":  # Called as `pipeline(image=...)["image"]` for uint8 arrays (height, width, channels)
+    """Return the training augmentation of Table 1
+
+    Raises `ValueError` for an unknown level or recipe, and for `all_crops` without FiveCrop."""
     _check(level, recipe, size)
     if all_crops and not uses_five_crops(level, recipe):
         raise ValueError(

@@ -51,6 +51,9 @@ class MemoryBankUpdate(Callback):
 
     order, run_valid = MixedPrecision.order + 2, False
 
+    def __init__(self):
+        self.pending = None  # keys and labels of a batch, until it ends
+
     def before_fit(self):
         self.pending = None
         mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
@@ -99,9 +102,11 @@ def push(
     get_model(self.model).bank.push(maybe_gather(z), maybe_gather(y))
 
 # %% ../nbs/06_callbacks.ipynb #3c8fb783
-def unfold_crops(x, y):
-    """Stack of crops (n, crops, ...) and labels (n,) to images (n*crops, ...) and as many labels; images pass
-    through"""
+def unfold_crops(
+    x,  # Images (n, channels, height, width), or stacks of crops (n, crops, channels, height, width)
+    y,  # Labels (n,), or shares (n, C)
+) -> tuple:  # Images, those of one stack together, and a label for each
+    "Unfold stacks of crops into images; images pass through"
     if x.ndim < 5:
         return x, y
     return x.flatten(0, 1), y.repeat_interleave(x.shape[1], 0)
@@ -112,6 +117,9 @@ class CropsAsImages(Callback):
 
     order, run_valid = TrainEvalCallback.order + 1, False
 
+    def __init__(self):
+        super().__init__()
+
     def before_batch(self):
         x, y = self.x, self.y
         pair = isinstance(x, (tuple, list))
@@ -121,8 +129,7 @@ class CropsAsImages(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #9dd95d76
 class ProgressiveResize(Callback):
-    """Train on smaller images in the first epochs: cheaper, and the rest of the fit starts from what
-    they taught"""
+    "Train on smaller images in the first epochs, which costs less, and on the full size in the rest"
 
     order, run_valid = CropsAsImages.order + 1, False
 
@@ -159,6 +166,9 @@ class LossPartsRecorder(Callback):
     "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha, over all processes"
 
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
+
+    def __init__(self):
+        self.batches = []  # parts of the loss of each training batch of the epoch
 
     def before_fit(self):
         self.batches = []

@@ -134,7 +134,7 @@ def check_data(
 # %% ../nbs/11_check.ipynb #60e08079
 def show_pairs(
     report: "DataReport",  # From `check_data`
-    pairs: pd.DataFrame = None,  # Rows of `report.pairs`; default: pairs across splits
+    pairs: pd.DataFrame | None = None,  # Rows of `report.pairs`; default: pairs across splits
     max_n: int = 8,  # Pairs to draw
 ):
     "Show pairs of images, one above the other, with split and label"

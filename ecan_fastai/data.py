@@ -13,6 +13,7 @@ import os
 import random
 import stat
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,8 +141,10 @@ def read_face(
     x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 array (h, w[, 1|3]) or tensor (1|3, h, w)
     channels: int = 3,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (height, width, channels)
-    """Decode an image with OpenCV; raises `ValueError` or `OSError` naming the file for one that cannot be read, and
-    `ValueError` for arrays of another kind"""
+    """Decode an image with OpenCV
+
+    Raises `ValueError` or `OSError` naming the file for one that cannot be read, and `ValueError` for arrays of
+    another kind."""
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
     if isinstance(x, PhotoCrop):
@@ -195,7 +198,7 @@ class FaceTransform(Transform):
         valid,  # Evaluation pipelines, from `eval_pipelines`; several give a stack of crops
         channels: int = 3,  # 1: grey, 3: RGB
         n_views: int = 2,  # Views an item in training: 2 for ECAN, 1 for plain classification
-        item_tfms=None,  # fastai transforms of the decoded image, a `PILImage`, before the pipelines
+        item_tfms: "Callable | list | None" = None,  # fastai transforms of a `PILImage`, before the pipelines
     ):
         super().__init__()
         self.seeded_in = None  # process and pass in which the augmentation was seeded
@@ -374,9 +377,8 @@ def TwoViewBlock(
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
     eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
-    stats: tuple
-    | None = None,  # Mean and standard deviation a channel; default ImageNet's for RGB, (0.5, 0.25) for grey
-    item_tfms=None,  # fastai transforms of the decoded image, before augmentation
+    stats: tuple | None = None,  # Mean and deviation of each channel; default ImageNet's for RGB, (0.5, 0.25) for grey
+    item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before augmentation
 ) -> TransformBlock:
     "Block of two augmented views in training and one view otherwise"
     tfm = FaceTransform(

@@ -88,15 +88,16 @@ def _cut_out(image, boxes, probs, points, threshold, margin):
 
 # %% ../nbs/12_detector.ipynb #40100154
 class FaceFinder:
-    """MTCNN (Zhang et al., 2016): find the faces of an image, the largest first; raises `ImportError` without the extra
-    `faces`"""
+    """Find the faces of an image with MTCNN (Zhang et al., 2016), the largest first
+
+    Raises `ImportError` without the extra `faces`."""
 
     def __init__(
         self,
         threshold: float = 0.9,  # Least probability of a face, 0 to 1
         min_size: int = 40,  # Smallest face in pixels, about; smaller ones take more time to find
         margin: float = 0.0,  # What the square has beyond the longer side of the box, as a share of it
-        device=None,  # Default: a GPU if there is one
+        device: str | torch.device | None = None,  # Default: a GPU if there is one
     ):
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold: expected a probability, 0 or more and less than 1, got {threshold}")
@@ -215,16 +216,14 @@ def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
 def predict_faces(
     self: Predictor,
     x,  # Photograph, video, folder of them, `webcam`, or list
-    finder=None,  # Default `FaceFinder()`
+    finder: "FaceFinder | None" = None,  # Default `FaceFinder()`
     every: float | None = None,  # Seconds between the frames of a video, 0 for all; default 1, with `annotated` 0
     bs: int = 64,  # Faces at a time
     seconds: float | None = None,  # Look only at so many seconds of each video; a camera needs it
     smoothing: float = 0.5,  # Time constant in seconds for the probabilities of a video's faces; 0 for none
-    annotated=None,  # Video or image file to write `x`, one photograph or video, with boxes and labels
+    annotated: str | Path | None = None,  # File to which `x`, one photograph or video, is written with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer where they are large
-) -> (
-    pd.DataFrame
-):  # image, second, track, left, top, right, bottom, found, label, probability, and the probability of every class
+) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, found, label, probability, p_<class> of each
     "Find the faces in photographs and videos, and label them: one row for each face, none where there is no face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
     every = (1.0 if annotated is None else 0.0) if every is None else every

@@ -531,15 +531,16 @@ def reproduce(
     name: str,  # Of an experiment
     data: str,  # Path of a data set, or `sample`
     seeds: int = 1,  # Number of runs of each row, with seeds from 0
-    out="runs/reproduce",  # Where runs, records and tables go
+    out: str | Path = "runs/reproduce",  # Where runs, records and tables go
     kind: str = "auto",  # Kind of the data
-    records=None,  # Folder of the records; default `records` in `out`
+    records: str | Path | None = None,  # Folder of the records; default `records` in `out`
     say=print,  # Called with what is going on
     only: str | None = None,  # Make this one of the runs alone, by its `run_stem`
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
-    """Make the runs of an experiment that are missing and that no other process is at, then its table (Markdown and
-    CSV) from all that are finished, and its figure (PNG)"""
+    """Make the missing runs of an experiment, then its table and its figure
+
+    Table (Markdown, CSV) and figure (PNG) show all finished runs. A run that another process is at is left to it."""
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)

@@ -42,8 +42,9 @@ from .weights import shipped_run
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class ImageModel(nn.Module):
-    """Images (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes), averaged over views as the
-    logits' mean"""
+    """Images (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes)
+
+    The logits of the views are averaged, divided by the temperature, and then turned into probabilities."""
 
     mean: Tensor
     std: Tensor
@@ -257,9 +258,9 @@ class Predictor:
 
     def __init__(
         self,
-        run=None,  # Folder of a finished run; default the model that ships with the package
+        run: str | Path | None = None,  # Folder of a finished run; default the model that ships with the package
         crops: str | None = None,  # "center", "flip", "five" or "ten" views; default as the run was evaluated
-        device=None,  # Default: a GPU if there is one
+        device: str | torch.device | None = None,  # Default: a GPU if there is one
     ):
         self.run: Path | None = shipped_run() if run is None else Path(run)
         cfg, about, model = _read_run(self.run)
@@ -412,7 +413,10 @@ def find_images(
     return files
 
 # %% ../nbs/10_inference.ipynb #1875bb56
-def image_list(x):
+def image_list(
+    x,  # Image file, folder of images, list or Series of images, array or tensor of 4 dimensions, or one image
+) -> list:  # Images in a form that `read_face` takes
+    "Return the images that a user gives as a list; raises `ValueError` if there is none"
     if isinstance(x, (str, Path)):
         return find_images(x)
     if is_listy(x) or isinstance(x, pd.Series) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4:

@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Learner
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
@@ -33,8 +35,8 @@ def plot_confusion(
     predicted,  # Predicted class indices (n,)
     vocab,  # Class names
     title: str = "",  # Title
-    ax=None,  # Axes to draw on; default a new figure
-):  # The axes
+    ax: "Axes | None" = None,  # Axes to draw on; default a new figure
+) -> "Axes":  # The axes
     "Draw the confusion matrix, in percent of each true class"
     counts = confusion_matrix(targets, predicted, labels=range(len(vocab)))
     n = counts.sum(1, keepdims=True)
@@ -87,7 +89,7 @@ def plot_history(
 def plot_confusions(
     runs: dict,  # Title to (targets, predicted), class indices (n,) each
     vocab,  # Class names
-):  # The figure
+) -> "Figure":  # The figure
     "Draw confusion matrices side by side, on one scale"
     fig, axs = plt.subplots(
         1,
@@ -154,7 +156,7 @@ def plot_tsne(
     targets,  # Class indices (n,)
     vocab,  # Class names
     seed: int = 0,  # Seed of t-SNE
-):  # The figure
+) -> "Figure":  # The figure
     "Draw features in two dimensions by t-SNE, one panel for each model"
     targets = np.asarray(targets)
     for title, z in features.items():
@@ -175,7 +177,7 @@ def plot_tsne(
 # %% ../nbs/08_interpret.ipynb #474e28ec
 def plot_class_counts(
     counts: dict,  # Title to the number of images of each class, by name
-):  # The figure
+) -> "Figure":  # The figure
     "Draw class distributions, the largest class first"
     fig, axs = plt.subplots(1, len(counts), figsize=(4.2 * len(counts), 2.8), layout="constrained", squeeze=False)
     for ax, (title, numbers) in zip(axs[0], counts.items()):
@@ -194,10 +196,11 @@ def plot_sweep(
     setting: str,  # Name of the setting's column
     measures,  # Names of the measures' columns, or a dict of these to what they are called
     label: str | None = None,  # What the setting is called
-    ax=None,  # Axes to draw on; default a new figure
+    ax: "Axes | None" = None,  # Axes to draw on; default a new figure
 ):
-    """Measures over the values of a setting, in percent, values side by side; bars are standard deviations, where
-    there are several runs of a value"""
+    """Plot measures over the values of a setting, in percent
+
+    Values stand at equal distances. Error bars are standard deviations, where a value has several runs."""
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
@@ -308,10 +311,11 @@ def _class_indices(predictor, items, labels):
 def grad_cam(
     predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images, as `Predictor.predict` takes them
-    labels=None,  # Class to explain, for all images or one for each; default the predicted ones
+    labels: str | list | None = None,  # Class to explain, for all images or one for each; default the predicted ones
 ) -> np.ndarray:  # (n, side, side), 0 to 1 in each image; all 0 where nothing speaks for the class
-    """Compute Grad-CAM heat maps, averaged over the views that the predictor evaluates; raises `ImportError` without
-    the extra `explain`, `ValueError` for an unknown class"""
+    """Compute Grad-CAM heat maps, averaged over the views that the predictor evaluates
+
+    Raises `ImportError` without the extra `explain`, and `ValueError` for an unknown class."""
     items, model = image_list(x), predictor.model
     targets = _class_indices(predictor, items, labels)
     example = model.views(torch.zeros(1, predictor.channels, model.side, model.side, device=predictor.device))[0]
@@ -342,8 +346,8 @@ def heat_overlay(
 def plot_grad_cam(
     predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images
-    labels=None,  # Class to explain, for all images or one for each; default the predicted ones
-):  # The figure
+    labels: str | list | None = None,  # Class to explain, for all images or one for each; default the predicted ones
+) -> "Figure":  # The figure
     "Draw images and, below each, its Grad-CAM heat map over it; the title is the class and its probability"
     items = image_list(x)
     targets, heat = _class_indices(predictor, items, labels), grad_cam(predictor, items, labels)

@@ -114,7 +114,7 @@ def speed_up_small_maps(
 
 # %% ../nbs/04a_layers.ipynb #1bd9c3bc
 def fast_precision(
-    device="cpu",  # Device of the model
+    device: str | torch.device = "cpu",  # Device of the model
 ) -> str:  # "bf16" or "fp32"
     "The precision in which a device trains fastest: bfloat16 where it is native, else float32"
     if torch.device(device).type == "cuda":
@@ -126,7 +126,7 @@ def fast_precision(
 
 # %% ../nbs/04a_layers.ipynb #e78c1d82
 def channels_last_is_faster(
-    device="cpu",  # Device of the model
+    device: str | torch.device = "cpu",  # Device of the model
     precision: str = "fp32",  # "fp32", "fp16" or "bf16"
 ) -> bool:
     "Whether a convolutional network trains faster with channels last in memory"

@@ -11,12 +11,14 @@ __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', '
 # %% ../nbs/07_learner.ipynb #77f2e63a
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback import hook, progress  # noqa: F401  `summary`, and the progress bars of every Learner
+from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import TfmdDL
 from fastai.learner import Learner
@@ -45,7 +47,7 @@ def cosine_with_warmup(
     lr,  # Highest rate, a number or an array with one a parameter group
     n_epoch: int,  # Epochs of the whole fit
     warmup: int = 1,  # Epochs of linear warm-up from 0
-):  # Function of the share of training done, 0 to 1, to the rate
+) -> "Callable":  # Function of the share of training done, 0 to 1, to the rate
     "Rate by epoch: lr (1 + cos(pi epoch/n_epoch))/2, after a linear warm-up by batch"
 
     def rate(pct):
@@ -61,11 +63,11 @@ def cosine_with_warmup(
 def fit_cosine(
     self: Learner,
     n_epoch: int,  # Epochs
-    lr_max=None,  # Highest rate; default the learner's
+    lr_max: "float | slice | None" = None,  # Highest rate; default the learner's
     warmup: int = 1,  # Epochs of linear warm-up
-    wd=None,  # Weight decay; default the learner's
-    cbs=None,  # Further callbacks for this fit
-    reset_opt=False,  # A new optimizer
+    wd: float | None = None,  # Weight decay; default the learner's
+    cbs: "Callback | list | None" = None,  # Further callbacks for this fit
+    reset_opt: bool = False,  # A new optimizer
     start_epoch: int = 0,  # Skip this many epochs, as fastai's `fit` does
 ):
     "Fit with `cosine_with_warmup`, the schedule of the paper's reference"
@@ -144,8 +146,9 @@ class ECANLearner(Learner):
         plain.export(fname, **kwargs)
 
     def summary(self):
-        """Summarise as fastai does: layers that evaluation runs, and in the totals those of the key encoder and the
-        class centres too"""
+        """Summarise as fastai does the layers that evaluation runs
+
+        The totals count the parameters of the key encoder and the class centres too."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
         totals = {"params": total, "trainable params": trained, "non-trainable params": total - trained}
@@ -158,7 +161,7 @@ class ECANLearner(Learner):
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def ecan_learner(
     dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch=None,  # timm name, function that makes a model, or module; default resnet18
+    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default resnet18
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     l1: float | None = None,  # Share of ENSC in the loss; default 0.2
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
@@ -168,11 +171,11 @@ def ecan_learner(
     bank_groups: int = 16,  # K: batches that the memory bank holds
     reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
     loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading
-    metrics=None,  # Default: accuracy, average accuracy, macro-F1
-    cbs=None,  # Further callbacks
-    opt_func=None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
-    lr=None,  # Default 0.1 at 256 images a step and in proportion; fastai's 0.001 if opt_func is given
-    wd=None,  # Weight decay; default 5e-4, or that of opt_func
+    metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
+    cbs: "Callback | list | None" = None,  # Further callbacks
+    opt_func: "Callable | None" = None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
+    lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
+    wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
     wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
     moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
@@ -210,14 +213,14 @@ def _ecan_loss(loss_func, settings):
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def baseline_learner(
     dls,  # DataLoaders; of two views the first is used
-    arch=None,  # timm name, function that makes a model, or module; default resnet18
+    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default resnet18
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
-    loss_func=None,  # Default: cross-entropy
-    metrics=None,  # Default: accuracy, average accuracy, macro-F1
-    cbs=None,  # Further callbacks
-    opt_func=None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
-    lr=None,  # Default 0.1 at 256 images a step and in proportion; fastai's 0.001 if opt_func is given
-    wd=None,  # Weight decay; default 5e-4, or that of opt_func
+    loss_func: "Callable | None" = None,  # Default: cross-entropy
+    metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
+    cbs: "Callback | list | None" = None,  # Further callbacks
+    opt_func: "Callable | None" = None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
+    lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
+    wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
     wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
     moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,

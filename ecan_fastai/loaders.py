@@ -12,6 +12,7 @@ import inspect
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
@@ -265,7 +266,7 @@ def _equal_weights(dls):
 def _loaders(
     cls,
     faces: list,  # `Face` records
-    path=".",  # Where a Learner saves its models
+    path: str | Path = ".",  # Where a Learner saves its models
     bs: int | None = None,  # Batch size; default 256, less for small data
     size: int = 224,  # Side in pixels to which images are brought
     channels: int = 3,  # 1: grey, 3: RGB
@@ -283,8 +284,8 @@ def _loaders(
     image_size: int | None = None,  # Side that every image on disk must have
     soft_labels: bool = False,  # Train on the shares of people's votes (FER+); evaluation keeps the label
     balanced: bool = False,  # Sample every class equally often in training, with replacement
-    item_tfms=None,  # fastai transforms of the decoded image, before resizing and augmentation
-    batch_tfms=None,  # fastai transforms of a batch, after augmentation; each view draws by itself
+    item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before all others
+    batch_tfms: "Callable | list | None" = None,  # fastai transforms of a batch; each view draws by itself
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs)
@@ -362,16 +363,18 @@ def class_counts(self: ExpressionDataLoaders):
 # %% ../nbs/03j_loaders.ipynb #5e33d917
 @patch
 def class_weights(self: ExpressionDataLoaders):
-    """n/(C n_c) for each class (C,), scikit-learn's "balanced": their mean over the training faces is 1; 0 for
-    a class without any"""
+    """Weight n/(C n_c) of each class (C,), scikit-learn's "balanced"
+
+    Their mean over the training faces is 1. A class without a training face has the weight 0."""
     counts = self.class_counts()
     return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
 
 # %% ../nbs/03j_loaders.ipynb #08a89c9a
 @patch
 def minority_classes(self: ExpressionDataLoaders):
-    """True for each class (C,) with less than three quarters of the training faces that a class has on average:
-    on RAF-DB and FER2013 those that the paper's Figure 6 calls minority classes"""
+    """True for each class (C,) with less than 3/4 of the training faces that a class has on average
+
+    On RAF-DB and FER2013 these are the classes that the paper's Figure 6 calls minority classes."""
     return self.class_counts() < 0.75 * self.class_counts().mean()
 
 # %% ../nbs/03j_loaders.ipynb #a8f2d142
@@ -380,7 +383,7 @@ def minority_classes(self: ExpressionDataLoaders):
 def from_df(
     cls: ExpressionDataLoaders,
     df: pd.DataFrame,  # One row a face
-    path=".",  # Folder to which image paths are relative
+    path: str | Path = ".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
     split_col: str = "split",  # Column of split names, used if it is there
@@ -395,7 +398,7 @@ def from_df(
 def from_csv(
     cls: ExpressionDataLoaders,
     csv,  # Comma-separated file with a header
-    path=None,  # Folder to which image paths are relative; default the file's own
+    path: str | Path | None = None,  # Folder to which image paths are relative; default the file's own
     image_col: str = "image",  # Column of image paths
     label_col: str = "label",  # Column of class names
     split_col: str = "split",  # Column of split names, used if it is there
@@ -450,7 +453,7 @@ def from_rafdb(
 def from_ferplus(
     cls: ExpressionDataLoaders,
     path,  # Folder of FER+, or of FER2013's folder form
-    votes=None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
+    votes: str | Path | None = None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
     **kwargs,
 ):
     "FER+: splits train, valid, PublicTest, PrivateTest; eight classes"

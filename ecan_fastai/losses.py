@@ -242,8 +242,7 @@ def esc_loss(
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor
-    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
@@ -268,8 +267,7 @@ def ensc_loss(
     normalize: bool = True,  # L2-normalise all rows first
     bank_positives: Tensor | None = None,  # Classes (C,) whose bank entries are positives too; the paper has none
     anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
-    center: Tensor
-    | None = None,  # Constant (d,) to subtract from all rows before they are normalised; the paper has none
+    center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
     _check_rows(z, y)
@@ -284,7 +282,7 @@ def mean_cosines(
     z: Tensor,  # Features (n, d)
     y: Tensor,  # Labels (n,)
     center: Tensor | None = None,  # Constant (d,), subtracted first
-):  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
+) -> tuple:  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
     "Mean cosine similarity of features within and between classes"
     z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
     same = y[:, None] == y
@@ -509,8 +507,7 @@ def _part_names(l1, l2, contrast, compact):
 
 # %% ../nbs/04_losses.ipynb #0ac42a6c
 class ECANLoss(_CrossEntropy):
-    """(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the model's training output, cross-entropy on
-    logits"""
+    "(1-l1) cross-entropy + l1 contrast + l2 compactness (Eq. 11) on the training output; cross-entropy on logits"
 
     bank_positives: Tensor | None
 
@@ -523,9 +520,9 @@ class ECANLoss(_CrossEntropy):
         contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
         compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
         reading: "PaperReading | None" = None,  # How the paper is read where it leaves a choice
-        weight=None,  # Weight of each class in cross-entropy (C,), as torch's own takes it; default 1
+        weight: "Tensor | list | None" = None,  # Weight of each class in cross-entropy (C,); default 1
         label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
-        bank_positives=None,  # Classes (C,) whose bank entries are positives in `ensc_loss`; default none
+        bank_positives: "Tensor | list | None" = None,  # Classes (C,) whose bank entries are positives; default none
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):
@@ -542,8 +539,7 @@ class ECANLoss(_CrossEntropy):
 
     @property
     def part_names(self):
-        """Names of `parts`: the terms whose weight is not 0, MVA's alpha, and the mean cosines within and between
-        classes that the contrastive loss sees"""
+        "Names of `parts`: terms with a weight above 0, MVA's alpha, mean cosines within and between classes"
         return _part_names(self.l1, self.l2, self.contrast, self.compact)
 
 # %% ../nbs/04_losses.ipynb #bd934e62

@@ -32,8 +32,10 @@ def split_metrics(
     predicted,  # Predicted class indices (n,)
     vocab,  # Names of the classes
 ) -> dict:  # accuracy, average_accuracy, macro_f1 (shares, 0 to 1), n
-    """Compute accuracy, average accuracy (mean recall of the classes that occur: the diagonal of the confusion matrix)
-    and macro-F1 over the same classes"""
+    """Compute accuracy, average accuracy and macro-F1
+
+    Average accuracy is the mean recall, the diagonal of the confusion matrix; it and macro-F1 are over the classes
+    that occur."""
     table = per_class_table(targets, predicted, vocab)
     table = table[table.n > 0]
     return dict(
@@ -90,8 +92,9 @@ def fit_temperature(
     logits,  # (n, n_classes), of faces not used in training
     targets,  # Class indices (n,)
 ) -> float:  # Above 1 for an overconfident model
-    """Return the temperature from 1/20 to 20 with the smallest cross-entropy; 1 if all labels are right, because a
-    lower one would then always be better"""
+    """Return the temperature from 1/20 to 20 with the smallest cross-entropy
+
+    It is 1 if all predictions are right, because a lower temperature would then always be better."""
     logits, targets, rows = np.asarray(logits, dtype=float), np.asarray(targets), np.arange(len(targets))
     if (logits.argmax(1) == targets).all():
         return 1.0

@@ -11,6 +11,7 @@ __all__ = ['MemoryBank', 'load_encoder', 'resnet18_half', 'resnet18_cifar', 'cho
 # %% ../nbs/05_model.ipynb #29827abf
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,8 +192,9 @@ def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
 ) -> str:  # How many tensors matched, and what was left out
-    """Load an encoder's weights from a model with another head, from under wrappers and prefixes; raises
-    `ValueError` where fewer than half of its tensors match, or where the file holds a deeper network"""
+    """Load an encoder's weights from a model with another head, from under wrappers and prefixes
+
+    Raises `ValueError` if fewer than half of its tensors match, or if the file holds a deeper network."""
     tensors, state = encoder.state_dict(), _read_weights(path)
     prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
@@ -207,6 +209,13 @@ def load_encoder(
     return report
 
 # %% ../nbs/05_model.ipynb #6d070501
+def _register(arch):
+    "Make an architecture known to timm, in place of the one that an earlier import registered under its name"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Overwriting")
+        return register_model(arch)
+
+
 def _resnet18_with_stem(name, stride, pretrained, kwargs):
     if pretrained:
         raise ValueError(f"timm has no weights for {name}: use resnet18, or give a file of weights")
@@ -217,13 +226,13 @@ def _resnet18_with_stem(name, stride, pretrained, kwargs):
     return model
 
 # %% ../nbs/05_model.ipynb #4e794ecb
-@register_model
+@_register
 def resnet18_half(pretrained=False, **kwargs):
     "ResNet-18 with a stem for small images: one 3x3 convolution of stride 2, no pooling"
     return _resnet18_with_stem("resnet18_half", 2, pretrained, kwargs)
 
 # %% ../nbs/05_model.ipynb #4425f33e
-@register_model
+@_register
 def resnet18_cifar(pretrained=False, **kwargs):
     "ResNet-18 with CIFAR's stem: one 3x3 convolution without stride, no pooling"
     return _resnet18_with_stem("resnet18_cifar", 1, pretrained, kwargs)
@@ -363,7 +372,7 @@ class FaceClassifier(nn.Module):
 @patch(cls_method=True)
 def create(
     cls: FaceClassifier,
-    arch=None,  # Name of a timm model, function that makes a model, or encoder module; default resnet18
+    arch: "str | Callable | nn.Module | None" = None,  # timm name, function, or encoder module; default resnet18
     n_classes: int = 7,  # Number of expressions
     in_chans: int = 3,  # 1 or 3
     pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
@@ -398,15 +407,6 @@ class _WithKeyEncoder(FaceClassifier):
         "Key features (n, d) of a view (n, channels, height, width), without gradient"
         return self.key_encoder(x)
 
-    @torch.no_grad()
-    def update_keys(
-        self,
-        momentum: float,  # m, in [0, 1)
-    ):
-        "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
-        keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
-
     def inference(
         self,
         key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
@@ -439,7 +439,7 @@ class ECANModel(_WithKeyEncoder):
 
     def __init__(
         self,
-        arch="resnet18",  # Name of a timm model, function that makes a model, or encoder module; used for both encoders
+        arch: "str | Callable | nn.Module" = "resnet18",  # timm name, function, or encoder module; for both encoders
         n_classes: int = 7,  # Number of expressions
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
@@ -462,11 +462,23 @@ class ECANModel(_WithKeyEncoder):
         x,  # A view (n, channels, height, width), or a pair of views (query's, key's)
         x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`
     ):  # Logits (n, n_classes); in training with a pair, a dict
-        """Logits of a view, or of a pair's first view. In training with a pair, a dict of all that `ECANLoss` needs:
-        logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers (n_classes, d). Under
-        `torch.jit.trace` logits alone"""
+        """Logits of a view, or of a pair's first view; in training with a pair, all that `ECANLoss` needs
+
+        That is a dict of logits, z_q and z_k (n, d), bank_z (B, d), bank_y and bank_order (B,), centers
+        (n_classes, d). Under `torch.jit.trace` it is logits alone."""
         if x_k is not None:
             x = x, x_k
         if not (self.training and isinstance(x, (tuple, list))) or torch.jit.is_tracing():
             return super().forward(x)
         return _training_output(self, x)
+
+# %% ../nbs/05_model.ipynb #7c1d0be4
+@patch
+def update_keys(
+    self: ECANModel,
+    momentum: float,  # m, in [0, 1)
+):
+    "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
+    keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
+    with torch.no_grad():
+        torch._foreach_lerp_(keys, queries, 1 - momentum)

@@ -12,6 +12,7 @@ __all__ = ['VIDEO_SUFFIXES', 'BOX_COLOR', 'camera_index', 'is_video', 'frame_rat
 import math
 import re
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def video_frames(
     file,  # Video file that OpenCV reads, or `webcam`
     every: float = 1.0,  # Seconds from one frame to the next; 0 for every frame
     seconds: float | None = None,  # Stop after so many seconds; a camera needs it
-):  # Generator of (second, uint8 (height, width, 3) in RGB order)
+) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
     "Yield frames of a video at regular times; raises `ValueError` for a file that is not a video"
     if not every >= 0:
         raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")

@@ -1,6 +1,7 @@
 "Pages, README and sidebar: links resolve, shown values are stored, and what is generated is up to date."
 
 import ast
+import base64
 import importlib
 import re
 import runpy
@@ -141,6 +142,19 @@ def without_alt(path):
 @pytest.mark.parametrize("path", PAGES, ids=name)
 def test_images_have_alt_text(path):
     assert not without_alt(path)
+
+
+def width(output):
+    "Pixels of a stored figure, and what its size in inches and its dpi make"
+    pixels = int.from_bytes(base64.b64decode("".join(output["data"]["image/png"]))[16:20], "big")
+    return pixels, float(re.search(r"size ([\d.]+)x", "".join(output["data"]["text/plain"]))[1])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_figures_have_the_size_that_their_cell_gives(path):
+    "The format `retina` doubles it"
+    widths = [width(o) for c in cells(path, "code") for o in c.outputs if has_image(o)]
+    assert not [(pixels, size) for pixels, size in widths if pixels > 1.5 * size]
 
 
 def hrefs(entry):

@@ -74,7 +74,10 @@ def fer2013_split(usage, where):
     return FER2013_USAGE[str(usage).strip()]
 
 # %% ../../nbs/03b_fer2013_files.ipynb #1c03946c
-def read_fer2013_csv(file):
+def read_fer2013_csv(
+    file,  # csv file with the columns emotion, pixels and Usage, as `fer2013.csv` and `icml_face_data.csv` have them
+) -> list:  # `Face` records in the order of the rows; each image is a uint8 array (48, 48)
+    "Read FER2013 from its csv file; raises `ValueError` naming the file and the line of a wrong row"
     df = read_csv(file, ("emotion", "pixels", "Usage"))
     ids = dict(enumerate(FER2013_IDS))
     faces = []

@@ -35,7 +35,7 @@ def is_ferplus(
 # %% ../../nbs/03d_ferplus.ipynb #8f7b3f57
 def ferplus_label(
     votes,  # Ten vote counts in the order of `FERPLUS_VOTES`
-):  # Name of the expression, or None
+) -> str | None:  # Name of the expression, or None
     "Return the label of the majority, by the rule of FER+'s released code"
     v = np.where(np.asarray(votes) > 1, votes, 0)
     name = FERPLUS_VOTES[int(v.argmax())]
@@ -137,7 +137,7 @@ def _ferplus_folders(path):
 # %% ../../nbs/03d_ferplus.ipynb #8105f336
 def ferplus_faces(
     path,  # Folder of one of the three forms
-    votes=None,  # Table of votes on the folder form; default `ferplus_votes.csv` in `path`
+    votes: str | Path | None = None,  # Table of votes on the folder form; default `ferplus_votes.csv` in `path`
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest, with votes
     "Read the faces of FER+ whose votes have a majority"
     path = existing_folder(path)

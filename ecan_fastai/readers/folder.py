@@ -68,7 +68,7 @@ def _rows(df, path, image_col, label_col, split_col, place):
 # %% ../../nbs/03a_folder.ipynb #bf3ac7f4
 def table_faces(
     df: pd.DataFrame,  # One row per face
-    path=".",  # Folder to which image paths are relative
+    path: str | Path = ".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
     split_col: str = "split",  # Column of split names, optional
@@ -83,7 +83,7 @@ def table_faces(
 # %% ../../nbs/03a_folder.ipynb #d456da3e
 def csv_faces(
     csv,  # Comma-separated file with a header
-    path=None,  # Folder to which image paths are relative; default that of the file
+    path: str | Path | None = None,  # Folder to which image paths are relative; default that of the file
     image_col: str = "image",  # Column of image paths
     label_col: str = "label",  # Column of class names
     split_col: str = "split",  # Column of split names, optional

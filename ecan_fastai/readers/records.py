@@ -29,8 +29,10 @@ EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"
 
 @dataclass(frozen=True)
 class Face:
-    """A labelled image: `image` is anything that `read_face` takes, `name` is shown in messages, `shares` are the
-    shares of votes per class where people voted"""
+    """A labelled image
+
+    `image` is anything that `read_face` takes, `name` is shown in messages, and `shares` are the shares of votes for
+    each class where people voted."""
 
     image: Any
     label: str
@@ -70,7 +72,10 @@ def expression_name(
     return name if name in EXPRESSIONS_8 else label
 
 # %% ../../nbs/03_records.ipynb #93b890f6
-def existing_folder(path):
+def existing_folder(
+    path,  # Path of a folder
+) -> Path:
+    "Return `path` as a `Path`; raises `FileNotFoundError` if it does not exist, `ValueError` if it is a file"
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such folder: {path}")
@@ -79,7 +84,10 @@ def existing_folder(path):
     return path
 
 # %% ../../nbs/03_records.ipynb #1307b06e
-def subfolders(path):
+def subfolders(
+    path: Path,  # A folder
+) -> list:  # Paths, sorted
+    "List the folders in a folder, without hidden ones"
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 # %% ../../nbs/03_records.ipynb #08acf7fc
@@ -101,8 +109,9 @@ def split_name(
 def image_files(
     folder,  # Searched with its subfolders; links to folders are not followed
 ) -> list:  # Paths, sorted
-    """List the image files of a folder, each once. Dead links and folders that cannot be listed are included, and so
-    reported as broken images"""
+    """List the image files of a folder, each once
+
+    Dead links and folders that cannot be listed are included, and so reported as broken images."""
     found, unreadable = [], []
     for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
         folders[:] = [d for d in folders if not d.startswith(".")]
@@ -113,7 +122,14 @@ def image_files(
     return [*once.values(), *unreadable]
 
 # %% ../../nbs/03_records.ipynb #b921dd3d
-def class_folders(path, split):
+def class_folders(
+    path: Path,  # Folder of class folders
+    split: str,  # Split of its faces
+) -> list:  # `Face` records, labelled with the names of their class folders
+    """Read the images of class folders
+
+    Raises `ValueError` for images beside the class folders, and for a class folder without an image. A folder
+    `models` without images is passed over, because fastai's `save` puts weights there."""
     loose = [p.name for p in sorted(path.iterdir()) if p.is_file() and p.suffix.lower() in image_extensions]
     if loose:
         raise ValueError(
@@ -123,7 +139,7 @@ def class_folders(path, split):
     for folder in subfolders(path):
         files = image_files(folder)
         if not files and folder.name == "models":
-            continue  # where fastai's `save` puts weights
+            continue
         if not files:
             raise ValueError(f"class folder {folder} has no image")
         faces += [Face(f, folder.name, split, str(f)) for f in files]
@@ -146,8 +162,10 @@ def check_names(
     names,  # Of classes or of splits
     what: str = "class",  # "class" or "split"
 ):
-    """Raise `ValueError` for names that cannot be printed, that differ only in case, blanks or Unicode form, or, for
-    splits, that cannot be part of a file name"""
+    """Raise `ValueError` for names that cannot be used
+
+    These are names that cannot be printed, that differ only in case, blanks or Unicode form, or, for splits, that
+    cannot be part of a file name."""
     plain: dict[str, str] = {}
     for name in dict.fromkeys(names):
         if problem := _name_problem(name, what):
@@ -158,7 +176,10 @@ def check_names(
             raise ValueError(f"the {what} names {other!r} and {name!r} differ only in case or blanks: use one name")
 
 # %% ../../nbs/03_records.ipynb #7ff422c4
-def data_root(path):
+def data_root(
+    path,  # A folder or a file
+) -> Path:
+    "Return the folder of a data set: `path` itself, or the folder in which a file lies"
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 # %% ../../nbs/03_records.ipynb #096c0d77
@@ -236,7 +257,12 @@ def read_lines(
     return numbered
 
 # %% ../../nbs/03_records.ipynb #e62aa41a
-def warn_counts(faces, expected, name):
+def warn_counts(
+    faces,  # `Face` records
+    expected: dict,  # Split to the published number of faces of each class, by name
+    name: str,  # Name of the data set in the warning
+):
+    "Warn if the number of faces of a class in a split differs from the published one"
     counts = Counter((f.split, f.label) for f in faces)
     wrong = [
         f"{split} {label} {counts[split, label]} instead of {n}"
