@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import pytest
 from fuzz.__main__ import MAKERS, cases
 from fuzz.trial import BAD, Trial, run
 
@@ -52,6 +53,7 @@ def test_the_judge_tells_good_outcomes_from_bad_and_no_case_costs_another():
     assert [(o.room, o.verdict) for o in outcomes] == [(str(k), verdict) for k, (verdict, _) in enumerate(KNOWN)]
 
 
+@pytest.mark.slow
 def test_bad_input_gives_the_right_result_or_one_sentence():
     rooms = [room for room in MAKERS if room not in ("train", "pretrained")]
     outcomes = list(run(cases(80, rooms), MAKERS, 0, seconds=60))

@@ -54,6 +54,7 @@ def fails(capsys, *args):
     return said
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_on_valid_and_its_card_says_so(faces, tmp_path):
     record, run = start_run(config(faces), tmp_path / "run"), tmp_path / "run"
     about = json.loads((run / "config.json").read_text())["about"]
@@ -73,6 +74,7 @@ def test_a_run_is_calibrated_on_valid_and_its_card_says_so(faces, tmp_path):
     assert "fitted on valid" in card and f"{100 * measured['accuracy']:.2f}" in card
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_on_valid_is_not_calibrated(faces, tmp_path):
     start_run(config(faces, train_all=True), tmp_path / "run")
     assert Predictor(tmp_path / "run").model.temperature == 1
@@ -213,6 +215,7 @@ def test_a_run_is_resumed_on_a_gpu(faces, tmp_path, monkeypatch, precision):
     assert resume_run(tmp_path)["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monkeypatch):
     import timm
 
@@ -242,6 +245,7 @@ def test_a_resumed_run_keeps_the_statistics_of_its_weights(faces, tmp_path, monk
     assert mean == pytest.approx([sum(expected) / 3]) and seen == [pytest.approx(mean * len(seen[0]))]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_its_last_checkpoint_keeps_its_history(faces, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(runs, "write_results", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -640,6 +644,7 @@ def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
         assert [f.name for f in out.iterdir()] == [name] and (out / name).read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_one_process_holds_a_run(faces, tmp_path):
     code = (
         "import sys, time, pathlib\nfrom ecan_fastai.runfiles import lock_run\n"
