@@ -31,12 +31,7 @@ from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
-_FREE = (
-    "data",
-    "kind",
-    "seed",
-    "workers",
-)  # not part of a run's name: location of the data, settings without effect on the result, and the seed
+_FREE = ("data", "kind", "seed", "workers")  # where the data lie, the seed, and what does not affect the result
 
 # %% ../nbs/13_experiments.ipynb #6a98ecab
 def _experiment(name):
