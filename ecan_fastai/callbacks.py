@@ -78,7 +78,7 @@ class MemoryBankUpdate(Callback):
 # %% ../nbs/06_callbacks.ipynb #094d05d4
 @patch
 def fill(self: MemoryBankUpdate):
-    "Key features of training batches into the bank until it is full, at most one pass over the data"
+    "Fill the bank with key features of training batches, in at most one pass over the data"
     model, train = get_model(self.model), self.dls.train
     device = next(model.parameters()).device
     batches = progress(train, "fill the memory bank", min(len(train), -(-model.bank.size // train.bs)))
@@ -135,7 +135,7 @@ class ProgressiveResize(Callback):
 
     def __init__(
         self,
-        size: int,  # Side of the views in pixels while they are small
+        size: int,  # Side of the reduced views in pixels
         pct: float = 0.75,  # Share of the epochs on small images, 0 to 1
     ):
         if size < 8:
@@ -153,7 +153,7 @@ class ProgressiveResize(Callback):
             self.learn.xb = tuple(map(self.resize, self.xb))
 
     def resize(self, x):
-        "A batch of views, or a pair of batches, at the small size; views that are no larger stay as they are"
+        "Reduce a batch of views, or a pair of batches, to the small size; smaller views stay as they are"
         if isinstance(x, (tuple, list)):
             return tuple(map(self.resize, x))
         if x.shape[-1] <= self.size:
@@ -182,7 +182,7 @@ class LossPartsRecorder(Callback):
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
-        if self.batches:  # of which one may hold no pair of a class
+        if self.batches:  # a batch without a pair of one class has NaN as its cosine
             fill_columns(self.recorder, self.at, maybe_gather(torch.stack(self.batches)).nanmean(0).tolist())
         self.batches = []
 

@@ -48,7 +48,7 @@ class FaceImage(TensorImage):
 
 # %% ../nbs/02_data.ipynb #453202ab
 class TwoView(fastuple):
-    "Two views of one face, the query's and the key's, each a `FaceImage`"
+    "Two views of one face, each a `FaceImage`: for the query encoder and for the key encoder"
 
     def show(self, ctx=None, **kwargs):
         q, k = [torch.cat(list(v), -1) if v.ndim == 4 else v for v in self]
@@ -88,7 +88,7 @@ def _bytes(file):
         raise FileNotFoundError(f"no such image file: {file}") from None
     except OSError as e:
         raise OSError(f"cannot read {file}: {e.strerror}") from None
-    except ValueError:  # characters that no file's name has
+    except ValueError:  # characters that no file name can have
         raise ValueError(f"no file can be named {str(file)!r}") from None
     if stat.S_ISDIR(about.st_mode):
         closed = "" if os.access(file, os.R_OK | os.X_OK) else ", which cannot be listed"
@@ -105,7 +105,7 @@ def _bytes(file):
 
 # %% ../nbs/02_data.ipynb #7cfcb250
 def _header(data):
-    "Width and height that a PNG or JPEG file promises, and whether a JPEG file has its end; decoders fill in the rest"
+    "Width and height in a PNG's or JPEG's header, and False for a JPEG that is cut short (decoders would fill it up)"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return *struct.unpack(">II", data[16:24].ljust(8, b"\0")), True
     width = height = 0
@@ -129,7 +129,7 @@ def _decode(x, channels):
     colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     try:
         img = cv2.imdecode(np.frombuffer(data, np.uint8), colours) if data and whole else None
-    except cv2.error:  # a header that promises more pixels than OpenCV takes
+    except cv2.error:  # the header gives more pixels than OpenCV accepts
         img = None
     if img is None:
         problem = "not an image, or broken" if whole else "the file was cut short"
@@ -143,7 +143,7 @@ def read_face(
 ) -> np.ndarray:  # uint8 (height, width, channels)
     """Decode an image with OpenCV
 
-    Raises `ValueError` or `OSError` naming the file for one that cannot be read, and `ValueError` for arrays of
+    Raises `ValueError` or `OSError` with the name of a file that cannot be read, and `ValueError` for arrays of
     another kind."""
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
@@ -167,19 +167,19 @@ def read_face(
 
 # %% ../nbs/02_data.ipynb #090c9495
 def _process():
-    "A mark of the worker that this runs in, and of its pass; of the main process, another one"
+    "Identify the worker and its pass over the data, or the main process"
     info = get_worker_info()
     return "main" if info is None else info.seed
 
 # %% ../nbs/02_data.ipynb #e74044c8
 def _process_seed():
-    "Seed of a worker for its pass, as torch gives it; in the main process a draw from torch's generator"
+    "Seed that torch gives a worker for its pass; in the main process, a draw from torch's generator"
     info = get_worker_info()
     return torch.randint(2**31, ()).item() if info is None else info.seed % 2**32
 
 # %% ../nbs/02_data.ipynb #674de89d
 def _read_and_transform(x, channels, item_tfms, split_idx):
-    "A decoded image, after fastai's transforms of it where there are any"
+    "Decode an image and apply fastai's item transforms, if any"
     img = read_face(x, channels)
     if not item_tfms:
         return img
@@ -188,7 +188,7 @@ def _read_and_transform(x, channels, item_tfms, split_idx):
 
 # %% ../nbs/02_data.ipynb #cca8943b
 class FaceTransform(Transform):
-    "Image to `TwoView` (or one `FaceImage`) in training, to one `FaceImage` otherwise"
+    "Turn an image into a `TwoView` (or one `FaceImage`) in training, and into one `FaceImage` otherwise"
 
     input_types = (str, Path, PhotoCrop, bytes, np.ndarray, Image.Image, torch.Tensor)
 
@@ -197,7 +197,7 @@ class FaceTransform(Transform):
         train,  # Training pipeline, from `train_pipeline`
         valid,  # Evaluation pipelines, from `eval_pipelines`; several give a stack of crops
         channels: int = 3,  # 1: grey, 3: RGB
-        n_views: int = 2,  # Views an item in training: 2 for ECAN, 1 for plain classification
+        n_views: int = 2,  # Views per item in training: 2 for ECAN, 1 for plain classification
         item_tfms: "Callable | list | None" = None,  # fastai transforms of a `PILImage`, before the pipelines
     ):
         super().__init__()
@@ -223,7 +223,7 @@ class FaceTransform(Transform):
         return x
 
     def seed(self, seed):
-        "Draw from `seed` on"
+        "Seed the augmentation"
         seed_pipeline(self.train, seed)
         self.seeded_in = _process()
 
@@ -252,7 +252,7 @@ def _seed_generators(seed):
 
 # %% ../nbs/02_data.ipynb #67e80e98
 class _SeededDL(TfmdDL):
-    "`TfmdDL` that seeds the augmentation of every training batch by the number of the batch in the pass"
+    "`TfmdDL` that seeds the augmentation of every training batch by the batch's number in the pass"
 
     @property
     def draws(self):
@@ -262,11 +262,11 @@ class _SeededDL(TfmdDL):
     def before_iter(self):
         super().before_iter()
         if self.draws:
-            seeds = torch.randint(2**31, (max(1, num_distrib()),))  # of each process in distributed training
-            self.pass_seed = seeds[rank_distrib()].item()  # workers start after this, and take it over
+            seeds = torch.randint(2**31, (max(1, num_distrib()),))  # one for each process of distributed training
+            self.pass_seed = seeds[rank_distrib()].item()  # workers start after this and inherit it
 
     def create_batches(self, samps):
-        "Batches of this worker: of `num_workers` workers, number `id` makes every `num_workers`-th from number `id` on"
+        "Yield the batches of this worker: worker `id` makes every `num_workers`-th batch, starting at number `id`"
         info = get_worker_info()
         if info is not None:
             cv2.setNumThreads(0)  # one worker, one thread
@@ -282,7 +282,7 @@ class _SeededDL(TfmdDL):
         self,
         seed: int,  # Seed of a batch
     ):
-        "Seed the augmentation, and in a worker process the global generators as well, for other transforms"
+        "Seed the augmentation; in a worker process also the global generators, for other transforms"
         tfms = [tfm for tl in getattr(self.dataset, "tls", []) for tfm in tl.tfms.fs]
         for tfm in tfms:
             if isinstance(tfm, FaceTransform):
@@ -292,9 +292,9 @@ class _SeededDL(TfmdDL):
 
 # %% ../nbs/02_data.ipynb #eb7ee644
 class TwoViewDL(_SeededDL):
-    "`TfmdDL` whose batches are pairs in training and single views otherwise, each drawn from a seed of its own"
+    "`TfmdDL` with pairs of views in training and single views otherwise, each batch augmented from its own seed"
 
-    item_weights = None  # (n,) to draw items with replacement, each by its weight; None: each item once an epoch
+    item_weights = None  # (n,) to sample items by weight with replacement; None: each item once per epoch
 
     def shuffle_fn(self, idxs):
         return (
@@ -317,7 +317,7 @@ class TwoViewDL(_SeededDL):
         return item if self._is_tensors(item) else self.after_item(item)
 
     def _is_tensors(self, item):
-        "Whether `ToTensor` is all that would be done to an item of tensors"
+        "Whether an item holds only tensors, and `ToTensor` is its only item transform"
         return all(type(t) is ToTensor for t in self.after_item.fs) and all(
             isinstance(part, (torch.Tensor, TwoView)) for part in item
         )
@@ -329,7 +329,7 @@ class TwoViewDL(_SeededDL):
 
 # %% ../nbs/02_data.ipynb #2fc02414
 class EachView(Transform):
-    "Apply batch transforms to each view by itself, so that random ones draw anew for each"
+    "Apply batch transforms to each view separately, so that random ones differ between views"
 
     order = 30  # after `IntToFloatTensor`, before `Normalize`
 
@@ -354,11 +354,11 @@ class EachView(Transform):
 # %% ../nbs/02_data.ipynb #daaa5513
 def set_stats(
     dls,  # DataLoaders
-    mean,
-    std,  # Of each channel, 0 to 1
-    defaults_only: bool = False,  # Leave statistics alone that were given to `TwoViewBlock`
+    mean,  # Mean of each channel, for pixels of 0 to 1
+    std,  # Standard deviation of each channel
+    defaults_only: bool = False,  # Keep statistics that were given to `TwoViewBlock`
 ):
-    "Normalise the images of loaders by other statistics"
+    "Set the statistics by which loaders normalise images"
     norms = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
     for norm in norms:
         if defaults_only and not getattr(norm, "by_default", False):
@@ -372,7 +372,7 @@ grey_stats = ([0.5], [0.25])
 def TwoViewBlock(
     level: str = "strong",  # Augmentation level of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
-    size: int = 224,  # Side in pixels to which images are brought
+    size: int = 224,  # Side in pixels to which images are resized
     channels: int = 3,  # 1: grey, 3: RGB
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)

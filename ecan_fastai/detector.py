@@ -46,10 +46,8 @@ class FoundFace:
     top: float
     right: float
     bottom: float
-    found: float  # Probability that it is a face, as the detector sees it
-    angle: (
-        float  # Degrees by which the line through the eyes falls to the right; the cut-out face is turned back by them
-    )
+    found: float  # Detector's probability that it is a face
+    angle: float  # Clockwise tilt of the line through the eyes in degrees, which the cut-out face does not have
     image: np.ndarray  # uint8 (side, side, 3)
 
 # %% ../nbs/12_detector.ipynb #663bd2a3
@@ -67,7 +65,7 @@ def _upright(img, box, eyes, margin):
 
 # %% ../nbs/12_detector.ipynb #6b8ba5e3
 def _mtcnn(min_size, device):
-    "The detector; a GPU is the default where there is one"
+    "Build the detector, by default on a GPU if there is one"
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
@@ -77,7 +75,7 @@ def _mtcnn(min_size, device):
 
 # %% ../nbs/12_detector.ipynb #d217e953
 def _cut_out(image, boxes, probs, points, threshold, margin):
-    "The faces of one image, from what the detector gives for it"
+    "Cut out the faces of one image, given the detector's output"
     faces = []
     for box, p, eyes in zip(boxes, probs, points) if boxes is not None else ():
         if p >= threshold:
@@ -95,8 +93,8 @@ class FaceFinder:
     def __init__(
         self,
         threshold: float = 0.9,  # Least probability of a face, 0 to 1
-        min_size: int = 40,  # Smallest face in pixels, about; smaller ones take more time to find
-        margin: float = 0.0,  # What the square has beyond the longer side of the box, as a share of it
+        min_size: int = 40,  # Approximate side of the smallest face in pixels; a lower value takes more time
+        margin: float = 0.0,  # Enlarges the square, as a share of the longer side of the box
         device: str | torch.device | None = None,  # Default: a GPU if there is one
     ):
         if not 0 <= threshold < 1:
@@ -115,7 +113,7 @@ class FaceFinder:
 
     def find(
         self,
-        images,  # uint8 (height, width, 3) each; neighbours of one size go through the detector together
+        images,  # uint8 (height, width, 3) each; successive images of one size are detected as a batch
     ) -> list:  # List of `FoundFace` for each image
         "Find the faces of several images"
         return [faces for _, group in groupby(images, key=np.shape) for faces in self._find_in_one_size(list(group))]
@@ -143,7 +141,7 @@ def readable_media(
     predictor: Predictor,
     files: list,  # Photographs and videos
 ) -> list:
-    "Leave out photographs that cannot be read; a warning names each. Raises `ValueError` if nothing is left"
+    "Leave out photographs that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
     photos = [f for f in files if not is_video(f)]
     kept = {photos[i] for i in predictor.readable(photos)}
     left = [f for f in files if is_video(f) or f in kept]
@@ -162,11 +160,11 @@ def _frames(items, every, seconds):
             yield name, math.nan, read_face(item, 3)
 
 # %% ../nbs/12_detector.ipynb #89fbc766
-_PIXELS_AT_ONCE = 2**24  # of all images of a batch
+_PIXELS_AT_ONCE = 2**24  # of all images in a batch
 
 
 def _batches(frames, n_frames):
-    "Batches of frames, fewer where they are large"
+    "Yield batches of frames, smaller ones if the frames are large"
     batch, pixels = [], 0
     for name, second, image in frames:
         size = image.shape[0] * image.shape[1]
@@ -183,7 +181,7 @@ _WHERE = ["image", "second", "track", "left", "top", "right", "bottom", "found"]
 
 
 def _annotator(file, items, every):
-    "Function of a frame's second, image and table that writes them, and what to close after it"
+    "Return a function of a frame's second, image and table that writes them, and a context manager to close at the end"
     if len(items) != 1:
         raise ValueError(f"annotated: expected one photograph or video to write {file}, got {len(items)}")
     if is_video(items[0]):
@@ -195,7 +193,7 @@ def _annotator(file, items, every):
 
 # %% ../nbs/12_detector.ipynb #c58ed0a7
 def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
-    "A table of the faces of each frame"
+    "Yield a table of faces for each frame"
     found = finder.find([image for _, _, image in batch])
     pixels = [predictor.pixels(f.image) for faces in found for f in faces]
     probs = iter(predictor.probabilities(pixels, bs) if pixels else ())
@@ -219,12 +217,12 @@ def predict_faces(
     finder: "FaceFinder | None" = None,  # Default `FaceFinder()`
     every: float | None = None,  # Seconds between the frames of a video, 0 for all; default 1, with `annotated` 0
     bs: int = 64,  # Faces at a time
-    seconds: float | None = None,  # Look only at so many seconds of each video; a camera needs it
-    smoothing: float = 0.5,  # Time constant in seconds for the probabilities of a video's faces; 0 for none
-    annotated: str | Path | None = None,  # File to which `x`, one photograph or video, is written with boxes and labels
-    n_frames: int = 16,  # Frames at a time, fewer where they are large
+    seconds: float | None = None,  # Stop after this many seconds of each video; required for a camera
+    smoothing: float = 0.5,  # Time constant of the smoothing of probabilities in a video, in seconds; 0 for none
+    annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
+    n_frames: int = 16,  # Frames at a time, fewer if they are large
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, found, label, probability, p_<class> of each
-    "Find the faces in photographs and videos, and label them: one row for each face, none where there is no face"
+    "Find and label the faces in photographs and videos, one row per face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
     every = (1.0 if annotated is None else 0.0) if every is None else every
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)
@@ -252,11 +250,11 @@ def _rows_of_people(files, people):
 
 def accuracy_by_group(
     table: pd.DataFrame,  # As `Predictor.predict_faces` or `Predictor.predict` returns it
-    files,  # All photographs that were looked at
-    people,  # csv file or DataFrame: first the file's name, then an attribute a column, perhaps `label`
+    files,  # All photographs that were given to the model
+    people,  # csv file or DataFrame: file name, then one column per attribute, optionally `label`
     vocab,  # Class names of the model
 ) -> pd.DataFrame:  # As `subgroup_table` returns it
-    "Measure accuracy by group of people; warns of files that are left out, raises `ValueError` if none is left"
+    "Measure accuracy by group of people; warns if files are left out, raises `ValueError` if none is left"
     people = people if isinstance(people, pd.DataFrame) else pd.read_csv(people, dtype=str)
     rows = _rows_of_people(files, people)
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]

@@ -31,7 +31,7 @@ from .sample import sample_faces
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
-_FREE = ("data", "kind", "seed", "workers")  # where a run's files lie, and what does not change what it is
+_FREE = ("data", "kind", "seed", "workers")  # where the data lie, the seed, and what does not affect the result
 
 # %% ../nbs/13_experiments.ipynb #6a98ecab
 def _experiment(name):
@@ -41,7 +41,7 @@ def _experiment(name):
 
 # %% ../nbs/13_experiments.ipynb #30307216
 def _name(v):
-    return Path(v).name if isinstance(v, str) else v  # of a file, wherever it lies; other texts have no folder in them
+    return Path(v).name if isinstance(v, str) else v  # a file's name without its folder; other strings stay the same
 
 # %% ../nbs/13_experiments.ipynb #a7b7090b
 def _written(v):
@@ -59,7 +59,7 @@ def _safe(parts):
 def run_name(
     cfg: RunConfig,  # Resolved
 ) -> str:  # Without the seed
-    "Method and settings that differ from the data's preset"
+    "Name a run by its method and the settings that differ from the data's preset"
     preset = asdict(RunConfig(cfg.data, cfg.kind, cfg.method).resolve())
     if cfg.preset != "paper":
         preset |= {**asdict(RunConfig(cfg.data, cfg.kind, cfg.method, cfg.preset).resolve()), "preset": "paper"}
@@ -77,12 +77,12 @@ def _config(data, kind, settings):
 
 # %% ../nbs/13_experiments.ipynb #c4981ed8
 def experiment_runs(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     data: str,  # Path, or `sample`
     kind: str = "auto",  # Kind of the data
     **settings,  # Of `RunConfig`, for all runs; not those that the experiment varies
-) -> dict:  # Label to `RunConfig`, in the order of the table
-    "The runs of an experiment, for one seed"
+) -> dict:  # From label to `RunConfig`, in the order of the table
+    "List the runs of an experiment for one seed"
     exp = _experiment(name)
     for k in settings:
         if k not in {f.name for f in fields(RunConfig)}:
@@ -98,9 +98,9 @@ def experiment_runs(
 
 # %% ../nbs/13_experiments.ipynb #0d6d8cbd
 def run_record(
-    folder,  # Of a finished run
+    folder,  # Folder of a finished run
 ) -> dict:
-    "Record of a finished run, without the location of its data; raises `ValueError` if a file was changed"
+    "Return a finished run's record, without the location of its data; raises `ValueError` if a file was changed"
     folder = Path(folder)
     written, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
     check_file(folder / "history.csv")
@@ -143,7 +143,7 @@ def _check_faces(record, file, faces):
 
 # %% ../nbs/13_experiments.ipynb #3bcd3a6d
 def _read_record(file, cfg):
-    "A record, if it is one of the run that is asked for"
+    "Read a record; raises `ValueError` if it belongs to another run"
     record = json.loads(file.read_text())
     for k, asked in asdict(cfg).items():
         found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k, None))), _name(asked)
@@ -153,12 +153,12 @@ def _read_record(file, cfg):
 
 # %% ../nbs/13_experiments.ipynb #70f30045
 def experiment_results(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     records,  # Folder of records, as `reproduce` writes it
     kind: str,  # Kind of the data
-    **settings,  # As the runs were made with
+    **settings,  # Settings that the runs were made with
 ) -> pd.DataFrame:  # label, seed, split, and a column for each measure (shares, 0 to 1)
-    "All finished runs of an experiment, a row for each split"
+    "Read all recorded runs of an experiment, one row per run and split"
     rows, first = [], None
     for label, cfg in experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).items():
         for file in sorted((Path(records) / kind).glob(f"{run_name(cfg)}-seed*.json")):
@@ -202,11 +202,11 @@ def _cell(values):
 
 # %% ../nbs/13_experiments.ipynb #9e0d7945
 def experiment_table(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
-) -> pd.DataFrame:  # A row a label; a column for each measure of each split, and the paper's own numbers
-    "Results of an experiment, and the paper's numbers"
+) -> pd.DataFrame:  # One row per label; a column for each measure of each split, and for the paper's numbers
+    "Tabulate the results of an experiment beside the paper's numbers"
     exp = _experiment(name)
     measures = [*exp["measures"], *[m for m in list(_NAMES)[3:] if m in results and m not in exp["measures"]]]
     table = {}
@@ -226,11 +226,11 @@ def experiment_table(
         if any(numbers.values()):
             table[f"paper: {_NAMES[m]}"] = {label: "" if v is None else f"{v:.2f}" for label, v in numbers.items()}
     rows = pd.DataFrame(table, index=list(exp["runs"]))
-    return rows[(rows.fillna("") != "").any(axis=1)]  # without rows that nobody has trained
+    return rows[(rows.fillna("") != "").any(axis=1)]  # without rows that have neither runs nor numbers of the paper
 
 # %% ../nbs/13_experiments.ipynb #1f85c00c
 def _settings_said(exp, runs, kind, given):
-    "Sentences on the settings of a table's runs"
+    "Yield sentences on the settings of a table's runs"
     shared = {
         k: getattr(next(iter(runs)), k)
         for k in ("arch", "epochs", "opt", "schedule", "level")
@@ -251,7 +251,7 @@ def _settings_said(exp, runs, kind, given):
 
 
 def _note(name, results, kind, settings):
-    "Note on the runs of a table: settings and commits"
+    "Describe the runs of a table: settings and commits"
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
@@ -263,7 +263,7 @@ def _note(name, results, kind, settings):
 
 # %% ../nbs/13_experiments.ipynb #e5cbdfef
 def _narrow(table, measure):
-    "The columns of one measure as Markdown, a column for each split"
+    "Write the columns of one measure as Markdown, a column for each split"
     columns = [c for c in table if c.endswith(f": {measure}")]
     own = table[columns].fillna("")
     rows = [["", *[c.split(": ")[0] for c in columns]], ["---"] * (1 + len(columns))]
@@ -272,19 +272,19 @@ def _narrow(table, measure):
 
 # %% ../nbs/13_experiments.ipynb #542c72e9
 def _tables(table):
-    "The first measure's table, and those of the others, folded"
+    "Return the first measure's table, the names of the others, and their tables"
     first, *others = dict.fromkeys(c.split(": ")[1] for c in table)
     folded = "\n\n".join(f"{m[0].upper()}{m[1:]}, in percent\n\n{_narrow(table, m)}" for m in others)
     return _narrow(table, first), others, folded
 
 # %% ../nbs/13_experiments.ipynb #f9482560
 def experiment_markdown(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
-    **settings,  # As the runs were made with
+    **settings,  # Settings that the runs were made with
 ) -> str:
-    "The results as a page of Markdown: accuracy; folded, other measures and what a reader must know of the runs"
+    "Write the results as Markdown: accuracy, then the other measures and the settings, folded"
     table = experiment_table(name, results, kind)
     seeds = results.groupby("label")["seed"].nunique()
     counted = f"{seeds.max()} seed{'s' if seeds.max() > 1 else ''}"
@@ -336,7 +336,7 @@ def _predictions(folder, split):
 def _tsne(folders, faces, split):
     first = next(iter(folders.values()))
     vocab, measured = _vocab(first), set(_predictions(first, split)["image"])
-    faces = [f for f in faces if f.split == split and str(f) in measured]  # a run may have left broken images out
+    faces = [f for f in faces if f.split == split and str(f) in measured]  # a run may have skipped broken images
     fig = plot_tsne(
         {label: Predictor(f).features([x.image for x in faces]) for label, f in folders.items()},
         [vocab.index(x.label) for x in faces],
@@ -356,13 +356,13 @@ def _confusions(folders, split):
 
 # %% ../nbs/13_experiments.ipynb #ef860311
 def experiment_figure(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
-    faces: list | None = None,  # `Face` records, for class counts and maps of features
-    folders: dict | None = None,  # Label to the run's folder, for confusion matrices and maps of features
-):  # Figure, or None where the experiment has none, or none from records alone
-    "Draw the figure of an experiment: a sweep from its results, another one from faces and runs"
+    faces: list | None = None,  # `Face` records, for class counts and t-SNE
+    folders: dict | None = None,  # From label to the run's folder, for confusion matrices and t-SNE
+):  # Figure, or None if the experiment has none, or needs faces that were not given
+    "Draw the figure of an experiment: a sweep from its results, any other from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
         own = results[results["split"] == "valid"]
@@ -423,13 +423,13 @@ def _kind(data, kind):
 
 
 def planned_runs(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     data: str,  # Path of a data set, or `sample`
     seeds: int = 1,  # Number of runs of each row, with seeds from 0
     kind: str = "auto",  # Kind of the data
     **settings,  # Of `RunConfig`, for all runs
-) -> list:  # (label, `RunConfig`), the rows of the first seed first
-    "The runs of an experiment, for all seeds"
+) -> list:  # (label, `RunConfig`), ordered by seed
+    "List the runs of an experiment for all seeds"
     if seeds < 1:
         raise ValueError(f"expected at least one seed, got {seeds}")
     if "seed" in settings:
@@ -439,20 +439,21 @@ def planned_runs(
 
 # %% ../nbs/13_experiments.ipynb #8042b1a9
 def _train_run(cfg, folder, record, say):
-    "Train a run, resume it, or find it finished; then write its record. `InUse` if another process is at it"
+    "Train or resume a run unless it is finished, then write its record; raises `InUse` if another process trains it"
     with lock_run(folder):
         begun = (folder / "config.json").exists()
         if begun:
             _check_same(cfg, folder)
         if not (folder / "metrics.json").exists():
             say(f"{folder.name}: {'resumes' if begun else 'starts'}")
-            resume_run(folder) if begun else start_run(replace(cfg), folder)  # which fills in what it settles
+            resume_run(folder) if begun else start_run(replace(cfg), folder)  # start_run fills in settings of the copy
         _save_record(folder, record)
 
 
 def _make_runs(runs, make):
-    """Make the runs that no other process is at, again and again while there are any; return those that are left to
-    other processes"""
+    """Make the runs that no other process is training; return those left to other processes
+
+    Runs in use are tried again until a pass over them makes none."""
     pending = list(runs)
     while True:
         left = []
@@ -467,7 +468,7 @@ def _make_runs(runs, make):
 
 # %% ../nbs/13_experiments.ipynb #2c008552
 def _needed_faces(exp, name, data, kind, out):
-    "Faces for the figure of an experiment, read before anything is trained"
+    "Read the faces for an experiment's figure, before anything is trained"
     if "figure" not in exp:
         return None
     if kind == "sample":
@@ -480,7 +481,7 @@ def _needed_faces(exp, name, data, kind, out):
 
 # %% ../nbs/13_experiments.ipynb #c2f79898
 def _check_record(file, cfg, faces):
-    "Raise `ValueError` unless a record is of the run that is asked for, and of these faces (None: not compared)"
+    "Raise `ValueError` unless a record belongs to this run and, if given, to these faces"
     record = _read_record(file, cfg)
     if faces is not None:
         _check_faces(record, file, faces)
@@ -492,7 +493,7 @@ def _needs_folder(exp, cfg):
 
 # %% ../nbs/13_experiments.ipynb #f3d81b72
 def _write_table(name, records, kind, given, out, say):
-    "Write table and page from all records that there are, and what the records are for; return results and table"
+    "Write table, page and a file that names the experiment, from all records; return results and table"
     results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
@@ -520,7 +521,7 @@ def _write_figure(name, results, kind, faces, folders, file, say):
 
 # %% ../nbs/13_experiments.ipynb #3ab875cb
 def _chosen(name, runs, only):
-    "Configurations of the runs to make: all, or the one of a stem"
+    "Return the configurations of all runs, or only of the one named `only`"
     chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
     if only is not None and not chosen:
         raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
@@ -528,19 +529,19 @@ def _chosen(name, runs, only):
 
 # %% ../nbs/13_experiments.ipynb #c0cefd38
 def reproduce(
-    name: str,  # Of an experiment
+    name: str,  # Name of the experiment
     data: str,  # Path of a data set, or `sample`
     seeds: int = 1,  # Number of runs of each row, with seeds from 0
-    out: str | Path = "runs/reproduce",  # Where runs, records and tables go
+    out: str | Path = "runs/reproduce",  # Folder for runs, records and tables
     kind: str = "auto",  # Kind of the data
     records: str | Path | None = None,  # Folder of the records; default `records` in `out`
-    say=print,  # Called with what is going on
-    only: str | None = None,  # Make this one of the runs alone, by its `run_stem`
+    say=print,  # Called with progress messages
+    only: str | None = None,  # Make only the run with this `run_stem`
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
-    """Make the missing runs of an experiment, then its table and its figure
+    """Make the missing runs of an experiment, then its table and figure
 
-    Table (Markdown, CSV) and figure (PNG) show all finished runs. A run that another process is at is left to it."""
+    Table (Markdown, CSV) and figure (PNG) show all finished runs. A run that another process trains is left to it."""
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)
@@ -571,7 +572,7 @@ def reproduce(
 def recorded_experiments(
     records,  # Folder of records
 ):  # Generator of (name, results, kind, settings) for `experiment_table`, `_markdown` and `_figure`
-    "Every experiment that was reproduced into a folder of records"
+    "Yield every experiment in a folder of records"
     for file in sorted(Path(records).glob("*.json")):
         made = json.loads(file.read_text())
         yield (

@@ -42,7 +42,7 @@ from .weights import shipped_run
 
 # %% ../nbs/10_inference.ipynb #031c1d43
 class ImageModel(nn.Module):
-    """Images (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes)
+    """Map images (n, channels, side, side) of 0 to 255 to probabilities (n, n_classes)
 
     The logits of the views are averaged, divided by the temperature, and then turned into probabilities."""
 
@@ -52,12 +52,12 @@ class ImageModel(nn.Module):
     def __init__(
         self,
         classifier: FaceClassifier,  # In evaluation mode
-        mean: list,  # Of each channel, 0 to 1
-        std: list,  # Of each channel
+        mean: list,  # Mean of each channel, for pixels of 0 to 1
+        std: list,  # Standard deviation of each channel
         side: int,  # Side of the images
         view_size: int,  # Side of the views that the classifier was trained on
         crops: str = "center",  # One of `CROPS`
-        temperature: float = 1.0,  # By which the logits are divided, so that probabilities are calibrated
+        temperature: float = 1.0,  # Divisor of the logits that calibrates the probabilities
     ):
         super().__init__()
         self.classifier, self.side, self.view_size, self.temperature = classifier, side, view_size, temperature
@@ -74,7 +74,7 @@ class ImageModel(nn.Module):
         ]
 
     def each_view(self, f, x: Tensor) -> Tensor:
-        "`f`, a part of the classifier, of every view: (n, views, ...)"
+        "Apply `f`, a part of the classifier, to every view: (n, views, ...)"
         views = torch.stack(self.views(x), 1)
         return f(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
@@ -116,7 +116,7 @@ _EXPECTED = dict(
 
 # %% ../nbs/10_inference.ipynb #66c11e29
 def _read_config(file):
-    "What `Predictor` needs of a run's config.json, checked"
+    "Read and check what `Predictor` needs of a run's config.json"
     try:
         parts = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
@@ -155,7 +155,7 @@ def _create(config, about):
 
 
 def _expected_tensors(config, about, file):
-    "Tensors of the model that a run's configuration describes, without memory for them"
+    "Tensors of the model that a run's configuration describes, without allocating memory"
     view = (1, config["channels"], about["view_size"], about["view_size"])
     try:
         with torch.device("meta"):
@@ -168,11 +168,11 @@ def _expected_tensors(config, about, file):
 
 # %% ../nbs/10_inference.ipynb #cfc80b61
 def _tensor_kind(v):
-    return f"{'float' if v.is_floating_point() else v.dtype} {tuple(v.shape)}"  # half precision is as good
+    return f"{'float' if v.is_floating_point() else v.dtype} {tuple(v.shape)}"  # accepts half precision
 
 
 def _read_weights(file, expected):
-    "Weights of a run; raises `ValueError` where they are not those of its configuration, or not finite"
+    "Read a run's weights; raises `ValueError` if they do not match its configuration, or are not finite"
     try:
         weights = load_file(file)
     except OSError as e:
@@ -194,7 +194,7 @@ def _read_weights(file, expected):
 
 # %% ../nbs/10_inference.ipynb #186ac385
 def _read_run(run):
-    "Configuration, what is known of the data, and the classifier of a run's folder"
+    "Read configuration, facts about the data, and classifier from a run's folder"
     for name in ("config.json", "model.safetensors"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run} is not the folder of a finished run: no {name} in it")
@@ -221,7 +221,7 @@ class _Pixels:
         return self.predictor.pixels(self.items[i])
 
 # %% ../nbs/10_inference.ipynb #65add853
-_PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # a CPU, a GPU: a batch of views that keeps it busy and fits
+_PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # on a CPU, on a GPU: enough to keep it busy, and fits its memory
 
 
 @torch.inference_mode()
@@ -250,7 +250,7 @@ def _to_device(model, device):
 class Predictor:
     "The model of a run's folder or of a learner, ready to use"
 
-    # methods of cells below, for type checkers
+    # methods defined below, declared here for type checkers
     pixels: Callable[..., Tensor]
     logits: Callable[..., Tensor]
     probabilities: Callable[..., np.ndarray]
@@ -314,9 +314,9 @@ def from_learner(
     cls: Predictor,
     learn,  # From `ecan_learner` or `baseline_learner`, with loaders built on `TwoViewBlock`
     crops: str | None = None,  # "center", "flip", "five" or "ten"; default as the loaders evaluate
-    key: bool = False,  # The key encoder instead of the query encoder
+    key: bool = False,  # Use the key encoder instead of the query encoder
 ):
-    "The model of a learner as it is now, as a run's folder would give it, but not calibrated"
+    "Open the current model of a learner, without calibration"
     tfm, norm = _learner_transforms(learn.dls)
     model = learn.model.inference(key=True) if key else learn.model.inference()
     stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
@@ -331,7 +331,7 @@ def pixels(
     self: Predictor,
     x,  # Anything that `read_face` takes
 ) -> Tensor:  # uint8 (channels, side, side)
-    "An image as the model takes it"
+    "Decode and resize an image to the model's input"
     img = self.resize(image=read_face(x, self.channels))["image"]
     return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
 
@@ -340,8 +340,8 @@ def pixels(
 def logits(
     self: Predictor,
     x,  # Image, folder of images, or list of images
-    bs: int | None = None,  # Images at a time; default by their size
-    num_workers: int = 0,  # Processes that read images, where there are many
+    bs: int | None = None,  # Images at a time; default by the size of the views
+    num_workers: int = 0,  # Processes that read images, used if there are many
 ) -> Tensor:  # (n, views, n_classes)
     "Logits of every view of every image"
     return _outputs(self, self.model.classifier, x, bs, num_workers)
@@ -351,8 +351,8 @@ def logits(
 def probabilities(
     self: Predictor,
     x,  # Image, folder of images, or list of images
-    bs: int | None = None,  # Images at a time; default by their size
-    num_workers: int = 0,  # Processes that read images, where there are many
+    bs: int | None = None,  # Images at a time; default by the size of the views
+    num_workers: int = 0,  # Processes that read images, used if there are many
 ) -> np.ndarray:  # (n, n_classes)
     "Calibrated probabilities of the classes, in the order of `vocab`"
     return (self.logits(x, bs, num_workers).mean(1) / self.model.temperature).softmax(-1).numpy()
@@ -362,7 +362,7 @@ def probabilities(
 def features(
     self: Predictor,
     x,  # Image, folder of images, or list of images
-    bs: int | None = None,  # Images at a time; default by their size
+    bs: int | None = None,  # Images at a time; default by the size of the views
 ) -> np.ndarray:  # (n, d)
     "The encoder's features, averaged over views and not normalised"
     return _outputs(self, self.model.classifier.encoder, x, bs).mean(1).numpy()
@@ -373,7 +373,7 @@ def readable(
     self: Predictor,
     items,  # List of images
 ) -> list:  # Indices
-    "Find the images that can be read; a warning names each that cannot"
+    "Find the images that can be read; warn about each of the others"
     broken = broken_faces([Face(o, "") for o in items], self.channels)
     for problem in broken.values():
         warnings.warn(f"left out: {problem}")
@@ -384,10 +384,10 @@ def readable(
 def predict(
     self: Predictor,
     x,  # Image, folder of images, or list of images
-    bs: int | None = None,  # Images at a time; default by their size
-    skip_broken: bool = False,  # Go on without images that cannot be read, and warn which
+    bs: int | None = None,  # Images at a time; default by the size of the views
+    skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
 ) -> pd.DataFrame:  # image, label, probability, and the probability of every class as p_<class>
-    "Labels and probabilities, a row an image"
+    "Predict labels and probabilities, one row per image"
     items = image_list(x)
     names = [str(o) if isinstance(o, (str, Path, PhotoCrop)) else f"image {i}" for i, o in enumerate(items)]
     if skip_broken:
@@ -414,7 +414,7 @@ def find_images(
 
 # %% ../nbs/10_inference.ipynb #1875bb56
 def image_list(
-    x,  # Image file, folder of images, list or Series of images, array or tensor of 4 dimensions, or one image
+    x,  # Image file, folder, list or Series of images, array or tensor of 4 dimensions, or one image
 ) -> list:  # Images in a form that `read_face` takes
     "Return the images that a user gives as a list; raises `ValueError` if there is none"
     if isinstance(x, (str, Path)):
@@ -431,8 +431,8 @@ def image_list(
 def shared_classes(
     vocab,  # Names of the model's classes
     labels,  # Names of the data's classes
-) -> dict:  # Each label of the data that the model knows, to the model's name for it
-    "What a model and a data set have in common: classes of the same name, else of the same meaning"
+) -> dict:  # From each label that the model knows to the model's name for it
+    "Match the classes of a model and a data set by name, else by meaning"
     labels, shared = sorted(set(labels)), {}
     for label in labels:
         same = [v for v in vocab if v == label] or [v for v in vocab if expression_name(v) == expression_name(label)]
@@ -452,8 +452,8 @@ def evaluate(
     self: Predictor,
     path,  # Data of any kind that `read_faces` knows
     kind: str = "auto",  # Kind of the data
-    splits: list | None = None,  # Which splits; default all but train and valid, or all where there are no others
-) -> dict:  # classes, left_out, unseen, crops, and the metrics of each of splits
+    splits: list | None = None,  # Names of splits; default all but train and valid, or all if there are no others
+) -> dict:  # classes, left_out, unseen, crops, and splits with the metrics of each
     "Measure a model on labelled faces"
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
@@ -491,7 +491,7 @@ def calibrate(
     images,  # List of images that training has not seen
     labels,  # Names of their classes, of `vocab`
 ) -> float:  # The temperature; above 1 if the model was too sure
-    "Fit the temperature by which logits are divided; probabilities and exports use it from now on"
+    "Fit the temperature that divides the logits; probabilities and exports use it from then on"
     images, labels = image_list(images), list(labels)
     if len(images) != len(labels):
         raise ValueError(f"expected a label for each of {len(images)} images, got {len(labels)}")

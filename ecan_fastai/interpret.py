@@ -59,9 +59,9 @@ _COLORS = ["#4477aa", "#ee6677", "#228833", "#aa3377"]  # Tol's bright scheme
 
 
 def plot_history(
-    history: pd.DataFrame,  # One row an epoch, with fastai's columns and those of `LossPartsRecorder`
+    history: pd.DataFrame,  # One row per epoch, with the columns of fastai and of `LossPartsRecorder`
 ):
-    "Draw the loss, the metrics, the loss terms and MVA's alpha over the epochs, as far as they were recorded"
+    "Draw loss, metrics, loss terms and MVA's alpha over the epochs, as far as recorded"
     parts = [c for c in history if c in ("ce", "ensc", "esc", "supcon", "mva", "affinity", "center")]
     panels = [("loss", {"train_loss": "train", "valid_loss": "valid (cross-entropy)"}), ("share", _METRICS)]
     if parts:
@@ -87,7 +87,7 @@ def plot_history(
 
 # %% ../nbs/08_interpret.ipynb #42c815e8
 def plot_confusions(
-    runs: dict,  # Title to (targets, predicted), class indices (n,) each
+    runs: dict,  # From title to (targets, predicted), class indices (n,) each
     vocab,  # Class names
 ) -> "Figure":  # The figure
     "Draw confusion matrices side by side, on one scale"
@@ -121,15 +121,15 @@ _CLASSES = [
 
 # %% ../nbs/08_interpret.ipynb #61c6aab2
 def _tsne(z, seed):
-    "Features (n, d) in two dimensions (n, 2)"
+    "Map features (n, d) to two dimensions (n, 2)"
     made = TSNE(init="pca", perplexity=min(30, (len(z) - 1) / 3), random_state=seed)
     return made.fit_transform(np.asarray(z, np.float32))
 
 # %% ../nbs/08_interpret.ipynb #4b36a92a
 def _scatter_classes(ax, xy, targets, vocab, title):
-    "Points (n, 2) on axes, each class in its colour and with its marker"
+    "Draw points (n, 2), each class with its own colour and marker"
     n = len(_CLASSES)
-    for c, name in enumerate(vocab):  # the same colour comes again with another marker
+    for c, name in enumerate(vocab):  # a repeated colour has another marker
         points, color, mark = xy[targets == c], _CLASSES[c % n][0], _CLASSES[(c + c // n) % n][1]
         ax.scatter(*points.T, s=9, color=color, marker=mark, linewidths=0, alpha=0.8, label=name)
     ax.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
@@ -137,7 +137,7 @@ def _scatter_classes(ax, xy, targets, vocab, title):
 
 # %% ../nbs/08_interpret.ipynb #c4bc3952
 def _legend_below(fig, ax, n_classes):
-    "One legend of the classes for all panels of a figure"
+    "Draw one legend of the classes for all panels of a figure"
     legend = fig.legend(
         *ax.get_legend_handles_labels(),
         loc="outside lower center",
@@ -152,7 +152,7 @@ def _legend_below(fig, ax, n_classes):
 
 # %% ../nbs/08_interpret.ipynb #03977633
 def plot_tsne(
-    features: dict,  # Title to features (n, d); the same images in each
+    features: dict,  # From title to features (n, d) of the same images
     targets,  # Class indices (n,)
     vocab,  # Class names
     seed: int = 0,  # Seed of t-SNE
@@ -176,7 +176,7 @@ def plot_tsne(
 
 # %% ../nbs/08_interpret.ipynb #474e28ec
 def plot_class_counts(
-    counts: dict,  # Title to the number of images of each class, by name
+    counts: dict,  # From title to the number of images of each class, by name
 ) -> "Figure":  # The figure
     "Draw class distributions, the largest class first"
     fig, axs = plt.subplots(1, len(counts), figsize=(4.2 * len(counts), 2.8), layout="constrained", squeeze=False)
@@ -192,15 +192,15 @@ def plot_class_counts(
 
 # %% ../nbs/08_interpret.ipynb #206fb4c8
 def plot_sweep(
-    table: pd.DataFrame,  # One row a run: the setting, and a column of shares (0 to 1) for each measure
+    table: pd.DataFrame,  # One row per run: the setting, and a column of shares (0 to 1) for each measure
     setting: str,  # Name of the setting's column
-    measures,  # Names of the measures' columns, or a dict of these to what they are called
-    label: str | None = None,  # What the setting is called
+    measures,  # Names of the measures' columns, or a dict from these to names in the legend
+    label: str | None = None,  # Label of the setting's axis
     ax: "Axes | None" = None,  # Axes to draw on; default a new figure
 ):
     """Plot measures over the values of a setting, in percent
 
-    Values stand at equal distances. Error bars are standard deviations, where a value has several runs."""
+    Values are spaced equally. Error bars are standard deviations, for values with several runs."""
     if ax is None:
         _, ax = plt.subplots(figsize=(4.2, 3), layout="constrained")
     names = measures if isinstance(measures, dict) else {m: m for m in measures}
@@ -255,7 +255,7 @@ class _MapsThrough(nn.Module):
 # %% ../nbs/08_interpret.ipynb #5e7e2ced
 @torch.no_grad()
 def _last_maps(encoder, example):
-    "The module with the last feature maps of an encoder, and whether they are its output or (transformers) its input"
+    "Find the module with an encoder's last feature maps, and whether they are its output or (transformers) its input"
     seen, hooks = [], []
     for module in encoder.modules():
         hooks.append(module.register_forward_hook(lambda module, args, out: seen.append((module, args, out))))
@@ -277,7 +277,7 @@ def _last_maps(encoder, example):
 
 # %% ../nbs/08_interpret.ipynb #110d6015
 def _layer_grad_cam(classifier, example):
-    "Captum's Grad-CAM at the last feature maps, and the hook that leads there"
+    "Return Captum's Grad-CAM for the last feature maps, and the hook to remove afterwards"
     try:
         from captum.attr import LayerGradCam
     except ImportError as e:
@@ -287,7 +287,7 @@ def _layer_grad_cam(classifier, example):
 
 # %% ../nbs/08_interpret.ipynb #15bc3825
 def _on_image(heat, boxes, side):
-    "Heat maps of views (views, n, view_size, view_size), averaged where they overlap on the image (n, side, side)"
+    "Average heat maps of views (views, n, view_size, view_size) over the views that cover a pixel (n, side, side)"
     total, n_views = heat.new_zeros(heat.shape[1], side, side), heat.new_zeros(side, side)
     for view, (mirrored, left, top) in zip(heat, boxes):
         rows, columns = slice(top, top + view.shape[-2]), slice(left, left + view.shape[-1])
@@ -309,10 +309,10 @@ def _class_indices(predictor, items, labels):
 
 # %% ../nbs/08_interpret.ipynb #e401c1cd
 def grad_cam(
-    predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
+    predictor: Predictor,  # `Predictor`; for a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images, as `Predictor.predict` takes them
     labels: str | list | None = None,  # Class to explain, for all images or one for each; default the predicted ones
-) -> np.ndarray:  # (n, side, side), 0 to 1 in each image; all 0 where nothing speaks for the class
+) -> np.ndarray:  # (n, side, side), 0 to 1 in each image; all 0 if nothing supports the class
     """Compute Grad-CAM heat maps, averaged over the views that the predictor evaluates
 
     Raises `ImportError` without the extra `explain`, and `ValueError` for an unknown class."""
@@ -337,18 +337,18 @@ def heat_overlay(
     image: np.ndarray,  # uint8 (height, width, 1 or 3)
     heat: np.ndarray,  # (height, width), 0 to 1
 ) -> np.ndarray:  # uint8 (height, width, 3)
-    "Blend a heat map over an image: none of it where the heat is 0, 60 % where it is 1"
+    "Blend a heat map over an image, with an opacity from 0 (heat 0) to 60 % (heat 1)"
     color = plt.get_cmap("inferno")(heat)[..., :3] * 255
     share = 0.6 * heat[..., None]
     return (image * (1 - share) + color * share).round().astype(np.uint8)
 
 # %% ../nbs/08_interpret.ipynb #5528d020
 def plot_grad_cam(
-    predictor: Predictor,  # `Predictor`; of a learner, `Predictor.from_learner(learn)`
+    predictor: Predictor,  # `Predictor`; for a learner, `Predictor.from_learner(learn)`
     x,  # Image, folder of images, or list of images
     labels: str | list | None = None,  # Class to explain, for all images or one for each; default the predicted ones
 ) -> "Figure":  # The figure
-    "Draw images and, below each, its Grad-CAM heat map over it; the title is the class and its probability"
+    "Draw images above their Grad-CAM overlays; titles give the class and its probability"
     items = image_list(x)
     targets, heat = _class_indices(predictor, items, labels), grad_cam(predictor, items, labels)
     probs = predictor.probabilities(items)
@@ -365,7 +365,7 @@ def plot_grad_cam(
 # %% ../nbs/08_interpret.ipynb #3160f621
 @torch.no_grad()
 def _features_and_labels(encoder, dl):
-    "Features (n, d) and class indices (n,) of the images of a loader"
+    "Compute features (n, d) and class indices (n,) of the images of a loader"
     device = next(encoder.parameters()).device
     z, y = [], []
     for *x, target in progress(dl, "compute features"):
@@ -379,10 +379,10 @@ def _features_and_labels(encoder, dl):
 
 
 def probe(
-    model,  # Learner of this package, or an encoder: images (n, channels, height, width) to features (n, d)
+    model,  # Learner of this package, or an encoder from images (n, channels, height, width) to features (n, d)
     dls,  # DataLoaders with single labels
 ) -> float:  # Accuracy on the valid split, 0 to 1
-    "Measure frozen features: accuracy of a logistic regression on the train split's, without augmentation"
+    "Measure frozen features by a logistic regression, fitted on the train split without augmentation"
     encoder = model.model.encoder if isinstance(model, Learner) else model
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

@@ -18,7 +18,7 @@ def _taps(
     kernel: int,
     stride: int,
     padding: int,  # Of the convolution, along that axis
-) -> list:  # For each output position a list: the kernel position that meets each input position, or None
+) -> list:  # For each output position, a list of the kernel position at each input position, or None
     def tap(i, out):
         k = i - out * stride + padding
         return k if 0 <= k < kernel else None
@@ -74,7 +74,7 @@ def conv2d_columns(
 
 # %% ../nbs/04a_layers.ipynb #8daa1d60
 class SmallMapConv2d(nn.Conv2d):
-    "`nn.Conv2d` that runs as a matrix product on a CPU where the feature map is small"
+    "`nn.Conv2d` that runs as a matrix product on a CPU if the feature map is small"
 
     def forward(self, x: Tensor) -> Tensor:
         form = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else self._form(x)
@@ -86,7 +86,7 @@ class SmallMapConv2d(nn.Conv2d):
         return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
     def _form(self, x):
-        "The faster form for this input, None for the ordinary convolution"
+        "Return the faster form for this input, or None for the ordinary convolution"
         if x.device.type != "cpu" or x.ndim != 4:
             return None
         height, width = x.shape[2:]
@@ -116,7 +116,7 @@ def speed_up_small_maps(
 def fast_precision(
     device: str | torch.device = "cpu",  # Device of the model
 ) -> str:  # "bf16" or "fp32"
-    "The precision in which a device trains fastest: bfloat16 where it is native, else float32"
+    "Return the precision in which a device trains fastest: bfloat16 if it is native, else float32"
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if torch.device(device).type != "cpu":
@@ -129,7 +129,7 @@ def channels_last_is_faster(
     device: str | torch.device = "cpu",  # Device of the model
     precision: str = "fp32",  # "fp32", "fp16" or "bf16"
 ) -> bool:
-    "Whether a convolutional network trains faster with channels last in memory"
+    "Whether a convolutional network trains faster in the channels-last memory layout"
     if precision != "fp32":
         return True
     return torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

@@ -44,11 +44,11 @@ paper_opt = dict(
 
 # %% ../nbs/07_learner.ipynb #53ff7dbb
 def cosine_with_warmup(
-    lr,  # Highest rate, a number or an array with one a parameter group
+    lr,  # Highest rate: a number, or an array with one for each parameter group
     n_epoch: int,  # Epochs of the whole fit
     warmup: int = 1,  # Epochs of linear warm-up from 0
-) -> "Callable":  # Function of the share of training done, 0 to 1, to the rate
-    "Rate by epoch: lr (1 + cos(pi epoch/n_epoch))/2, after a linear warm-up by batch"
+) -> "Callable":  # Function from the share of training done (0 to 1) to the rate
+    "Cosine decay by epoch, lr (1 + cos(pi epoch/n_epoch))/2, after a linear warm-up by batch"
 
     def rate(pct):
         epoch = pct * n_epoch
@@ -67,10 +67,10 @@ def fit_cosine(
     warmup: int = 1,  # Epochs of linear warm-up
     wd: float | None = None,  # Weight decay; default the learner's
     cbs: "Callback | list | None" = None,  # Further callbacks for this fit
-    reset_opt: bool = False,  # A new optimizer
+    reset_opt: bool = False,  # Create a new optimizer
     start_epoch: int = 0,  # Skip this many epochs, as fastai's `fit` does
 ):
-    "Fit with `cosine_with_warmup`, the schedule of the paper's reference"
+    "Fit with `cosine_with_warmup`, the schedule of GAF, whose configuration the paper uses"
     if self.opt is None:
         self.create_opt()
     self.opt.set_hyper("lr", self.lr if lr_max is None else lr_max)
@@ -93,19 +93,20 @@ def face_metrics():
 def images_per_step(
     dls,  # DataLoaders
 ) -> int:
-    "Images of an optimizer step: a batch from each process of distributed training"
+    "Number of images in an optimizer step: one batch from each process of distributed training"
     return dls.train.bs * max(1, num_distrib())
 
 # %% ../nbs/07_learner.ipynb #fad4a330
 def _first_item(dls):
-    "The first training item as a batch holds it"
+    "Return the first training item after all item transforms"
     made_by_fastai = isinstance(dls.train, TfmdDL) and not isinstance(dls.train, TwoViewDL)
     return dls.train.do_item(0) if made_by_fastai else dls.train_ds[0]
 
 # %% ../nbs/07_learner.ipynb #0441b17b
 def _views(dls):
-    """Views of the first training item, as a list, and the number of classes; raises `ValueError` for other targets
-    than one class an image"""
+    """List the views of the first training item, and count the classes
+
+    Raises `ValueError` for targets other than one class per image."""
     item = _first_item(dls)
     if len(item) != 2:
         raise ValueError(
@@ -119,7 +120,7 @@ def _views(dls):
 
 # %% ../nbs/07_learner.ipynb #8cff0f2f
 def _two_views(dls):
-    "`_views` of loaders that give two of each face; raises `ValueError` for others"
+    "`_views` for loaders with two views of each face; raises `ValueError` for others"
     views, n_classes = _views(dls)
     if len(views) != 2:
         raise ValueError(
@@ -146,9 +147,9 @@ class ECANLearner(Learner):
         plain.export(fname, **kwargs)
 
     def summary(self):
-        """Summarise as fastai does the layers that evaluation runs
+        """Summarise the layers that run in evaluation, as fastai does
 
-        The totals count the parameters of the key encoder and the class centres too."""
+        The totals also count the key encoder and the class centres."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
         totals = {"params": total, "trainable params": trained, "non-trainable params": total - trained}
@@ -167,10 +168,10 @@ def ecan_learner(
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
     n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
     temperature: float | None = None,  # Temperature of ENSC; default 0.1
-    momentum: float = 0.999,  # m of the key encoder; about 1/(1-m) steps of memory
-    bank_groups: int = 16,  # K: batches that the memory bank holds
+    momentum: float = 0.999,  # m of the key encoder, which averages over about 1/(1-m) steps
+    bank_groups: int = 16,  # K: number of batches that the memory bank holds
     reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
-    loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading
+    loss_func: ECANLoss | None = None,  # Replaces l1, l2, n_groups, temperature and reading
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
     cbs: "Callback | list | None" = None,  # Further callbacks
     opt_func: "Callable | None" = None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
@@ -212,7 +213,7 @@ def _ecan_loss(loss_func, settings):
 # %% ../nbs/07_learner.ipynb #f770b17f
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def baseline_learner(
-    dls,  # DataLoaders; of two views the first is used
+    dls,  # DataLoaders; only the first of two views is used
     arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default resnet18
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     loss_func: "Callable | None" = None,  # Default: cross-entropy

@@ -70,7 +70,7 @@ def _check_shares(faces, idxs, vocab):
 
 # %% ../nbs/03j_loaders.ipynb #0f4d14bf
 def _stratified(idxs, labels, pct, seed):
-    "A seeded share of `idxs` from each class: at least one where a class has two, none where it has one"
+    "Hold out a seeded share of `idxs` from each class: at least one image, none of a class with only one"
     rng, held = np.random.default_rng(seed), []
     for c in sorted(set(labels)):
         own = [i for i, label in zip(idxs, labels) if label == c]
@@ -82,7 +82,7 @@ def _stratified(idxs, labels, pct, seed):
 
 # %% ../nbs/03j_loaders.ipynb #e41568fd
 def _splits(faces, valid_pct, seed, train_all, valid="valid"):
-    "Index lists by name, train and valid first"
+    "Return the index list of each split by name, train and valid first"
     splits = {"train": [], "valid": []}
     for i, f in enumerate(faces):
         splits.setdefault(f.split, []).append(i)
@@ -127,8 +127,8 @@ def broken_faces(
     faces: list,  # `Face` records
     channels: int = 3,  # Channels to decode to
     size: int | None = None,  # Side that every image must have, or None
-) -> dict:  # Index of each broken one to what is wrong with it
-    "Decode every image and tell which cannot be read, or have the wrong size"
+) -> dict:  # From the index of each broken image to its error
+    "Decode every image and find those that cannot be read or have the wrong size"
     with ThreadPoolExecutor() as pool:
         problems = pool.map(lambda f: _problem(f, channels, size), faces)
         return {i: p for i, p in enumerate(progress(problems, "check images", len(faces))) if p}
@@ -148,7 +148,7 @@ def _without_broken(faces, channels, size, skip_broken):
 
 # %% ../nbs/03j_loaders.ipynb #8a6250b4
 class _Get(Transform):
-    "Getter of an attribute, or of the whole record"
+    "Get an attribute of a record, or the whole record"
 
     def __init__(self, attribute=None):
         super().__init__()
@@ -159,7 +159,7 @@ class _Get(Transform):
 
 # %% ../nbs/03j_loaders.ipynb #b0cd75b8
 class _ClassName(Category):
-    "Name of a class, which may have $ in it"
+    "Class name that is shown as it is, even with $ in it"
 
     def show(self, ctx=None, color="black", **kwargs):
         if not hasattr(ctx, "set_title"):
@@ -170,7 +170,7 @@ class _ClassName(Category):
 
 # %% ../nbs/03j_loaders.ipynb #358966b8
 class _Label(Categorize):
-    "`Categorize` of a `Face` without type dispatch, its tensors made once; with `soft`, shares of votes in training"
+    "`Categorize` for `Face` records, without type dispatch; with `soft`, the shares of votes in training"
 
     def __init__(self, vocab, soft=False):
         super().__init__(vocab, sort=False)
@@ -197,7 +197,7 @@ _LOADER_OPTIONS = (
 
 
 def _check_options(kwargs):
-    "fastai's loaders ignore arguments that they do not know"
+    "Raise `TypeError` for an unknown argument, which fastai's loaders would ignore"
     unknown = [k for k in kwargs if k not in _LOADER_OPTIONS]
     if not unknown:
         return
@@ -206,7 +206,7 @@ def _check_options(kwargs):
 
 # %% ../nbs/03j_loaders.ipynb #430bc2f5
 def _split_normalize(batch_tfms):
-    "Statistics of a `Normalize` among batch transforms, or None, and the other transforms"
+    "Split batch transforms into the statistics of a `Normalize`, or None, and the other transforms"
     norms = [t for t in L(batch_tfms) if isinstance(t, Normalize) or t is Normalize]
     others = [t for t in L(batch_tfms) if not any(t is norm for norm in norms)]
     if not norms:
@@ -217,7 +217,7 @@ def _split_normalize(batch_tfms):
 
 # %% ../nbs/03j_loaders.ipynb #02dab632
 def _check_sampling(bs, balanced, options):
-    "Check how training images are to be drawn, before any of them is read"
+    "Check the sampling options before any image is read"
     if bs is not None and not bs > 0:
         raise ValueError(f"batch size must be above 0, got {bs}")
     if balanced and options.get("shuffle", True) is not True:
@@ -225,7 +225,7 @@ def _check_sampling(bs, balanced, options):
 
 # %% ../nbs/03j_loaders.ipynb #f0dfe2a1
 def _usable_faces(faces, vocab, channels, image_size, skip_broken):
-    "Faces whose images can be read, and the vocabulary; without broken images, classes may be missing"
+    "Return faces whose images can be read, and the vocabulary, checked again without the broken ones"
     _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
     return faces, _check_labels(faces, vocab)
@@ -241,7 +241,7 @@ def _batch_size(bs, n_train):
 
 # %% ../nbs/03j_loaders.ipynb #a5a26e67
 def _data_block(faces_block, label, splits, batch_tfms):
-    "Block of `Face` records, split by `splits`, index lists by name"
+    "Build the block of `Face` records; `splits` holds index lists by name"
     return DataBlock(
         blocks=(faces_block, TransformBlock(type_tfms=label)),
         getters=[_Get("image"), _Get()],
@@ -258,7 +258,7 @@ def _named_loaders(cls, loaders, splits, path):
 
 # %% ../nbs/03j_loaders.ipynb #866d093f
 def _equal_weights(dls):
-    "Weight of each training image, with which every class is sampled equally often"
+    "Weights of the training images that make every class equally likely to be sampled"
     weights = dict(zip(dls.vocab, dls.class_weights()))
     return [weights[f.label] for f in dls.train_ds.items]
 
@@ -268,7 +268,7 @@ def _loaders(
     faces: list,  # `Face` records
     path: str | Path = ".",  # Where a Learner saves its models
     bs: int | None = None,  # Batch size; default 256, less for small data
-    size: int = 224,  # Side in pixels to which images are brought
+    size: int = 224,  # Side in pixels to which images are resized
     channels: int = 3,  # 1: grey, 3: RGB
     level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
@@ -276,16 +276,16 @@ def _loaders(
     all_crops: bool = False,  # Train on all five crops of FiveCrop instead of a random one
     eval_crops: str = "center",  # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
     valid: str = "valid",  # Name of the split to validate on
-    valid_pct: float = 0.1,  # Share of train held out where the data has no valid split
+    valid_pct: float = 0.1,  # Share of train to hold out if the data has no valid split
     seed: int = 42,  # Seed of that share
     train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
     vocab: list | None = None,  # Names of the classes in order; default those of train, sorted
-    skip_broken: bool = False,  # Go on without images that cannot be read
+    skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
     image_size: int | None = None,  # Side that every image on disk must have
-    soft_labels: bool = False,  # Train on the shares of people's votes (FER+); evaluation keeps the label
+    soft_labels: bool = False,  # Train on the shares of annotators' votes (FER+); evaluation uses the label
     balanced: bool = False,  # Sample every class equally often in training, with replacement
     item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before all others
-    batch_tfms: "Callable | list | None" = None,  # fastai transforms of a batch; each view draws by itself
+    batch_tfms: "Callable | list | None" = None,  # fastai transforms of a batch, applied to each view separately
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs)
@@ -318,7 +318,7 @@ class ExpressionDataLoaders(DataLoaders):
 
     @delegates(DataLoaders.test_dl)
     def test_dl(self, test_items, with_labels=False, **kwargs):
-        "Loader of other images, or with labels of `Face` records and of files in class folders"
+        "Loader of other images; `with_labels` takes `Face` records, or files in class folders"
         if with_labels:
             test_items = [o if isinstance(o, Face) else self._labelled(o) for o in test_items]
         return super().test_dl(test_items, with_labels=with_labels, **kwargs)
@@ -339,7 +339,7 @@ def from_faces(
     faces: list,  # `Face` records
     **kwargs,
 ):
-    "From `Face` records; the other constructors end here"
+    "From `Face` records; all other constructors call it"
     return _loaders(cls, faces, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #5f4fd6ae
@@ -356,7 +356,7 @@ def from_folder(
 # %% ../nbs/03j_loaders.ipynb #51d9948c
 @patch
 def class_counts(self: ExpressionDataLoaders):
-    "Training faces of each class (C,), in the order of the vocabulary"
+    "Count the training faces of each class (C,), in the order of the vocabulary"
     counts = Counter(f.label for f in self.train_ds.items)
     return np.array([counts[v] for v in self.vocab])
 
@@ -365,14 +365,14 @@ def class_counts(self: ExpressionDataLoaders):
 def class_weights(self: ExpressionDataLoaders):
     """Weight n/(C n_c) of each class (C,), scikit-learn's "balanced"
 
-    Their mean over the training faces is 1. A class without a training face has the weight 0."""
+    The mean over the training faces is 1. A class without a training face has weight 0."""
     counts = self.class_counts()
     return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
 
 # %% ../nbs/03j_loaders.ipynb #08a89c9a
 @patch
 def minority_classes(self: ExpressionDataLoaders):
-    """True for each class (C,) with less than 3/4 of the training faces that a class has on average
+    """True for each class (C,) with less than 3/4 of the average number of training faces
 
     On RAF-DB and FER2013 these are the classes that the paper's Figure 6 calls minority classes."""
     return self.class_counts() < 0.75 * self.class_counts().mean()
@@ -382,7 +382,7 @@ def minority_classes(self: ExpressionDataLoaders):
 @delegates(_loaders, but="cls,faces")
 def from_df(
     cls: ExpressionDataLoaders,
-    df: pd.DataFrame,  # One row a face
+    df: pd.DataFrame,  # One row per face
     path: str | Path = ".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
@@ -415,7 +415,7 @@ def _from(cls, kind, path, kwargs, **reading):
 
 # %% ../nbs/03j_loaders.ipynb #ac7a0fab
 def _published(kind):
-    "Decorator of the loaders of published data: their signature shows the settings of their kind"
+    "Decorate a constructor of published data, so that its signature shows the data set's settings"
 
     def decorate(f):
         f, settings = delegates(_loaders, but="cls,faces")(f), READERS[kind].settings
@@ -477,7 +477,7 @@ def from_affectnet(
 def from_expw(
     cls: ExpressionDataLoaders,
     path,  # Folder of ExpW
-    fold: int = 0,  # Which tenth of the photographs is the test split
+    fold: int = 0,  # Index of the tenth of the photographs that is the test split
     **kwargs,
 ):
     "ExpW: splits train, valid, test by photograph"
@@ -489,7 +489,7 @@ def from_expw(
 def from_ckplus(
     cls: ExpressionDataLoaders,
     path,  # The folder CK+48, or one with it inside
-    fold: int = 0,  # Which tenth of the subjects is the test split
+    fold: int = 0,  # Index of the tenth of the subjects that is the test split
     **kwargs,
 ):
     "CK+48: splits train, valid, test by subject"
@@ -501,8 +501,8 @@ def from_ckplus(
 def from_path(
     cls: ExpressionDataLoaders,
     path,  # A folder or a csv file
-    kind: str = "auto",  # One of `KINDS`, or "auto" to look
+    kind: str = "auto",  # One of `KINDS`, or "auto" to detect it
     **kwargs,
 ):
-    "From data of a kind that is named or detected"
+    "From data of any kind, which is detected or named by `kind`"
     return _from(cls, detect_kind(path) if kind == "auto" else kind, path, kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/04_losses.ipynb #b045e568
 def _full_precision(loss):
-    "Run `loss` with its floating tensors in float32 at least, outside autocast"
+    "Run `loss` in float32 or higher, outside autocast"
 
     @wraps(loss)
     def _inner(*args, **kwargs):
@@ -47,7 +47,7 @@ def _check_temperature(temperature):
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
-    "Bank rows in a chunk: similarities of 2 MiB stay in a CPU's cache; a GPU gets more work in each call"
+    "Choose the bank rows in a chunk: 2 MiB of similarities fit a CPU's cache; a GPU gets more work in each call"
     return max(1, 2 ** (19 if z.device.type == "cpu" else 21) // max(z.shape))
 
 # %% ../nbs/04_losses.ipynb #9052548c
@@ -58,8 +58,8 @@ class _Bank:
     z: Tensor  # Rows (B, d), B may be 0
     y: Tensor | None  # Their labels (B,); None: every row is a negative of every anchor
     positives: Tensor | None  # Classes (C,) whose rows are positives of their own class
-    normalize: bool  # Of the rows, after the centre is subtracted
-    center: Tensor | None  # Constant (d,)
+    normalize: bool  # L2-normalise the rows, after the centre is subtracted
+    center: Tensor | None  # Constant (d,), subtracted from the rows
 
     def chunks(self, like):
         "Pieces of the bank: rows in the type of the tensor `like`, and their labels or None"
@@ -71,12 +71,12 @@ class _Bank:
             yield F.normalize(rows, dim=1) if self.normalize else rows, None if self.y is None else self.y[i : i + n]
 
     def compared_with(self, y, labels):
-        "Which bank rows are in each anchor's denominator (M, B): those of other classes, and positives"
+        "Mask (M, B) of the bank rows in each anchor's denominator: those of other classes, and positives"
         other = y[:, None] != labels
         return other if self.positives is None else other | self.positives[y][:, None]
 
     def class_sums(self, like):
-        "Sum (C, d) and number (C,) of the positive rows of each class, all that a mean over positives needs of them"
+        "Sum (C, d) and number (C,) of the positive rows of each class"
         wanted, device = self.positives, like.device
         sums = like.new_zeros(len(wanted), like.shape[1])
         counts = torch.zeros(len(wanted), dtype=torch.long, device=device)
@@ -93,7 +93,7 @@ def _positives(
     y: Tensor,  # Labels (M,)
     bank: _Bank,
 ):  # Mask of the positives in the batch (M, M); sum of those in the bank (M, d) or None; number and similarity (M,)
-    "Positives of each anchor, in the batch and in the bank"
+    "Find each anchor's positives, in the batch and in the bank"
     mask = (y[:, None] == y).fill_diagonal_(False)
     count, similarity = mask.sum(1), (sim * mask).sum(1)
     if bank.positives is None:
@@ -115,7 +115,7 @@ def _largest(sim, a, y, bank):
 
 # %% ../nbs/04_losses.ipynb #66b66b83
 def _exp_(sim, shift):
-    "exp(sim - shift) in place; what is above the shift is masked afterwards and must only stay finite"
+    "Compute exp(sim - shift) in place; entries above the shift are masked afterwards, so clamping them is harmless"
     if shift is not None:
         sim.sub_(shift).clamp_(max=0)
     return sim.exp_()
@@ -129,7 +129,7 @@ def _denominators(
     shift: Tensor | None,  # Subtracted from all exponents of a row (M, 1)
     with_rows: bool,  # Whether the sum of bank rows is needed
 ):  # S of each anchor (M,); its terms in the batch (M, M); G, the bank rows weighted by theirs (M, d)
-    "Sums of exponentials over what each anchor is compared with"
+    "Sum the exponentials in each anchor's denominator"
     terms = _exp_(sim, shift).fill_diagonal_(0)
     total, weighted_rows = terms.sum(1), torch.zeros_like(a)
     for rows, labels in bank.chunks(a):
@@ -182,7 +182,7 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled():  # once_differentiable lets this pass where `g` is a constant, with a wrong result
+        if torch.is_grad_enabled():  # once_differentiable accepts a constant `g` and returns a wrong result
             raise RuntimeError("contrastive losses have no second derivative: call backward without create_graph")
         return g * ctx.saved_tensors[0], None, None, None, None
 
@@ -190,8 +190,9 @@ class _Contrast(torch.autograd.Function):
 def _contrast(
     z, y, temperature, normalize, bank_z=None, bank_y=None, bank_positives=None, anchors_only=False, center=None
 ):
-    """Mean over anchors with a positive, that is with the same `y`; bank rows are negatives, with `bank_y` those of
-    another label alone"""
+    """Mean contrastive loss over anchors with a positive (another row of the same `y`)
+
+    Bank rows are negatives; with `bank_y`, only those of another label."""
     _check_temperature(temperature)
     if bank_z is None:
         bank_z = z[:0]
@@ -227,7 +228,7 @@ def supcon_loss(
     y: Tensor,  # Labels of all views (M,)
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise the rows first
-    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss (Eq. 4)"
     _check_rows(z, y)
@@ -241,7 +242,7 @@ def esc_loss(
     bank_z: Tensor,  # Features in the bank (B, d), without gradient; B may be 0
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
-    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
     center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
@@ -266,7 +267,7 @@ def ensc_loss(
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
     bank_positives: Tensor | None = None,  # Classes (C,) whose bank entries are positives too; the paper has none
-    anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+    anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
     center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
 ) -> Tensor:  # Scalar, mean over the anchors that have a positive
     "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
@@ -344,7 +345,7 @@ def mva_weight(
 
 # %% ../nbs/04_losses.ipynb #cc252693
 def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
-    "Multi-view affinity loss and its alpha; the older groups decide alpha alone, and are no part of the graph"
+    "Multi-view affinity loss and its alpha; the older groups only affect alpha, and carry no gradient"
     current = affinity_loss(x, y, centers, reduction)
     with torch.no_grad():
         older = [affinity_loss(*group, centers, reduction) for group in zip(groups, group_labels)]
@@ -371,7 +372,7 @@ class SupConLoss(nn.Module):
         self,
         temperature: float = 0.1,  # Temperature, above 0
         normalize: bool = True,  # L2-normalise all rows first
-        anchors_only: bool = False,  # Gradient through the anchors alone; the value is the same
+        anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
     ):
         super().__init__()
         _check_temperature(temperature)
@@ -425,7 +426,7 @@ class AffinityLoss(nn.Module):
 
 # %% ../nbs/04_losses.ipynb #6ae1e124
 class MVALoss(AffinityLoss):
-    "Module form of `mva_loss` (Eq. 9 and 10); leaves the weight of its last call in `alpha`"
+    "Module form of `mva_loss` (Eq. 9 and 10); `alpha` holds the weight of its last call"
 
     alpha: Tensor | None = None
 
@@ -438,10 +439,10 @@ class MVALoss(AffinityLoss):
 class PaperReading:
     "How the paper is read where it leaves a choice; the defaults are this package's reading"
 
-    key_eval: bool = False  # Run the key encoder in evaluation mode, and move its running statistics by Eq. 1 too
+    key_eval: bool = False  # Run the key encoder in evaluation mode; Eq. 1 then moves its running statistics too
     normalize_compact: bool = False  # L2-normalise the features before the compactness loss
     affinity_reduction: str = "mean"  # Affinity loss as "mean" over the batch, or as the literal "sum" of Eq. 8
-    anchors_only: bool = False  # Gradient of the contrastive loss through its anchors alone; the value is the same
+    anchors_only: bool = False  # Gradient of the contrastive loss through its anchors only; the value is the same
 
     def __post_init__(self):
         _check_reduction(self.affinity_reduction)
@@ -478,7 +479,7 @@ def _check_bank_options(contrast, bank_positives, center_features):
 
 # %% ../nbs/04_losses.ipynb #50eb3be4
 class _CrossEntropy(nn.Module):
-    "Cross-entropy on logits, and what fastai asks of a loss on them: probabilities and class indices"
+    "Cross-entropy on logits, with the `activation` and `decodes` that fastai expects of a loss"
 
     weight: Tensor | None
 
@@ -521,7 +522,7 @@ class ECANLoss(_CrossEntropy):
         compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
         reading: "PaperReading | None" = None,  # How the paper is read where it leaves a choice
         weight: "Tensor | list | None" = None,  # Weight of each class in cross-entropy (C,); default 1
-        label_smoothing: float = 0.0,  # Of cross-entropy, 0 to 1, as torch's own takes it
+        label_smoothing: float = 0.0,  # Label smoothing of the cross-entropy, 0 to 1, as in torch
         bank_positives: "Tensor | list | None" = None,  # Classes (C,) whose bank entries are positives; default none
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
@@ -545,13 +546,13 @@ class ECANLoss(_CrossEntropy):
 # %% ../nbs/04_losses.ipynb #bd934e62
 @patch
 def extra_repr(self: ECANLoss):
-    "Settings, where the module is printed"
+    "Settings to show when the module is printed"
     names = "l1 l2 n_groups reading weight label_smoothing bank_positives center_features".split()
     return ", ".join(f"{k}={getattr(self, k)!r}" for k in names)
 
 # %% ../nbs/04_losses.ipynb #b034fcb1
 def _contrast_term(loss, out, y, center):
-    "Contrastive loss of a training output with the settings of an `ECANLoss`; all views are anchors"
+    "Contrastive term of an `ECANLoss` from a training output; all views are anchors"
     z, y = torch.cat([out["z_q"], out["z_k"]]), y.repeat(2)
     if loss.contrast == "supcon":
         return loss.contrast_loss(z, y)
@@ -563,7 +564,7 @@ def _contrast_term(loss, out, y, center):
 
 # %% ../nbs/04_losses.ipynb #6808b412
 def _compact_term(loss, out, y):
-    "Compactness loss of a training output with the settings of an `ECANLoss`; MVA's older groups come from the bank"
+    "Compactness term of an `ECANLoss` from a training output; MVA's older groups come from the bank"
 
     def unit(z):
         return F.normalize(z.float(), dim=-1) if loss.reading.normalize_compact else z
@@ -590,7 +591,7 @@ def forward(
     y = y.as_subclass(Tensor)
     ce = self._cross_entropy(out["logits"], y, "none")
     if self.weight is not None and self.reduction == "mean" and y.ndim == 1:
-        ce = ce * (len(y) / self.weight[y].sum())  # the mean is then torch's
+        ce = ce * (len(y) / self.weight[y].sum())  # so that the mean equals torch's weighted mean
     loss, parts = (1 - self.l1) * ce, [ce.mean()]
     if y.ndim == 2:
         y = y.argmax(1)

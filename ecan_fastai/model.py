@@ -32,7 +32,7 @@ from .weights import NAMES, named_settings, named_weights
 
 # %% ../nbs/05_model.ipynb #30b47bc1
 class _BankBuffers(nn.Module):
-    "What a memory bank holds, and how it moves between devices and through files"
+    "Buffers of a memory bank: counters stay on the CPU, features stay float32, a bank of another size loads empty"
 
     z: Tensor
     y: Tensor
@@ -61,7 +61,7 @@ class _BankBuffers(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        "Start empty where the saved bank has another size; the next fit fills it"
+        "Start with an empty bank if the saved one has another size; the next fit fills it"
         saved = state_dict.get(prefix + "z")
         if saved is not None and saved.shape[1:] == self.z.shape[1:] and len(saved) != self.size:
             for name, buffer in self.named_buffers():
@@ -84,7 +84,7 @@ class MemoryBank(_BankBuffers):
         return f"{len(self)} of {self.size} rows of {self.z.shape[1]}"
 
     def rows(self):
-        "Filled features (filled, dim) and labels (filled,), as views, in the order of the ring"
+        "Features (filled, dim) and labels (filled,) of the filled rows, as views, in storage order"
         return self.z[: len(self)], self.y[: len(self)]
 
     def order(self):
@@ -120,7 +120,7 @@ def _safe_load(file):
 
 # %% ../nbs/05_model.ipynb #ea9b032b
 def _read_weights(path):
-    "Tensors by name: named weights, or of a run's folder, a safetensors file, or a checkpoint; nothing is executed"
+    "Read tensors by name from named weights, a run's folder, a safetensors file or a checkpoint, without running code"
     if path in NAMES:
         return named_weights(path)
     path = Path(path)
@@ -151,7 +151,7 @@ def _read_weights(path):
 
 # %% ../nbs/05_model.ipynb #01ad0c14
 def _fit_channels(w, want):
-    "A stem's weights for another number of channels: the response to a grey image stays"
+    "Convert a stem's weights to another number of channels, with the same response to a grey image"
     if w.ndim != 4 or w.shape == want or w.shape[0] != want[0] or w.shape[2:] != want[2:]:
         return w
     if (w.shape[1], want[1]) == (3, 1):
@@ -160,7 +160,7 @@ def _fit_channels(w, want):
 
 # %% ../nbs/05_model.ipynb #cd7247ea
 def _best_prefix(tensors, state):
-    "The prefix under which most of an encoder's `tensors` are found in `state`, and what is found there"
+    "Return the prefix under which most of an encoder's `tensors` are in `state`, and the tensors found there"
     prefixes = dict.fromkeys(
         name[: -len(k)]
         for name in state
@@ -172,7 +172,7 @@ def _best_prefix(tensors, state):
         fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in tensors.items() if prefix + k in state}
         return {k: w for k, w in fitted.items() if w.shape == tensors[k].shape}
 
-    # of two alike, MoCo's query and key encoder, the first in the file
+    # of two prefixes with as many matches (MoCo's query and key encoder), the first in the file
     prefix = max(prefixes or [""], key=lambda p: len(found(p)))
     return prefix, found(prefix)
 
@@ -192,7 +192,7 @@ def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
 ) -> str:  # How many tensors matched, and what was left out
-    """Load an encoder's weights from a model with another head, from under wrappers and prefixes
+    """Load an encoder's weights from a file; wrappers and prefixes are found, the head is left out
 
     Raises `ValueError` if fewer than half of its tensors match, or if the file holds a deeper network."""
     tensors, state = encoder.state_dict(), _read_weights(path)
@@ -210,7 +210,7 @@ def load_encoder(
 
 # %% ../nbs/05_model.ipynb #6d070501
 def _register(arch):
-    "Make an architecture known to timm, in place of the one that an earlier import registered under its name"
+    "Register an architecture with timm, replacing one of the same name"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Overwriting")
         return register_model(arch)
@@ -234,7 +234,7 @@ def resnet18_half(pretrained=False, **kwargs):
 # %% ../nbs/05_model.ipynb #4425f33e
 @_register
 def resnet18_cifar(pretrained=False, **kwargs):
-    "ResNet-18 with CIFAR's stem: one 3x3 convolution without stride, no pooling"
+    "ResNet-18 with CIFAR's stem: one 3x3 convolution of stride 1, no pooling"
     return _resnet18_with_stem("resnet18_cifar", 1, pretrained, kwargs)
 
 # %% ../nbs/05_model.ipynb #c7cb251a
@@ -275,18 +275,18 @@ def _timm_encoder(arch, in_chans, pretrained):
 
 # %% ../nbs/05_model.ipynb #6c1d7b5d
 def _with_pooling(body):
-    "A body that gives feature maps, as an encoder that gives features"
+    "Add pooling to a body that gives feature maps, so that it gives features"
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 # %% ../nbs/05_model.ipynb #593f01f2
 @torch.no_grad()
 def _features(encoder, in_chans, size):
-    "What an encoder gives for one image, in evaluation mode; the encoder stays as it is"
+    "Return an encoder's output for one blank image in evaluation mode; the encoder stays as it is"
     return copy.deepcopy(encoder).eval()(torch.zeros(1, in_chans, *size))
 
 # %% ../nbs/05_model.ipynb #4234c1ed
 def _module_encoder(module, in_chans, size):
-    "A user's own module as an encoder"
+    "Check a user's own module and return it as an encoder"
     try:
         out = _features(module, in_chans, size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as e:
@@ -302,7 +302,7 @@ def _module_encoder(module, in_chans, size):
 
 # %% ../nbs/05_model.ipynb #00bc1824
 def _encoder(arch, in_chans, pretrained, size):
-    "Encoder that gives features (n, d), and d"
+    "Build an encoder that gives features (n, d); return it and d"
     arch = choose_arch(arch, pretrained)
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
@@ -333,7 +333,7 @@ def _encoder(arch, in_chans, pretrained, size):
 class FaceClassifier(nn.Module):
     "Encoder and linear classifier: a view (n, channels, height, width) or a pair of views to logits (n, n_classes)"
 
-    create: ClassVar[Callable[..., Any]]  # of a cell below, for type checkers
+    create: ClassVar[Callable[..., Any]]  # defined below; declared here for type checkers
 
     def __init__(
         self,
@@ -345,9 +345,9 @@ class FaceClassifier(nn.Module):
 
     def forward(
         self,
-        x,  # View (n, channels, height, width), crops (n, crops, channels, height, width), or a pair: its first
+        x,  # View (n, channels, height, width), crops (n, crops, channels, height, width), or a pair of either
         x_k=None,  # Second view of a pair that comes as two arguments, as in `SummaryWriter.add_graph`; not used
-    ) -> Tensor:  # Logits (n, n_classes), of crops their mean
+    ) -> Tensor:  # Logits (n, n_classes), averaged over crops
         "Logits of a view; raises `ValueError` for crops in training"
         if isinstance(x, (tuple, list)):
             x = x[0]
@@ -376,7 +376,7 @@ def create(
     n_classes: int = 7,  # Number of expressions
     in_chans: int = 3,  # 1 or 3
     pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-    size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
+    size: tuple = (64, 64),  # Height and width of the blank image that tests an encoder that timm did not build
 ):
     "Build from an architecture"
     encoder, d = _encoder(arch, in_chans, pretrained, size)
@@ -384,7 +384,7 @@ def create(
 
 # %% ../nbs/05_model.ipynb #10ca64be
 def _moved_by_momentum(encoder, key_eval):
-    "Tensors of an encoder that Eq. 1 moves: its parameters, with `key_eval` its normalisation statistics as well"
+    "Return an encoder's tensors that Eq. 1 moves: its parameters, with `key_eval` also its normalisation statistics"
     statistics = [b for b in encoder.buffers() if b.is_floating_point()] if key_eval else []
     return [*encoder.parameters(), *statistics]
 
@@ -409,18 +409,18 @@ class _WithKeyEncoder(FaceClassifier):
 
     def inference(
         self,
-        key: bool = False,  # The key encoder instead of the query encoder, under the same classifier
+        key: bool = False,  # Use the key encoder instead of the query encoder, with the same classifier
     ) -> FaceClassifier:
-        "Copy of an encoder and the classifier alone, in evaluation mode: without bank and centres"
+        "Copy one encoder and the classifier, without bank and centres, in evaluation mode"
         return FaceClassifier(
             copy.deepcopy(self.key_encoder if key else self.encoder).requires_grad_(), copy.deepcopy(self.classifier)
         ).eval()
 
 # %% ../nbs/05_model.ipynb #5dd2b626
 def _training_output(model, pair):
-    "What `ECANLoss` needs of an `ECANModel` in training, from a pair of views"
+    "Compute all that `ECANLoss` needs in training from a pair of views"
     x_q, x_k = (v.as_subclass(Tensor) for v in pair)  # a subclass would take every operation through Python
-    z_k = model.keys(x_k)  # first: its memory is free again when the query's activations are kept for backward
+    z_k = model.keys(x_k)  # first, so that the query's activations reuse its memory
     z_q = model.encoder(x_q)
     bank_z, bank_y = model.bank.rows()
     return dict(
@@ -444,8 +444,8 @@ class ECANModel(_WithKeyEncoder):
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-        key_eval: bool = False,  # As in `PaperReading`
-        size: tuple = (64, 64),  # Height and width of the images on which a function's or a user's encoder is tried
+        key_eval: bool = False,  # Run the key encoder in evaluation mode; see `PaperReading`
+        size: tuple = (64, 64),  # Height and width of the blank image that tests an encoder that timm did not build
     ):
         if n_classes < 2:
             raise ValueError(f"expected at least 2 classes, got {n_classes}")

@@ -29,7 +29,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 def camera_index(
     x,  # Anything
 ) -> int | None:  # Index of the camera that `x` names (`webcam`, `webcam:1`), or None
-    "Return the index of a camera"
+    "Return the index of a camera by its name"
     found = re.fullmatch(r"webcam(?::(\d+))?", str(x)) if isinstance(x, (str, Path)) else None
     return int(found[1] or 0) if found and not Path(x).exists() else None
 
@@ -64,10 +64,10 @@ def frame_rate(
 # %% ../nbs/12a_video.ipynb #3893ff76
 def video_frames(
     file,  # Video file that OpenCV reads, or `webcam`
-    every: float = 1.0,  # Seconds from one frame to the next; 0 for every frame
-    seconds: float | None = None,  # Stop after so many seconds; a camera needs it
+    every: float = 1.0,  # Seconds between frames; 0 for every frame
+    seconds: float | None = None,  # Stop after this many seconds; required for a camera
 ) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
-    "Yield frames of a video at regular times; raises `ValueError` for a file that is not a video"
+    "Yield frames of a video at regular intervals; raises `ValueError` for a file that is not a video"
     if not every >= 0:
         raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
     if seconds is not None and not seconds > 0:
@@ -109,7 +109,7 @@ def box_iou(
 
 # %% ../nbs/12a_video.ipynb #3ab1c5de
 def _match(boxes, tracks, min_iou):
-    "Index of a box to its track, from the largest overlap down"
+    "Match boxes to tracks, from the largest overlap down; return the track of each box by its index"
     iou = box_iou(boxes, [t["box"] for t in tracks])
     matched: dict = {}
     for k in np.argsort(-iou, axis=None, kind="stable"):
@@ -120,12 +120,12 @@ def _match(boxes, tracks, min_iou):
 
 # %% ../nbs/12a_video.ipynb #a51f9f17
 class FaceTracker:
-    "Numbers of faces that hold from frame to frame, and their probabilities smoothed over time"
+    "Number faces consistently from frame to frame, and smooth their probabilities over time"
 
     def __init__(
         self,
         smoothing: float = 0.5,  # Time constant of the exponential moving average in seconds; 0 for none
-        min_iou: float = 0.3,  # Least overlap of a face's boxes in two successive frames
+        min_iou: float = 0.3,  # Least overlap of a face's box with its last one
         forget: float = 1.0,  # Seconds without a face after which its number is not used again
     ):
         if not smoothing >= 0:
@@ -140,7 +140,7 @@ class FaceTracker:
         boxes,  # (n, 4): left, top, right, bottom
         probs,  # (n, n_classes)
     ):  # Track numbers from 1 (list of n), and smoothed probabilities (n, n_classes)
-        "Take the faces of the next frame"
+        "Add the faces of the next frame"
         alive = [t for t in self.tracks if t["second"] == self.now or second - t["second"] <= self.forget]
         matched = _match(np.reshape(boxes, (-1, 4)), alive, self.min_iou)
         numbers, smoothed = [], np.array(probs, float)
@@ -187,7 +187,7 @@ def draw_faces(
 
 # %% ../nbs/12a_video.ipynb #3a4d9510
 class VideoWriter:
-    "A video that is written frame by frame, each shown until the next one's time; a context manager"
+    "Context manager that writes a video frame by frame, each shown until the next one's time"
 
     codecs = {".avi": "MJPG", ".mp4": "mp4v", ".webm": "VP80"}
 
@@ -215,7 +215,7 @@ class VideoWriter:
         second: float,  # Time of the frame
         frame: np.ndarray,  # uint8 (height, width, 3); all frames of one size
     ):
-        "Write a frame as often as its time needs, so that time passes as in the source"
+        "Write a frame, repeated up to its time if needed, so that the video keeps the pace of its source"
         if self.video is None:
             codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
             self.video = cv2.VideoWriter(str(self.file), codec, self.rate, frame.shape[1::-1])
