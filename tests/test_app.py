@@ -92,7 +92,9 @@ def test_heatmaps_lie_over_the_face_that_was_labelled(app, uploads):
     said, ((image, caption),) = app.heatmaps(uploads / "face.jpg")
     (face,) = app.finder(read_face(uploads / "face.jpg"))
     assert said == "One face found." and image.shape == face.image.shape
-    assert caption == f"1: {table['label'][0]} {100 * table['probability'][0]:.0f} %"
+    number, label, percent, sign = caption.split()
+    assert (number, label, sign) == ("1:", table["label"][0], "%")
+    assert abs(int(percent) - 100 * table["probability"][0]) <= 0.51  # the table has its own rounding
 
 
 def test_several_files_are_one_table_and_what_is_left_out_is_named(app, predictor, uploads):

@@ -22,6 +22,8 @@ from ecan_fastai.model import ECANModel
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
+pytestmark = pytest.mark.slow
+
 
 def noise(n=16):
     g = torch.Generator().manual_seed(0)
@@ -149,7 +151,6 @@ def test_the_bank_is_not_broadcast(seen):
     assert [s["bank_counters"] for s in seen] == [0, 1]
 
 
-@pytest.mark.slow
 def test_ecan_train_in_two_processes_resumes_as_if_it_had_not_stopped(faces, tmp_path):
     options = "--kind folder --size 32 --channels 1 --recipe fer2013 --level weak --opt adam --momentum 0.9".split()
     options = [faces, *options, "--epochs", 2, "--bs", 16, "--workers", 0, "--precision", "fp32"]
