@@ -126,7 +126,7 @@ class FaceTracker:
         self,
         smoothing: float = 0.5,  # Time constant of the exponential moving average in seconds; 0 for none
         min_iou: float = 0.3,  # Least overlap of a face's box with its last one
-        forget: float = 1.0,  # Seconds without a face after which its number is not used again
+        forget: float = 1.0,  # Seconds after which a face that is gone loses its number; the frame before always counts
     ):
         if not smoothing >= 0:
             raise ValueError(f"smoothing: expected a time of 0 or more seconds, got {smoothing}")
