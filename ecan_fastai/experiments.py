@@ -266,16 +266,17 @@ def _narrow(table, measure):
     "Write the columns of one measure as Markdown, a column for each split"
     columns = [c for c in table if c.endswith(f": {measure}")]
     own = table[columns].fillna("")
-    rows = [["", *[c.split(": ")[0] for c in columns]], ["---"] * (1 + len(columns))]
+    rows = [["", *[c.removesuffix(f": {measure}") for c in columns]], ["---"] * (1 + len(columns))]
     rows += [[label, *[v or "–" for v in values]] for label, *values in own[(own != "").any(axis=1)].itertuples()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # %% ../nbs/13_experiments.ipynb #542c72e9
-def _tables(table):
-    "Return the first measure's table, the names of the others, and their tables"
-    first, *others = dict.fromkeys(c.split(": ")[1] for c in table)
-    folded = "\n\n".join(f"{m[0].upper()}{m[1:]}, in percent\n\n{_narrow(table, m)}" for m in others)
-    return _narrow(table, first), others, folded
+def _counted(results):
+    "Say how many seeds the rows have; None if their numbers differ"
+    seeds = results.groupby("label")["seed"].nunique()
+    if seeds.nunique() > 1:
+        return None
+    return f"{seeds.max()} seeds" if seeds.max() > 1 else "1 seed"
 
 # %% ../nbs/13_experiments.ipynb #f9482560
 def experiment_markdown(
@@ -286,23 +287,25 @@ def experiment_markdown(
 ) -> str:
     "Write the results as Markdown: accuracy, then the other measures and the settings, folded"
     table = experiment_table(name, results, kind)
-    seeds = results.groupby("label")["seed"].nunique()
-    counted = f"{seeds.max()} seed{'s' if seeds.max() > 1 else ''}"
-    if seeds.nunique() == 1:  # said once
+    counted = _counted(results)
+    if counted:  # said once, not in each cell
         table = table.replace(r" \(\d+\)$", "", regex=True)
-    else:
-        counted = "number of seeds in brackets"
+    spread = "" if counted == "1 seed" else "mean ± standard deviation, "
+    crops = {**_experiment(name)["settings"], **settings}.get("eval_crops", "center")
     views = {"center": "one view of each image", "flip": "each image and its mirror image"}
-    crops = settings.get("eval_crops", "center")
-    main, others, folded = _tables(table)
-    spread = "mean ± standard deviation, " if seeds.max() > 1 else ""
-    return (
-        f"# {_experiment(name)['title']}: {kind}\n\n"
-        f"Accuracy in percent, {views.get(crops, f'{crops} crops of each image')}; {spread}{counted}.\n\n{main}\n\n"
-        f"<details><summary>{', '.join([*others, 'settings'])}</summary>\n\n"
-        + (f"{folded}\n\n" if others else "")
-        + f"{_note(name, results, kind, settings)}\n\n</details>\n"
-    )
+    first, *others = dict.fromkeys(c.rpartition(": ")[2] for c in table)
+    folded = [f"{m[0].upper()}{m[1:]}, in percent\n\n{_narrow(table, m)}" for m in others]
+    parts = [
+        f"# {_experiment(name)['title']}: {kind}",
+        f"{first[0].upper()}{first[1:]} in percent, {views.get(crops, f'{crops} crops of each image')}; "
+        f"{spread}{counted or 'number of seeds in brackets'}.",
+        _narrow(table, first),
+        f"<details><summary>{', '.join([*others, 'settings'])}</summary>",
+        *folded,
+        _note(name, results, kind, settings),
+        "</details>",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/13_experiments.ipynb #cc479b37
 _AXES = dict(
@@ -497,7 +500,7 @@ def _write_table(name, records, kind, given, out, say):
     results = experiment_results(name, records, kind, **given)
     table = experiment_table(name, results, kind)
     stem = _safe([name, kind, *_settings(given)])
-    if not table.empty:
+    if len(results):
         made_for = as_json(dict(name=name, kind=kind, settings=given), indent=1)
         page = experiment_markdown(name, results, kind, **given)
         write_whole(records / f"{stem}.json", lambda f: f.write_text(made_for))

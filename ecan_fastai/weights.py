@@ -151,17 +151,16 @@ _MEASURES = {
 }
 
 
-_NOT_CALIBRATED = """not calibrated: training left no labelled image to fit a temperature on, so they may be
-overconfident. `Predictor.calibrate` fits a temperature to labelled faces of your own.""".replace("\n", " ")
-
-
 def _calibration(about):
     split = about.get("calibrated_on")
     if split is None:
-        return _NOT_CALIBRATED
+        return (
+            "not calibrated: training left no labelled image to fit a temperature on, so they may be overconfident. "
+            "`Predictor.calibrate` fits a temperature to labelled faces of your own."
+        )
     return (
-        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}. The calibration error (ECE) is "
-        "therefore given for the other splits alone."
+        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}, for which no calibration error "
+        "(ECE) is given."
     )
 
 

@@ -289,6 +289,14 @@ def test_a_page_shows_accuracy_with_the_papers_beside_it_and_folds_the_rest(tmp_
     assert "73.73" in shown and "73.25" in folded and "| ECAN, one-cycle |" not in page
 
 
+def test_a_split_may_have_a_colon_in_its_name(tmp_path):
+    cfg = experiment_runs("affinity", "x", "fer2013")["mean"]
+    fake_record(tmp_path, cfg, splits={"test: a": dict(accuracy=0.5, average_accuracy=0.4, n=10)})
+    page = experiment_markdown("affinity", experiment_results("affinity", tmp_path, "fer2013"), "fer2013")
+    shown, folded = page.split("<details>")
+    assert "|  | test: a |" in shown and "| mean | 50.00 |" in shown and "| mean | 40.00 |" in folded
+
+
 def test_a_page_says_how_many_seeds_a_row_has(tmp_path):
     runs = experiment_runs("table5", "x", "fer2013")
     fake_record(tmp_path, runs["baseline, cosine"], seed=0)
