@@ -1,3 +1,4 @@
+import base64
 import shutil
 import sys
 from pathlib import Path
@@ -139,15 +140,21 @@ def page(predictor, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(uploads):
+    "Chromium whose camera shows the face of the uploads"
     if BROWSER is None:
         print("skipped: no Chromium on this machine (Debian: apt-get install chromium)")
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright
 
+    film = uploads / "camera.mjpeg"
+    film.write_bytes((uploads / "face.jpg").read_bytes() * 10)
+    camera = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        context = browser.new_context()
+        browser = p.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", *camera, f"--use-file-for-fake-video-capture={film}"]
+        )
+        context = browser.new_context(permissions=["camera", "clipboard-read", "clipboard-write"])
         context.set_default_timeout(120_000)
         yield context
         browser.close()
@@ -195,6 +202,27 @@ def test_bad_uploads_are_answered_on_the_page(page, browser, uploads, name, said
     tab.wait_for_function(SAID.format(said))
     tab.close()
     assert len(capfd.readouterr().err.splitlines()) == (name == "text.jpg")
+
+
+@pytest.mark.slow
+def test_a_photograph_from_the_clipboard_and_from_the_camera(page, browser, uploads):
+    tab = browser.new_page()
+    tab.goto(page.local_url)
+    tab.wait_for_selector("#photo input[type=file]", state="attached")
+    tab.evaluate(
+        """async data => {
+            const image = await (await fetch("data:image/png;base64," + data)).blob()
+            await navigator.clipboard.write([new ClipboardItem({"image/png": image})])
+        }""",
+        base64.b64encode((uploads / "nobody.png").read_bytes()).decode(),
+    )
+    tab.get_by_role("button", name="Paste from clipboard").click()
+    tab.wait_for_function(SAID.format("No face found"))
+    tab.get_by_role("button", name="Capture from camera").click()
+    tab.get_by_text("Click to Access Webcam").click()
+    tab.get_by_role("button", name="capture photo").click()
+    tab.wait_for_function(SAID.format("One face found."))
+    tab.close()
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """The shipped model on photographs of another kind, as it is and fine-tuned on some of the people in them, and the
-temperature that calibrates it on them: `python results/london/run.py path/to/london`.
+temperature that would calibrate it on them: `python results/london/run.py path/to/london`.
 
 The Face Research Lab London Set (CC BY 4.0): 51 people, neutral and smiling, in folders `neutral` and `happy`. Each
 seed takes 38 people to train on and 13 others to measure on. Nothing was tuned: ten epochs, weak augmentation.
