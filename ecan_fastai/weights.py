@@ -159,8 +159,8 @@ def _calibration(about):
             "`Predictor.calibrate` fits a temperature to labelled faces of your own."
         )
     return (
-        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}, for which no calibration error "
-        "(ECE) is given."
+        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}. The images that fitted it have "
+        "no calibration error (ECE) below."
     )
 
 
@@ -190,7 +190,8 @@ def _training(config, about, metrics):
     ]
     if config["pretrained"]:
         said.append(f"started from {config['pretrained']}")
-    return "; ".join(said) + ". The weights are those of the last epoch."
+    chosen = f" {about['chosen']}" if "chosen" in about else ""
+    return "; ".join(said) + ". The weights are those of the last epoch." + chosen
 
 
 def model_card(

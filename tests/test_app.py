@@ -77,6 +77,7 @@ def test_a_table_to_download_runs_no_formula(app, uploads, tmp_path):
     assert pd.read_csv(csv)["image"].tolist() == ["'=1+1.jpg"]
 
 
+@pytest.mark.slow
 def test_a_hundred_faces_and_none(app, uploads):
     said, _, table = app.label(uploads / "hundred.png")
     assert 90 <= len(table) <= 100 and said == f"{len(table)} faces found."
@@ -240,6 +241,7 @@ def test_an_upload_that_is_too_large_is_refused_by_page_and_server(page, browser
     tab.close()
 
 
+@pytest.mark.slow
 def test_the_page_is_reached_from_this_computer_alone_and_keeps_nothing(predictor):
     page = launch_app(predictor, wait=False)
     assert page.local_url.startswith("http://127.0.0.1:") and page.share_url is None and not page.analytics_enabled

@@ -21,6 +21,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import accuracy
 from fastcore.foundation import L
+from torch import nn
 
 from ecan_fastai.callbacks import *
 from ecan_fastai.losses import ECANLoss
@@ -37,6 +38,13 @@ class Spy(ECANModel):
         super().update_keys(momentum)
 
 
+def small_encoder():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
 def noise_learner(*cbs, n=12, bs=4, bank=10, momentum=0.9, crops=0):
     torch.manual_seed(0)
     EVENTS.clear()
@@ -47,7 +55,7 @@ def noise_learner(*cbs, n=12, bs=4, bank=10, momentum=0.9, crops=0):
     ]
     dls = DataLoaders(DataLoader(items, bs=bs, num_workers=0), DataLoader(items, bs=bs, num_workers=0))
     dls.n_inp = 1
-    model = Spy("resnet18", n_classes=3, in_chans=1, bank_size=bank)
+    model = Spy(small_encoder(), n_classes=3, in_chans=1, bank_size=bank)
     push = model.bank.push
     model.bank.push = lambda z, y: (EVENTS.append(f"push{len(z)}"), push(z, y))[1]
     learn = Learner(

@@ -34,6 +34,7 @@ def run(faces, tmp_path_factory):
     start_run(
         RunConfig(
             str(faces),
+            arch="resnet10t",
             size=48,
             channels=1,
             recipe="fer2013",
@@ -234,6 +235,7 @@ def moving(photo, n=12):
     return frames
 
 
+@pytest.mark.slow
 def test_a_face_of_a_video_keeps_its_number_and_its_probabilities_are_smoothed(photo, finder, run, tmp_path):
     file, predictor = video(tmp_path / "v.avi", moving(photo)), Predictor(run)
     raw = predictor.predict_faces(file, finder, every=0, smoothing=0)

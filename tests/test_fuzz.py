@@ -47,6 +47,7 @@ KNOWN = [
 ]
 
 
+@pytest.mark.slow
 def test_the_judge_tells_good_outcomes_from_bad_and_no_case_costs_another():
     makers = {str(k): (lambda rng, folder, trial=trial: trial) for k, (_, trial) in enumerate(KNOWN)}
     outcomes = list(run([(room, 0) for room in makers], makers, 0, seconds=6, memory=2**27))

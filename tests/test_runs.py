@@ -626,12 +626,10 @@ def overwrite(data):
         (rename_class, " missing .*; .* new "),
     ],
 )
-def test_a_run_does_not_go_on_with_other_data(faces, tmp_path, change, said):
-    data = copied(faces, tmp_path / "faces")
-    interrupted(data, tmp_path / "run")
-    change(data)
+def test_a_run_does_not_go_on_with_other_data(run, faces, tmp_path, change, said):
+    change(data := copied(faces, tmp_path / "faces"))
     with pytest.raises(ValueError, match="is not the data with which the run in .* began: .*" + said):
-        resume_run(tmp_path / "run")
+        resume_run(run, data)
 
 
 def test_a_new_run_wants_an_empty_folder(faces, tmp_path):
