@@ -245,7 +245,7 @@ def test_bfloat16_on_a_cpu_reaches_the_encoders_and_leaves_what_is_kept_in_float
     seen = []
     learn, plain = noise_learner(CPUMixedPrecision()), noise_learner()
     for name in ("encoder", "key_encoder"):
-        getattr(learn.model, name).conv1.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.dtype)))
+        getattr(learn.model, name)[0].register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.dtype)))
     for l in (learn, plain):
         l.fit(1)
     assert set(seen) == {

@@ -16,7 +16,18 @@ from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
 
-QUICK = dict(size=32, channels=1, recipe="fer2013", level="weak", epochs=1, bs=16, opt="adam", momentum=0.9, workers=0)
+QUICK = dict(
+    arch="resnet10t",
+    size=32,
+    channels=1,
+    recipe="fer2013",
+    level="weak",
+    epochs=1,
+    bs=16,
+    opt="adam",
+    momentum=0.9,
+    workers=0,
+)
 
 
 def quick_args(faces, out, *more):
