@@ -184,7 +184,7 @@ def start_and_stop(cfg, out, monkeypatch):
     ],
 )
 def test_a_resumed_run_is_the_run_that_never_stopped(faces, tmp_path, monkeypatch, options):
-    cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 48, **options})
+    cfg = lambda: config(faces, epochs=4, **{"level": "strong", "size": 36, **options})
     whole = start_run(cfg(), tmp_path / "whole")
     start_and_stop(cfg(), tmp_path / "cut", monkeypatch)
     assert not (tmp_path / "cut" / "metrics.json").exists() and len(pd.read_csv(tmp_path / "cut" / "history.csv")) == 2
