@@ -159,8 +159,8 @@ def _calibration(about):
             "`Predictor.calibrate` fits a temperature to labelled faces of your own."
         )
     return (
-        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}. The images that fitted it have "
-        "no calibration error (ECE) below."
+        f"calibrated by a temperature of {about['temperature']:.2f}, fitted on {split}; no calibration error "
+        "(ECE) is given for those images."
     )
 
 

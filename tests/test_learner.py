@@ -282,7 +282,7 @@ def test_ecan_learns_the_sample(tmp_path):
 
     set_seed(0)
     dls = ExpressionDataLoaders.from_folder(
-        sample_faces(tmp_path / "f", n=420, test_pct=0.4),
+        sample_faces(tmp_path / "f", n=700, test_pct=0.4),
         size=48,
         channels=1,
         level="weak",
@@ -290,9 +290,7 @@ def test_ecan_learns_the_sample(tmp_path):
         bs=16,
         num_workers=0,
     )
-    learn = ecan_learner(
-        dls, "resnet10t", momentum=0.9, opt_func=Adam, lr=2e-3, moms=(0.95, 0.85, 0.95), wd=1e-2, wd_bn_bias=False
-    )
+    learn = ecan_learner(dls, momentum=0.9, opt_func=Adam, lr=2e-3, moms=(0.95, 0.85, 0.95), wd=1e-2, wd_bn_bias=False)
     untrained = learn.validate(dl=dls["test"])[1]
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(10)
