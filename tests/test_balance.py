@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
+from small_runs import small_config
 
 from ecan_fastai import runs
 from ecan_fastai.config import RunConfig
@@ -78,20 +79,7 @@ def test_without_balance_every_face_comes_once(make_dls):
 
 
 def learner(faces, tmp_path, **kw):
-    cfg = RunConfig(
-        str(faces),
-        "folder",
-        size=32,
-        channels=1,
-        recipe="fer2013",
-        level="weak",
-        epochs=1,
-        bs=16,
-        opt="adam",
-        momentum=0.9,
-        workers=0,
-        **kw,
-    ).resolve()
+    cfg = small_config(faces, kind="folder", **kw).resolve()
     dls = runs.run_loaders(cfg, tmp_path)
     return runs.run_learner(cfg, dls, tmp_path), dls
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.cbook import get_sample_data
+from small_runs import small_config
 
 from ecan_fastai.cli import ecan_predict
-from ecan_fastai.config import RunConfig
 from ecan_fastai.data import read_face
 from ecan_fastai.detector import FaceFinder, _upright, accuracy_by_group, media_files
 from ecan_fastai.inference import Predictor
@@ -31,22 +31,7 @@ def finder():
 @pytest.fixture(scope="module")
 def run(faces, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
-    start_run(
-        RunConfig(
-            str(faces),
-            arch="resnet10t",
-            size=48,
-            channels=1,
-            recipe="fer2013",
-            level="weak",
-            epochs=1,
-            bs=16,
-            opt="adam",
-            momentum=0.9,
-            workers=0,
-        ),
-        out,
-    )
+    start_run(small_config(faces, size=48), out)
     return out
 
 

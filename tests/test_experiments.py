@@ -9,25 +9,13 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
+from small_runs import SMALL, small_config
 
 from ecan_fastai import experiments
 from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
-
-QUICK = dict(
-    arch="resnet10t",
-    size=32,
-    channels=1,
-    recipe="fer2013",
-    level="weak",
-    epochs=1,
-    bs=16,
-    opt="adam",
-    momentum=0.9,
-    workers=0,
-)
 
 
 def quick_args(faces, out, *more):
@@ -36,7 +24,7 @@ def quick_args(faces, out, *more):
         str(faces),
         "--out",
         str(out),
-        *[a for k, v in QUICK.items() for a in ("--set", f"{k}={v}")],
+        *[a for k, v in SMALL.items() for a in ("--set", f"{k}={v}")],
         *more,
     ]
 
@@ -161,7 +149,7 @@ def test_a_table_from_runs_is_what_the_runs_say(faces, tmp_path, capsys, monkeyp
     again = experiment_table(
         "table3",
         experiment_results(
-            "table3", tmp_path / "records", "folder", **{k: v for k, v in QUICK.items() if k != "workers"}
+            "table3", tmp_path / "records", "folder", **{k: v for k, v in SMALL.items() if k != "workers"}
         ),
         "folder",
     )
@@ -425,11 +413,11 @@ def test_classes_named_by_numbers_have_a_confusion_matrix(tmp_path):
 
 
 def test_a_broken_run_folder_is_named(faces, tmp_path):
-    folder = tmp_path / "folder" / f"{run_name(experiment_runs('affinity', faces, 'folder', **QUICK)['mean'])}-seed0"
+    folder = tmp_path / "folder" / f"{run_name(experiment_runs('affinity', faces, 'folder', **SMALL)['mean'])}-seed0"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not a JSON file"):
-        reproduce("affinity", faces, out=tmp_path, **QUICK)
+        reproduce("affinity", faces, out=tmp_path, **SMALL)
 
 
 @pytest.mark.slow
@@ -462,7 +450,7 @@ def two_rows(name, monkeypatch):
 @pytest.mark.slow
 def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figures, monkeypatch):
     two_rows("figure5", monkeypatch)
-    reproduce("figure5", faces, out=tmp_path, **QUICK)
+    reproduce("figure5", faces, out=tmp_path, **SMALL)
     panels, n = figures[0].axes, len(list((faces / "test").rglob("*.png")))
     assert [ax.get_title() for ax in panels] == ["cross-entropy", "center"] and all(
         sum(len(c.get_offsets()) for c in ax.collections) == n for ax in panels
@@ -481,7 +469,7 @@ def test_figure_6_counts_train(faces, tmp_path, figures):
 
 @pytest.mark.slow
 def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
-    table = reproduce("figure7", faces, out=tmp_path, **QUICK)
+    table = reproduce("figure7", faces, out=tmp_path, **SMALL)
     assert [ax.get_title() for ax in figures[0].axes] == [
         f"{label}: {table.loc[label, 'test: accuracy'].split()[0]} % on test, seed 0" for label in ("baseline", "ECAN")
     ]
@@ -490,23 +478,23 @@ def test_figure_7_shows_the_accuracies_of_the_table(faces, tmp_path, figures):
 def test_a_picture_of_a_test_split_needs_one_and_says_so_before_training(faces, tmp_path):
     for name in ("figure5", "figure7"):
         with pytest.raises(ValueError, match=f"{name} needs a test split, and .* has none"):
-            reproduce(name, faces / "train", out=tmp_path / "out", **QUICK)
+            reproduce(name, faces / "train", out=tmp_path / "out", **SMALL)
     assert not list(tmp_path.rglob("config.json"))
 
 
 @pytest.mark.slow
 def test_a_run_of_other_data_or_settings_is_refused(faces, tmp_path, monkeypatch):
     two_rows("affinity", monkeypatch)
-    reproduce("affinity", faces, out=tmp_path, **QUICK)
+    reproduce("affinity", faces, out=tmp_path, **SMALL)
     with pytest.raises(ValueError, match=f"holds a run with data {faces}, expected {faces / 'train'}"):
-        reproduce("affinity", faces / "train", out=tmp_path, **QUICK)
+        reproduce("affinity", faces / "train", out=tmp_path, **SMALL)
     file = next(tmp_path.rglob("config.json"))
     file.write_text(file.read_text().replace('"l2": 0.7', '"l2": 0.6'))
     with pytest.raises(ValueError, match="config.json is not as the run wrote it"):
-        reproduce("affinity", faces, out=tmp_path, **QUICK)
+        reproduce("affinity", faces, out=tmp_path, **SMALL)
     (file.parent / "SHA256SUMS").unlink()  # as in a folder of an earlier version
     with pytest.raises(ValueError, match="holds a run with l2 0.6, expected 0.7"):
-        reproduce("affinity", faces, out=tmp_path, **QUICK)
+        reproduce("affinity", faces, out=tmp_path, **SMALL)
 
 
 @pytest.mark.slow
@@ -548,7 +536,7 @@ def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
     from ecan_fastai.runs import start_run
 
     def run(out, **kw):
-        return start_run(RunConfig(str(faces), **{**QUICK, "epochs": 3}, **kw), tmp_path / out)
+        return start_run(small_config(faces, epochs=3, **kw), tmp_path / out)
 
     a, b = run("a"), run("b", watch_tests=True)
     history = pd.read_csv(tmp_path / "b" / "history.csv")

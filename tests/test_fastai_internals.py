@@ -23,7 +23,7 @@ RELEASE = f"fastai {fastai.__version__} has changed"
 
 @pytest.fixture
 def learn(make_dls, tmp_path):
-    learn = baseline_learner(make_dls(n_views=1), path=tmp_path, lr=1e-3)
+    learn = baseline_learner(make_dls(n_views=1), "resnet10t", path=tmp_path, lr=1e-3)
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
     return learn

@@ -26,9 +26,11 @@ MAKERS = [ecan_learner, baseline_learner]
 @pytest.fixture
 def make(make_dls, tmp_path):
     def _make(maker=ecan_learner, **kwargs):
+        "A quiet learner of the smallest ResNet, unless `arch` is given"
         set_seed(0)
         views = 1 if maker is baseline_learner else 2
-        learn = maker(make_dls(n_views=views, **kwargs.pop("dls", {})), path=tmp_path, **kwargs)
+        dls = make_dls(n_views=views, **kwargs.pop("dls", {}))
+        learn = maker(dls, path=tmp_path, **{"arch": "resnet10t", **kwargs})
         learn.remove_cb(learn.progress)
         learn.logger = lambda row: None
         return learn
@@ -190,7 +192,7 @@ def test_the_summary_counts_key_encoder_and_centres(make):
 
 
 def test_key_encoder_is_in_no_group_and_stays_without_gradient(make):
-    learn = make()
+    learn = make(arch="resnet18")
     learn.fit(1, 0.01)
     learn.freeze()
     assert [
@@ -207,7 +209,7 @@ def test_key_encoder_is_in_no_group_and_stays_without_gradient(make):
 
 
 def test_frozen_encoder_stays_and_centres_train(make):
-    learn = make()
+    learn = make(arch="resnet18")
     learn.freeze()
     conv, centers = learn.model.encoder.conv1.weight.clone(), learn.model.centers.clone()
     learn.fit(1, 0.01)
@@ -513,7 +515,7 @@ def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):
     with pytest.raises(
         ValueError, match=r"cannot load timm's weights of resnet18 \(no route to host\): use pretrained=PATH"
     ):
-        make(pretrained=True)
+        make(arch="resnet18", pretrained=True)
 
 
 def test_an_export_keeps_the_users_metrics(make, tmp_path):

@@ -305,7 +305,7 @@ def test_soft_labels_train_on_shares_and_evaluate_on_labels(tmp_path, maker):
         and dls.vocab[int(y.argmax())] == face.label
     )
     assert dls.valid_ds[0][1].ndim == 0 and dls.train.decode_batch(dls.one_batch())[0][1] in EXPRESSIONS_8
-    learn = maker(dls, path=tmp_path)
+    learn = maker(dls, "resnet10t", path=tmp_path)
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
     learn.fit(1, 0.01)
@@ -318,7 +318,7 @@ def test_soft_labels_go_with_all_crops_and_need_the_classes_in_order(tmp_path):
     rows = [("Training", f"fer{i}.png", one_hot(i % 8)) for i in range(16)]
     path = ferplus_csv(tmp_path, rows)
     dls = ExpressionDataLoaders.from_ferplus(path, soft_labels=True, all_crops=True, valid_pct=0.4, **FAST)
-    learn = ecan_learner(dls, path=tmp_path)
+    learn = ecan_learner(dls, "resnet10t", path=tmp_path)
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
     learn.fit(1, 0.01)

@@ -14,11 +14,12 @@ import pytest
 import torch
 from fastai.learner import Learner, load_learner
 from safetensors.torch import load_file
+from small_runs import small_config
 
 from ecan_fastai import runfiles, runresults, runs
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.cli import ecan_train
-from ecan_fastai.config import METHODS, TUNED, UNUSED, RunConfig
+from ecan_fastai.config import METHODS, TUNED, RunConfig
 from ecan_fastai.inference import Predictor
 from ecan_fastai.layers import fast_precision
 from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics
@@ -26,24 +27,8 @@ from ecan_fastai.model import FaceClassifier
 from ecan_fastai.runs import resume_run, start_run
 
 
-def config(faces, **kw):
-    settings = {
-        **dict(
-            kind="folder",
-            arch="resnet10t",
-            size=32,
-            channels=1,
-            recipe="fer2013",
-            level="weak",
-            epochs=2,
-            bs=16,
-            opt="adam",
-            momentum=0.9,
-            workers=0,
-        ),
-        **kw,
-    }
-    return RunConfig(str(faces), **{k: v for k, v in settings.items() if k not in UNUSED[kw.get("method", "ecan")]})
+def config(faces, method="ecan", **settings):
+    return small_config(faces, method, **{"kind": "folder", "epochs": 2, **settings})
 
 
 def fails(capsys, *args):

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
+from small_runs import small_config
 
 from ecan_fastai import runs
-from ecan_fastai.config import RunConfig
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.model import ECANModel, FaceClassifier, load_encoder
 from ecan_fastai.runs import resume_run, start_run
@@ -141,22 +141,7 @@ def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys,
     from ecan_fastai.loaders import ExpressionDataLoaders
     from ecan_fastai.readers.folder import folder_faces
 
-    start_run(
-        RunConfig(
-            str(faces),
-            method=method,
-            size=32,
-            channels=1,
-            recipe="fer2013",
-            level="weak",
-            epochs=1,
-            bs=16,
-            opt="adam",
-            momentum=0.9,
-            workers=0,
-        ),
-        tmp_path / "run",
-    )
+    start_run(small_config(faces, method, arch="resnet18"), tmp_path / "run")
     moods = [replace(f, label="good" if f.label == "happy" else "bad") for f in folder_faces(faces)]
     dls = ExpressionDataLoaders.from_faces(
         moods,
@@ -184,9 +169,8 @@ def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys,
 
 @pytest.mark.slow
 def test_a_run_starts_from_another_and_resumes_without_it(faces, tmp_path, monkeypatch):
-    common = dict(size=32, channels=1, recipe="fer2013", level="weak", bs=16, opt="adam", momentum=0.9, workers=0)
-    start_run(RunConfig(str(faces), epochs=1, **common), tmp_path / "first")
-    second = RunConfig(str(faces), epochs=2, pretrained=str(tmp_path / "first"), **common)
+    start_run(small_config(faces), tmp_path / "first")
+    second = small_config(faces, epochs=2, pretrained=str(tmp_path / "first"))
 
     class Stop(runs.RunState):
         def after_epoch(self):
