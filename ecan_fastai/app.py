@@ -26,12 +26,13 @@ KEPT_SECONDS = 120  # Uploads and results are deleted after this time, or when t
 
 def _photo(file):
     "Read an uploaded photograph, scaled down if it is large"
+    name = Path(file).name
     try:
         image = read_face(file, 3)
-    except ValueError:
-        raise ValueError(
-            f"{Path(file).name} is not an image, or it is broken: expected a JPEG, PNG or WebP file"
-        ) from None
+    except FileNotFoundError:
+        raise ValueError(f"{name} was deleted after {KEPT_SECONDS} seconds, upload it again") from None
+    except ValueError as e:
+        raise ValueError(str(e).replace(str(file), name)) from None  # without the folder on the server
     scale = LARGEST_SIDE / max(image.shape[:2])
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
 
@@ -41,8 +42,12 @@ def _rounded(table):
     return table.astype({c: float for c in table.select_dtypes("number")}).round(3)
 
 
+def _count(n, what):
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def _said(n):
-    return "One face found." if n == 1 else f"{n} faces found." if n else "No face found in this photograph."
+    return f"{_count(n, 'face')} found." if n else "No face found in this photograph."
 
 
 class FaceApp:
@@ -83,19 +88,20 @@ class FaceApp:
         tables, left_out = [], []
         for file in files:
             try:
-                table = self.predictor.predict_faces(_photo(file), self.finder)
-            except ValueError:
+                photo = _photo(file)
+            except (ValueError, OSError):
                 left_out.append(Path(file).name)
                 continue
+            table = self.predictor.predict_faces(photo, self.finder)
             tables.append(table.assign(image=Path(file).name))
         if not tables:
-            raise ValueError("None of the files is an image: expected JPEG, PNG or WebP files")
+            raise ValueError("None of the files can be read as an image: expected JPEG, PNG or WebP files")
         faces = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
         faces = _rounded(faces.drop(columns=["second", "track"]))
         none = sum(not len(t) for t in tables)
-        said = f"{len(faces)} faces found in {len(tables)} photographs."
-        said += f" {none} photographs have no face." if none else ""
-        said += f" Left out, because they are not images: {', '.join(left_out)}." if left_out else ""
+        said = f"{_count(len(faces), 'face')} found in {_count(len(tables), 'photograph')}."
+        said += f" Photographs without a face: {none}." if none else ""
+        said += f" Left out, because they cannot be read: {', '.join(left_out)}." if left_out else ""
         csv = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / "faces.csv"
         write_csv(faces, csv)
         return said, faces[["image", "label", "probability"]], str(csv)
@@ -167,7 +173,7 @@ def build_app(
                 elem_id="heat",
             )
             photo.change(_one_sentence(app.label, 3), photo, [said, drawn, table], show_progress="minimal")
-            photo.change(lambda: None, None, heat)
+            photo.change(lambda: None, None, heat, api_visibility="private")
             look.click(_one_sentence(app.heatmaps, 2), photo, [said, heat], show_progress="minimal")
         with gr.Tab("Several photographs"):
             files = gr.File(label="Photographs", file_count="multiple", elem_id="files")

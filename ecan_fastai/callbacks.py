@@ -129,7 +129,9 @@ class CropsAsImages(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #9dd95d76
 class ProgressiveResize(Callback):
-    "Train on smaller images in the first epochs, which costs less, and on the full size in the rest"
+    """Train on smaller images in the first epochs, which costs less, and on the full size in the rest
+
+    `MemoryBankUpdate` fills the bank before the first epoch from images of the full size."""
 
     order, run_valid = CropsAsImages.order + 1, False
 

@@ -35,7 +35,7 @@ def _look(face):
     return None, digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1
 
 # %% ../nbs/11_check.ipynb #8bad556f
-_MAX_PAIRS = 10**6  # of many equal images, black ones for instance, the pairs are without number
+_MAX_PAIRS = 10**6  # n equal images, all black for instance, make n * (n - 1) / 2 pairs
 
 
 def _pairs_exact(digests):

@@ -175,16 +175,14 @@ def _with_model(prog, about, example):
     _add_run(p)
     p.add_argument(
         "--crops",
-        choices=tuple(CROPS),
+        choices=CROPS,
         help="views averaged for each image: the centre, the centre and its mirror image, five crops, or ten (default: "
         "as the run was evaluated)",
     )
     return p
 
 
-@_script
-def ecan_predict(args=None):
-    "Label images with a trained model"
+def _predict_parser():
     p = _with_model(
         "ecan_predict",
         "Label images cropped to the face, or with --faces the faces in photographs, video and a webcam. Prints a "
@@ -242,7 +240,11 @@ def ecan_predict(args=None):
         metavar="FILE",
         help="write every class's probability to FILE, .csv or .json, instead of printing a table",
     )
-    given = p.parse_args(args)
+    return p
+
+
+def _check_predict(p, given):
+    "Leave with one sentence if options do not go together"
     _refuse_run(p, given.images)
     _out(p, given.out, ".csv", ".json")
     _out(p, given.heatmaps, ".png", flag="--heatmaps")
@@ -251,13 +253,19 @@ def ecan_predict(args=None):
             p.error(f"--{option} has no effect without --faces")
     if given.heatmaps and given.faces:
         p.error("--heatmaps takes images of faces: leave --faces out")
+    if given.by and not given.by.is_file():
+        p.error(f"no such file: {given.by}")
+
+
+@_script
+def ecan_predict(args=None):
+    "Label images with a trained model"
+    p = _predict_parser()
+    given = p.parse_args(args)
+    _check_predict(p, given)
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, find_images
-        from ecan_fastai.readers.records import write_csv
-        from ecan_fastai.runfiles import write_whole
 
-        if given.by and not given.by.is_file():
-            raise FileNotFoundError(f"no such file: {given.by}")
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
             files, readable, table = _found_faces(predictor, given)
@@ -265,16 +273,12 @@ def ecan_predict(args=None):
             files = [f for path in given.images for f in find_images(path)]
             table = predictor.predict(files, skip_broken=True)
             readable = table["image"]
-        if given.heatmaps:
-            from ecan_fastai.interpret import plot_grad_cam
-
-            plot_grad_cam(predictor, files[:16]).savefig(given.heatmaps, dpi=110)
-        if given.out is None:
-            _print_faces(table)
-        elif given.out.suffix == ".csv":
-            write_whole(given.out, lambda f: write_csv(table.round(5), f))
+        if given.out:
+            _write_faces(table, given.out)
         else:
-            write_whole(given.out, lambda f: f.write_text(table.round(5).to_json(orient="records", indent=1)))
+            _print_faces(table)
+        if given.heatmaps:
+            _write_heatmaps(predictor, list(readable[:16]), given.heatmaps)
         if given.by:
             _print_groups(table, files, given.by, predictor.vocab)
         if len(readable) < len(files):
@@ -301,6 +305,25 @@ def _print_groups(table, files, people, vocab):
     groups = accuracy_by_group(table, files, people, vocab)
     print("\nAccuracy by group, with the 95 % interval from low to high; found: images in which a face was found")
     print(groups.to_string(index=False, float_format="{:.3f}".format))
+
+
+def _write_faces(table, file):
+    from ecan_fastai.readers.records import write_csv
+    from ecan_fastai.runfiles import write_whole
+
+    table = table.round(5)
+    if file.suffix == ".csv":
+        write_whole(file, lambda f: write_csv(table, f))
+    else:
+        write_whole(file, lambda f: f.write_text(table.to_json(orient="records", indent=1)))
+
+
+def _write_heatmaps(predictor, images, file):
+    from ecan_fastai.interpret import plot_grad_cam
+    from ecan_fastai.runfiles import write_whole
+
+    figure = plot_grad_cam(predictor, images)
+    write_whole(file, lambda f: figure.savefig(f, dpi=110, format="png"))
 
 
 def _print_faces(table):
@@ -498,6 +521,7 @@ def _reproduce_parser():
 def _commands(given):
     "Yield a command for each run of an experiment, which can be executed from any folder"
     from ecan_fastai.experiments import planned_runs, run_stem
+    from ecan_fastai.weights import NAMES
 
     script = Path(sys.executable).with_name("ecan_reproduce")
     command = [str(script) if script.exists() else script.name, given.experiment]
@@ -506,7 +530,7 @@ def _commands(given):
     if given.records is not None:
         command += ["--records", os.path.abspath(given.records)]
     for k, v in given.set:
-        if k == "pretrained" and isinstance(v, str):
+        if k == "pretrained" and isinstance(v, str) and v not in NAMES:
             v = os.path.abspath(v)
         command += ["--set", f"{k}={str(v).lower() if isinstance(v, bool) else v}"]
     for _, cfg in planned_runs(given.experiment, given.data, given.seeds, given.kind, **dict(given.set)):

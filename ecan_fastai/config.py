@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 LEVELS = ("none", "weak", "strong")
 RECIPES = ("rafdb", "fer2013")
-CROPS = {"center": 1, "flip": 2, "five": 5, "ten": 10}
+CROPS = ("center", "flip", "five", "ten")
 KINDS = ("fer2013", "rafdb", "ferplus", "affectnet", "expw", "ckplus", "csv", "folder")
 METHODS = ("ecan", "baseline", "center", "supcon", "ensc")  # the rows of the paper's Table 3
 GROUPS = ("data", "method", "optimizer", "evaluation", "run")
@@ -112,7 +112,7 @@ class RunConfig:
         "evaluation",
         "views averaged in evaluation: the centre, the centre and its mirror image, five crops, or ten",
         "center",
-        tuple(CROPS),
+        CROPS,
     )
     l1: float = _setting(
         "method", "share of the contrastive loss beside cross-entropy (lambda 1)", 0.2, valid=_SHARE, methods=_CONTRAST

@@ -83,20 +83,20 @@ _LARGEST_IMAGE = 2**28  # pixels
 
 def _bytes(file):
     try:
-        about = os.stat(file)
+        info = os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no such image file: {file}") from None
     except OSError as e:
         raise OSError(f"cannot read {file}: {e.strerror}") from None
     except ValueError:  # characters that no file name can have
         raise ValueError(f"no file can be named {str(file)!r}") from None
-    if stat.S_ISDIR(about.st_mode):
+    if stat.S_ISDIR(info.st_mode):
         closed = "" if os.access(file, os.R_OK | os.X_OK) else ", which cannot be listed"
         raise ValueError(f"expected an image file, got the folder {file}{closed}")
-    if not stat.S_ISREG(about.st_mode):
+    if not stat.S_ISREG(info.st_mode):
         raise ValueError(f"{file} is not a regular file")
-    if about.st_size > _LARGEST_FILE:
-        raise ValueError(f"{file} has {about.st_size} bytes: expected an image of at most {_LARGEST_FILE}")
+    if info.st_size > _LARGEST_FILE:
+        raise ValueError(f"{file} has {info.st_size} bytes: expected an image of at most {_LARGEST_FILE}")
     try:
         with open(file, "rb") as f:
             return f.read()
@@ -105,7 +105,7 @@ def _bytes(file):
 
 # %% ../nbs/02_data.ipynb #7cfcb250
 def _header(data):
-    "Width and height in a PNG's or JPEG's header, and False for a JPEG that is cut short (decoders would fill it up)"
+    "Return the width and height in a PNG's or JPEG's header, else 0, and False for a JPEG that is cut short"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return *struct.unpack(">II", data[16:24].ljust(8, b"\0")), True
     width = height = 0

@@ -151,13 +151,13 @@ def readable_media(
 
 # %% ../nbs/12_detector.ipynb #f4c22f7e
 def _frames(items, every, seconds):
-    "Yield the name, second (of a video's frame) and image of everything in `items`"
+    "Yield the index, name, second (of a video's frame) and image of everything in `items`"
     for i, item in enumerate(items):
         name = str(item) if isinstance(item, (str, Path)) else f"image {i}"
         if is_video(item):
-            yield from ((name, second, frame) for second, frame in video_frames(item, every, seconds))
+            yield from ((i, name, second, frame) for second, frame in video_frames(item, every, seconds))
         else:
-            yield name, math.nan, read_face(item, 3)
+            yield i, name, math.nan, read_face(item, 3)
 
 # %% ../nbs/12_detector.ipynb #89fbc766
 _PIXELS_AT_ONCE = 2**24  # of all images in a batch
@@ -166,12 +166,12 @@ _PIXELS_AT_ONCE = 2**24  # of all images in a batch
 def _batches(frames, n_frames):
     "Yield batches of frames, smaller ones if the frames are large"
     batch, pixels = [], 0
-    for name, second, image in frames:
+    for *where, image in frames:
         size = image.shape[0] * image.shape[1]
         if batch and (len(batch) == n_frames or pixels + size > _PIXELS_AT_ONCE):
             yield batch
             batch, pixels = [], 0
-        batch.append((name, second, image))
+        batch.append((*where, image))
         pixels += size
     if batch:
         yield batch
@@ -194,20 +194,20 @@ def _annotator(file, items, every):
 # %% ../nbs/12_detector.ipynb #c58ed0a7
 def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
     "Yield a table of faces for each frame"
-    found = finder.find([image for _, _, image in batch])
+    found = finder.find([image for *_, image in batch])
     pixels = [predictor.pixels(f.image) for faces in found for f in faces]
     probs = iter(predictor.probabilities(pixels, bs) if pixels else ())
-    for (name, second, _), faces in zip(batch, found):
-        own = np.array([next(probs) for _ in faces]).reshape(-1, len(predictor.vocab))
+    for (i, name, second, _), faces in zip(batch, found):
+        frame_probs = np.array([next(probs) for _ in faces]).reshape(-1, len(predictor.vocab))
         boxes, tracks = [(f.left, f.top, f.right, f.bottom) for f in faces], [pd.NA] * len(faces)
         if not math.isnan(second):
-            tracker = trackers.setdefault(name, FaceTracker(smoothing))
-            tracks, own = tracker.update(second, boxes, own)
+            tracker = trackers.setdefault(i, FaceTracker(smoothing))
+            tracks, frame_probs = tracker.update(second, boxes, frame_probs)
         where = [(name, second, track, *box, f.found) for track, box, f in zip(tracks, boxes, faces)]
         table = pd.DataFrame(where, columns=_WHERE).astype({"track": "Int64"})
-        table["label"] = [predictor.vocab[k] for k in own.argmax(1)]
-        table["probability"] = own.max(1)
-        yield table.join(pd.DataFrame(own, columns=predictor.columns))
+        table["label"] = [predictor.vocab[k] for k in frame_probs.argmax(1)]
+        table["probability"] = frame_probs.max(1)
+        yield table.join(pd.DataFrame(frame_probs, columns=predictor.columns))
 
 # %% ../nbs/12_detector.ipynb #b642c7fe
 @patch
@@ -233,7 +233,7 @@ def predict_faces(
         for batch in _batches(progress(_frames(items, every, seconds), "find faces"), n_frames):
             tables += (new := list(_faces_of_batch(self, finder, batch, trackers, bs, smoothing)))
             if write:
-                for (_, second, image), table in zip(batch, new):
+                for (*_, second, image), table in zip(batch, new):
                     write(second, image, table)
     faces = [t for t in tables if len(t)]
     return pd.concat(faces, ignore_index=True) if faces else tables[0]
@@ -260,7 +260,7 @@ def accuracy_by_group(
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]
     if not known:
         raise ValueError(f"no file has its name in the column {people.columns[0]!r} of the table of people")
-    named = people["label"] if "label" in people else None
+    named = people["label"].fillna("") if "label" in people else None
     labels = [Path(f).parent.name if named is None else named.iloc[row] for f, row in known]
     shared = shared_classes(vocab, labels)
     labelled = [(f, row, shared[label]) for (f, row), label in zip(known, labels) if label in shared]

@@ -255,11 +255,11 @@ def _note(name, results, kind, settings):
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
-    said = list(_settings_said(exp, runs, kind, given))
+    sentences = list(_settings_said(exp, runs, kind, given))
     commits = sorted({c[:7] for each in results["commits"] for c in each.split()})
     if commits:
-        said.append(f"Commits: {', '.join(commits)}.")
-    return " ".join(said)
+        sentences.append(f"Commits: {', '.join(commits)}.")
+    return " ".join(sentences)
 
 # %% ../nbs/13_experiments.ipynb #e5cbdfef
 def _narrow(table, measure):

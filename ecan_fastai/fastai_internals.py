@@ -44,7 +44,8 @@ def fill_columns(
     recorder.log += [math.nan] * (at - len(recorder.log)) + values
 
 
-def _plain(x):
+def plain_number(x):
+    "Return the number in a tensor or array of one, and anything else as it is"
     return x.item() if hasattr(x, "item") else x
 
 
@@ -53,11 +54,11 @@ def recorder_state(
 ) -> dict:  # Of plain numbers and lists
     "History and smoothed loss of a fit, as `set_recorder_state` puts them back"
     return dict(
-        values=[list(map(_plain, v)) for v in recorder.values],
-        losses=list(map(_plain, recorder.losses)),
-        lrs=list(map(_plain, recorder.lrs)),
+        values=[list(map(plain_number, v)) for v in recorder.values],
+        losses=list(map(plain_number, recorder.losses)),
+        lrs=list(map(plain_number, recorder.lrs)),
         iters=list(recorder.iters),
-        smooth=(recorder.smooth_loss.count, _plain(recorder.smooth_loss.val)),
+        smooth=(recorder.smooth_loss.count, plain_number(recorder.smooth_loss.val)),
     )
 
 

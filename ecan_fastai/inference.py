@@ -103,7 +103,7 @@ _EXPECTED = dict(
         recipe=(lambda v: v in RECIPES, f"one of {', '.join(RECIPES)}"),
         size=(_is_whole, "a number of pixels"),
         channels=(lambda v: _is_whole(v) and v in (1, 3), "1 or 3"),
-        eval_crops=(lambda v: v in tuple(CROPS), f"one of {', '.join(CROPS)}"),
+        eval_crops=(lambda v: v in CROPS, f"one of {', '.join(CROPS)}"),
     ),
     about=dict(
         vocab=(_are_names, "a list of at least two different class names"),
@@ -124,7 +124,7 @@ def _read_config(file):
     for part in _EXPECTED:
         if not isinstance(parts, dict) or not isinstance(parts.get(part), dict):
             raise ValueError(f"{file} is not the configuration of a run: no {part} in it")
-    parts["about"].setdefault("temperature", 1.0)  # of runs before calibration
+    parts["about"].setdefault("temperature", 1.0)  # a run without a held-out split has none
     for part, keys in _EXPECTED.items():
         for key, (is_right, expected) in keys.items():
             if key not in parts[part]:
@@ -452,15 +452,18 @@ def evaluate(
     self: Predictor,
     path,  # Data of any kind that `read_faces` knows
     kind: str = "auto",  # Kind of the data
-    splits: list | None = None,  # Names of splits; default all but train and valid, or all if there are no others
+    splits: str
+    | list
+    | None = None,  # Name or names of splits; default all but train and valid, or all if there are no others
 ) -> dict:  # classes, left_out, unseen, crops, and splits with the metrics of each
     "Measure a model on labelled faces"
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
-    for s in splits or ():
+    chosen = [splits] if isinstance(splits, str) else list(splits or ())
+    for s in chosen:
         if s not in names:
             raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
-    chosen = splits or [s for s in names if s not in ("train", "valid")] or names
+    chosen = chosen or [s for s in names if s not in ("train", "valid")] or names
     faces = [f for f in faces if f.split in chosen]
     shared = shared_classes(self.vocab, {f.label for f in faces})
     known = [f for f in faces if f.label in shared]
@@ -473,11 +476,11 @@ def evaluate(
         splits={},
     )
     for split in chosen:
-        own = [f for f in known if f.split == split]
-        if not own:
+        split_faces = [f for f in known if f.split == split]
+        if not split_faces:
             continue
-        predicted = self.probabilities([f.image for f in own]).argmax(1)
-        targets = np.array([index[shared[f.label]] for f in own])
+        predicted = self.probabilities([f.image for f in split_faces]).argmax(1)
+        targets = np.array([index[shared[f.label]] for f in split_faces])
         result["splits"][split] = {
             **split_metrics(targets, predicted, self.vocab),
             "per_class": per_class_table(targets, predicted, self.vocab).to_dict("index"),

@@ -9,6 +9,7 @@ __all__ = ['plot_confusion', 'plot_history', 'plot_confusions', 'plot_tsne', 'pl
            'heat_overlay', 'plot_grad_cam', 'probe']
 
 # %% ../nbs/08_interpret.ipynb #4732e367
+import copy
 import math
 
 import matplotlib.pyplot as plt
@@ -226,18 +227,18 @@ def plot_sweep(
 
 # %% ../nbs/08_interpret.ipynb #c535fc07
 class _MapsThrough(nn.Module):
-    "A classifier whose last feature maps pass through `maps` as (n, channels, height, width)"
+    "A copy of a classifier whose last feature maps pass through `maps` as (n, channels, height, width)"
 
     def __init__(self, classifier, example):
         super().__init__()
-        self.classifier, self.maps = classifier, nn.Identity()
-        encoder = classifier.encoder
+        self.classifier, self.maps = copy.deepcopy(classifier), nn.Identity()
+        encoder = self.classifier.encoder
         self.channels_last = getattr(encoder, "output_fmt", None) == "NHWC"
         module, at_output = _last_maps(encoder, example)
         if at_output:
-            self.hook = module.register_forward_hook(lambda _, args, out: self._through(out))
+            module.register_forward_hook(lambda _, args, out: self._through(out))
         else:
-            self.hook = module.register_forward_pre_hook(lambda _, args: (self._through(args[0]), *args[1:]))
+            module.register_forward_pre_hook(lambda _, args: (self._through(args[0]), *args[1:]))
 
     def _through(self, x):
         if x.ndim == 3:  # tokens (n, n_tokens, channels): class and register tokens, then a square of patches
@@ -277,13 +278,13 @@ def _last_maps(encoder, example):
 
 # %% ../nbs/08_interpret.ipynb #110d6015
 def _layer_grad_cam(classifier, example):
-    "Return Captum's Grad-CAM for the last feature maps, and the hook to remove afterwards"
+    "Return Captum's Grad-CAM for the last feature maps"
     try:
         from captum.attr import LayerGradCam
     except ImportError as e:
         raise ImportError(f'Grad-CAM needs the package {e.name}: pip install "ecan_fastai[explain]"') from e
     model = _MapsThrough(classifier, example)
-    return LayerGradCam(model, model.maps), model.hook
+    return LayerGradCam(model, model.maps)
 
 # %% ../nbs/08_interpret.ipynb #15bc3825
 def _on_image(heat, boxes, side):
@@ -319,16 +320,12 @@ def grad_cam(
     items, model = image_list(x), predictor.model
     targets = _class_indices(predictor, items, labels)
     example = model.views(torch.zeros(1, predictor.channels, model.side, model.side, device=predictor.device))[0]
-    explainer, hook = _layer_grad_cam(model.classifier, example)
-    maps = []
-    try:
-        for item, target in zip(progress(items, "compute heat maps"), targets):
-            views = torch.cat(model.views(predictor.pixels(item)[None].to(predictor.device)))
-            heat = explainer.attribute(views, target, relu_attributions=True).detach()
-            heat = explainer.interpolate(heat, views.shape[-2:], "bilinear")
-            maps.append(_on_image(heat, model.boxes, model.side))
-    finally:
-        hook.remove()
+    explainer, maps = _layer_grad_cam(model.classifier, example), []
+    for item, target in zip(progress(items, "compute heat maps"), targets):
+        views = torch.cat(model.views(predictor.pixels(item)[None].to(predictor.device)))
+        heat = explainer.attribute(views, target, relu_attributions=True).detach()
+        heat = explainer.interpolate(heat, views.shape[-2:], "bilinear")
+        maps.append(_on_image(heat, model.boxes, model.side))
     heat = torch.cat(maps).cpu().numpy()
     return heat / np.maximum(heat.max((1, 2), keepdims=True), 1e-12)
 

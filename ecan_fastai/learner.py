@@ -270,7 +270,7 @@ def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt
     given = {k: v for k, v in opt.items() if v is not None}
     if "opt_func" not in given:
         given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}
-    metrics = metrics or face_metrics()
+    metrics = face_metrics() if metrics is None else metrics
     learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, splitter=face_splitter, **given, **kwargs)
     if pretrained:
         learn.freeze()

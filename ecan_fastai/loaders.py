@@ -70,14 +70,15 @@ def _check_shares(faces, idxs, vocab):
 
 # %% ../nbs/03j_loaders.ipynb #0f4d14bf
 def _stratified(idxs, labels, pct, seed):
-    "Hold out a seeded share of `idxs` from each class: at least one image, none of a class with only one"
+    "Hold out a seeded share of `idxs` from each class: at least one image, and at least one stays"
     rng, held = np.random.default_rng(seed), []
     for c in sorted(set(labels)):
-        own = [i for i, label in zip(idxs, labels) if label == c]
-        if len(own) == 1:
+        class_idxs = [i for i, label in zip(idxs, labels) if label == c]
+        if len(class_idxs) == 1:
             warnings.warn(f"class {c!r} has only one training image: it stays in train, and valid has none of it")
         else:
-            held += list(rng.permutation(own)[: max(1, round(pct * len(own)))])
+            n = min(max(1, round(pct * len(class_idxs))), len(class_idxs) - 1)
+            held += list(rng.permutation(class_idxs)[:n])
     return sorted(int(i) for i in held)
 
 # %% ../nbs/03j_loaders.ipynb #e41568fd
@@ -320,15 +321,16 @@ class ExpressionDataLoaders(DataLoaders):
     def test_dl(self, test_items, with_labels=False, **kwargs):
         "Loader of other images; `with_labels` takes `Face` records, or files in class folders"
         if with_labels:
-            test_items = [o if isinstance(o, Face) else self._labelled(o) for o in test_items]
+            test_items = [self._labelled(o) for o in test_items]
         return super().test_dl(test_items, with_labels=with_labels, **kwargs)
 
-    def _labelled(self, file):
-        label = Path(file).parent.name
-        if label in self.vocab:
-            return Face(file, label, "test", str(file))
+    def _labelled(self, o):
+        face = o if isinstance(o, Face) else Face(o, Path(o).parent.name, "test", str(o))
+        if face.label in self.vocab:
+            return face
         raise ValueError(
-            f"{file}: expected a file in a folder named after its class ({', '.join(self.vocab)}), or `Face` records"
+            f"{face}: no class {face.label!r}, expected one of {', '.join(self.vocab)}: the name of the file's folder, "
+            "or the label of a `Face`"
         )
 
 # %% ../nbs/03j_loaders.ipynb #d962dfeb

@@ -28,7 +28,7 @@ from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.data import set_stats
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
-from ecan_fastai.learner import baseline_learner, ecan_learner, images_per_step, paper_opt
+from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.readers.factory import detect_kind
@@ -38,10 +38,8 @@ from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTe
 from ecan_fastai.sample import sample_faces
 from ecan_fastai.weights import NAMES, named_settings
 
-OPTIMIZER_PRESETS = {
-    "paper": paper_opt,
-    "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2),
-}  # the rest of Adam's settings are fastai's
+# What a learner does not choose by itself: its default is the paper's optimizer
+OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 
 
 # Data and learner
@@ -79,7 +77,9 @@ def run_loaders(cfg, out):
         num_workers=cfg.workers,
     )
     data, kind = (
-        (_sample(Path(out) / "faces", cfg.channels), "folder") if cfg.kind == "sample" else (cfg.data, cfg.kind)
+        (sample_faces(Path(out) / "faces", channels=cfg.channels), "folder")
+        if cfg.kind == "sample"
+        else (cfg.data, cfg.kind)
     )
     dls = ExpressionDataLoaders.from_path(data, kind, bs=cfg.bs, **kwargs)
     cfg.bs = dls.train.bs
@@ -95,54 +95,41 @@ def _settle_precision(cfg):
         raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
 
 
-def _sample(folder, channels):
-    "Draw the sample; in a distributed run one process draws it"
-    with lock_run(folder, timeout=-1) if num_distrib() > 1 else nullcontext():
-        return sample_faces(folder, channels=channels)
-
-
 def run_learner(cfg, dls, out):
-    "Make the learner of a resolved configuration"
-    opt = OPTIMIZER_PRESETS[cfg.opt]
-    if cfg.lr is None:
-        cfg.lr = opt["lr"] * (images_per_step(dls) / 256 if cfg.opt == "paper" else 1)
-    if cfg.wd is None:
-        cfg.wd = opt["wd"]
-    kwargs = {**opt, "lr": cfg.lr, "wd": cfg.wd, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+    "Make the learner of a resolved configuration, and note its learning rate and weight decay in the configuration"
+    given = {k: v for k in ("lr", "wd") if (v := getattr(cfg, k)) is not None}
+    kwargs = {**OPTIMIZERS[cfg.opt], **given, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any():
         warnings.warn(
             "balance positives changes nothing: no class has less than three quarters of the average number of faces"
         )
     weight = torch.tensor(dls.class_weights(), dtype=torch.float32) if cfg.balance == "weights" else None
-    smoothing = cfg.label_smoothing or 0.0
+    terms = dict(weight=weight, label_smoothing=cfg.label_smoothing or 0.0)
     if cfg.method == "baseline":
-        learn = baseline_learner(
-            dls, loss_func=CrossEntropyLossFlat(flatten=False, weight=weight, label_smoothing=smoothing), **kwargs
-        )
+        learn = baseline_learner(dls, loss_func=CrossEntropyLossFlat(flatten=False, **terms), **kwargs)
     else:
-        settings = {
-            k: getattr(cfg, k)
-            for k in ("l1", "l2", "n_groups", "temperature", "center_features")
-            if k not in UNUSED[cfg.method]
-        }
-        names = [f.name for f in fields(PaperReading) if f.name not in UNUSED[cfg.method]]
-        settings["reading"] = PaperReading(**{k: getattr(cfg, k) for k in names})
-        settings |= dict(
-            ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0)
-        )[cfg.method]
-        loss = ECANLoss(
-            **settings,
-            weight=weight,
-            label_smoothing=smoothing,
-            bank_positives=dls.minority_classes() if cfg.balance == "positives" else None,
-        )
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
+        loss = _ecan_loss(cfg, dls, **terms)
         learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
+    cfg.lr, cfg.wd = learn.lr, learn.wd
     if cfg.pretrained:
         learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     if cfg.small_size:
         learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
     return _set_precision(learn, cfg.precision, dls.device)
+
+
+def _ecan_loss(cfg, dls, **terms):
+    "Make the loss of a method other than the baseline"
+    settings = {k: getattr(cfg, k) for k in ("l1", "l2", "n_groups", "temperature", "center_features")}
+    settings = {k: v for k, v in settings.items() if k not in UNUSED[cfg.method]}
+    names = [f.name for f in fields(PaperReading) if f.name not in UNUSED[cfg.method]]
+    settings["reading"] = PaperReading(**{k: getattr(cfg, k) for k in names})
+    settings |= dict(
+        ecan={}, center=dict(l1=0, compact="center"), supcon=dict(l2=0, contrast="supcon"), ensc=dict(l2=0)
+    )[cfg.method]
+    positives = dls.minority_classes() if cfg.balance == "positives" else None
+    return ECANLoss(**settings, bank_positives=positives, **terms)
 
 
 def _set_precision(learn, precision, device):
@@ -187,8 +174,10 @@ _FREE = ("data", "workers")  # may change when a run is resumed
 
 def _check_state(state, cfg, out):
     "Raise `ValueError` if a checkpoint was made with settings other than config.json's"
+    if not isinstance(state, dict) or "config" not in state:
+        raise ValueError(f"{out / 'checkpoint.pth'} is not the checkpoint of a run: no settings in it")
     for name, value in asdict(cfg).items():
-        made = state.get("config", {}).get(name, value)  # checkpoints of earlier versions hold no settings
+        made = state["config"].get(name)
         if name not in _FREE and made != value:
             raise ValueError(
                 f"{out / 'checkpoint.pth'} was made with {name} {made}, and config.json says {value}: put the original "
@@ -291,9 +280,7 @@ def _check_new(out):
         raise ValueError(f"{out} already holds a run: give another folder with --out, or resume it with --resume {out}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"expected a folder for the run, got the file {out}")
-    others = (
-        sorted({p.name for p in out.iterdir()} - {"faces", ".faces.lock", _DATA_FILE, SUMS}) if out.exists() else []
-    )
+    others = sorted({p.name for p in out.iterdir()} - {"faces", _DATA_FILE, SUMS}) if out.exists() else []
     if others:
         raise ValueError(f"expected a new or empty folder for the run, and {out} holds {', '.join(others[:5])}")
 
@@ -302,6 +289,8 @@ def _start(cfg, out):
     resolve_config(cfg)
     if cfg.kind != "sample":
         cfg.data = os.path.abspath(cfg.data)  # so that the run can be resumed from anywhere
+    if isinstance(cfg.pretrained, str) and cfg.pretrained not in NAMES:
+        cfg.pretrained = os.path.abspath(cfg.pretrained)
     set_seed(cfg.seed, reproducible=True)
     dls = _first_process_first(run_loaders, cfg, out)
     learn = run_learner(cfg, dls, out)

@@ -14,7 +14,14 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import get_model, rank_distrib
 
 from ecan_fastai.callbacks import LossPartsRecorder
-from ecan_fastai.fastai_internals import add_columns, fill_columns, recorder_state, set_recorder_state, undistributed
+from ecan_fastai.fastai_internals import (
+    add_columns,
+    fill_columns,
+    plain_number,
+    recorder_state,
+    set_recorder_state,
+    undistributed,
+)
 from ecan_fastai.runfiles import write_run_file
 
 # States of the random number generators
@@ -45,10 +52,6 @@ def set_rng_state(state, dls):
 
 
 # Checkpoint and history
-
-
-def _plain(x):
-    return x.item() if hasattr(x, "item") else x
 
 
 class RunState(Callback):
@@ -93,7 +96,7 @@ class RunState(Callback):
             rows=self.rows,
             model=get_model(self.model).state_dict(),
             rng=rng_state(self.dls),
-            opt=dict(state=opt["state"], hypers=[{k: _plain(v) for k, v in h.items()} for h in opt["hypers"]]),
+            opt=dict(state=opt["state"], hypers=[{k: plain_number(v) for k, v in h.items()} for h in opt["hypers"]]),
             scaler=self.learn.scaler.state_dict() if hasattr(self.learn, "scaler") else None,
             recorder=recorder_state(self.recorder),
         )

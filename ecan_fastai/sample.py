@@ -31,12 +31,8 @@ _ACTIONS = dict(
 _JITTER = dict(inner=1.5, outer=1.5, eye=0.08, corners=1.5, open=1.2, wider=2, wrinkle=0.08)
 _RAFDB_SHARES = dict(happy=0.389, neutral=0.206, sad=0.162, surprise=0.105, disgust=0.058, angry=0.057, fear=0.023)
 
-
-def _curve(points, x):
-    return np.stack([x, np.interp(x, *zip(*points))], -1)
-
 # %% ../nbs/03i_sample.ipynb #0ff9ba46
-def _brow_eye(img, side, a, face, skin, dark):
+def _brow_eye(img, side, a, face, dark):
     cx, cy = 96 + side * face["apart"], 88
     h = max(1, 9 * a["eye"])
     cv2.ellipse(img, (int(cx), cy), (12, int(h)), 0, 0, 360, (235, 235, 235), -1, cv2.LINE_AA)
@@ -47,7 +43,7 @@ def _brow_eye(img, side, a, face, skin, dark):
     cv2.polylines(img, [np.stack([x, y], -1).round().astype(np.int32)], False, dark, face["brow"], cv2.LINE_AA)
 
 # %% ../nbs/03i_sample.ipynb #68ae22a4
-def _mouth(img, a, face, dark):
+def _mouth(img, a, face):
     half = max(8, 24 + a["wider"] + face["mouth"])
     t = np.linspace(-1, 1, 15)
     middle = 140 - a["corners"] * (t**2 - 0.5)
@@ -63,7 +59,7 @@ def _mouth(img, a, face, dark):
         cv2.polylines(img, [lip], False, face["lips"], 3, cv2.LINE_AA)
 
 # %% ../nbs/03i_sample.ipynb #2a2f7255
-def _nose(img, a, skin, dark):
+def _nose(img, a, skin):
     shade = tuple(int(c * 0.75) for c in skin)
     cv2.polylines(img, [np.array([[94, 92], [88, 116], [98, 119]])], False, shade, 2, cv2.LINE_AA)
     for i in range(3):
@@ -95,9 +91,9 @@ def draw_face(
     cv2.ellipse(img, (96, 88), (w + 8, h + 6), 0, 0, 360, hair, -1, cv2.LINE_AA)
     cv2.ellipse(img, (96, 104), (w, h), 0, 0, 360, skin, -1, cv2.LINE_AA)
     for side in (-1, 1):
-        _brow_eye(img, side, a, face, skin, dark)
-    _nose(img, a, skin, dark)
-    _mouth(img, a, face, dark)
+        _brow_eye(img, side, a, face, dark)
+    _nose(img, a, skin)
+    _mouth(img, a, face)
     return _photograph(img, rng, size, channels)
 
 # %% ../nbs/03i_sample.ipynb #b80e2bc7
@@ -127,6 +123,12 @@ def _sample_counts(n, n_test):
         for split, total in (("train", n - n_test), ("test", n_test))
     }
 
+# %% ../nbs/03i_sample.ipynb #17c0de5a
+def _write(file, img):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(file), img if img.shape[-1] == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR)):
+        raise OSError(f"cannot write {file}")
+
 # %% ../nbs/03i_sample.ipynb #5784442f
 def sample_faces(
     path,  # Folder to draw into: new, empty, or with the same sample in it
@@ -148,7 +150,7 @@ def sample_faces(
         if json.loads(done.read_text()) == settings:
             return path
         raise ValueError(f"{path} holds a sample with other settings: {done.read_text()}")
-    begun = path / "sample_faces.part"  # whoever was stopped while drawing draws again
+    begun = path / "sample_faces.part"  # an interrupted sample is drawn again
     if path.exists() and any(path.iterdir()) and not (begun.exists() and json.loads(begun.read_text()) == settings):
         raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
     path.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,6 @@ def sample_faces(
     for s, split, c, label, i in progress(numbers, "draw faces"):
         img = draw_face(label, np.random.default_rng([seed, s, c, i]), size, channels)
         file = path / split / label / f"{label}_{i:04}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(file), img if channels == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
+        _write(file, img)
     begun.replace(done)
     return path

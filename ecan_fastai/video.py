@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
@@ -52,14 +53,19 @@ def _open(file):
     return video
 
 # %% ../nbs/12a_video.ipynb #bdaa9601
+def _rate(video):
+    rate = video.get(cv2.CAP_PROP_FPS)
+    return rate if 0 < rate < 1000 else 25.0
+
+
 def frame_rate(
     file,  # Video file or camera
 ) -> float:  # Frames per second; 25 if the camera or file does not say
     "Return the frame rate of a video"
     video = _open(file)
-    rate = video.get(cv2.CAP_PROP_FPS)
+    rate = _rate(video)
     video.release()
-    return rate if 0 < rate < 1000 else 25.0
+    return rate
 
 # %% ../nbs/12a_video.ipynb #3893ff76
 def video_frames(
@@ -75,7 +81,8 @@ def video_frames(
     camera = camera_index(file) is not None
     if camera and seconds is None:
         raise ValueError(f"{file}: a camera has no end, say after how many seconds to stop")
-    rate, video, start = frame_rate(file), _open(file), time.monotonic()
+    video = _open(file)
+    rate, start = _rate(video), time.monotonic()
     i, due = 0, 0.0
     try:
         while video.grab():
@@ -126,7 +133,7 @@ class FaceTracker:
         self,
         smoothing: float = 0.5,  # Time constant of the exponential moving average in seconds; 0 for none
         min_iou: float = 0.3,  # Least overlap of a face's box with its last one
-        forget: float = 1.0,  # Seconds after which a face that is gone loses its number; the frame before always counts
+        forget: float = 1.0,  # Seconds without a match after which a track ends, at the earliest after one frame
     ):
         if not smoothing >= 0:
             raise ValueError(f"smoothing: expected a time of 0 or more seconds, got {smoothing}")
@@ -197,6 +204,7 @@ class VideoWriter:
         rate: float,  # Frames per second
     ):
         self.file, self.rate, self.n = Path(file), rate, 0
+        self.shown: np.ndarray | None = None  # the last frame that was given
         self.video: cv2.VideoWriter | None = None
         if self.file.suffix.lower() not in self.codecs:
             raise ValueError(f"expected a video's name ending in .mp4, .avi or .webm, got {file}")
@@ -210,17 +218,22 @@ class VideoWriter:
         if self.video is not None:
             self.video.release()
 
-    def write(
-        self,
-        second: float,  # Time of the frame
-        frame: np.ndarray,  # uint8 (height, width, 3); all frames of one size
-    ):
-        "Write a frame, repeated up to its time if needed, so that the video keeps the pace of its source"
-        if self.video is None:
-            codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
-            self.video = cv2.VideoWriter(str(self.file), codec, self.rate, frame.shape[1::-1])
-            if not self.video.isOpened():
-                raise ValueError(f"OpenCV cannot write {self.file}: try another of .mp4, .avi, .webm")
-        while self.n <= round(second * self.rate):
-            self.video.write(np.ascontiguousarray(frame[..., ::-1]))
-            self.n += 1
+# %% ../nbs/12a_video.ipynb #27c0de5a
+@patch
+def write(
+    self: VideoWriter,
+    second: float,  # Time of the frame
+    frame: np.ndarray,  # uint8 (height, width, 3); all frames of one size
+):
+    "Write a frame; the frame before is repeated until its time, so that the video keeps the pace of its source"
+    if self.video is None:
+        codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
+        self.video = cv2.VideoWriter(str(self.file), codec, self.rate, frame.shape[1::-1])
+        if not self.video.isOpened():
+            raise ValueError(f"OpenCV cannot write {self.file}: try another of .mp4, .avi, .webm")
+    frame = np.ascontiguousarray(frame[..., ::-1])
+    at, before = round(second * self.rate), frame if self.shown is None else self.shown
+    while self.n <= at:
+        self.video.write(frame if self.n == at else before)
+        self.n += 1
+    self.shown = frame

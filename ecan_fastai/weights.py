@@ -35,7 +35,7 @@ def shipped_run(
     name: str = "fer2013",  # Name of a model that ships with the package
 ) -> Path:  # Its run folder: config.json, metrics.json, model.safetensors, card.md
     "Return the run folder of a shipped model; raises `ValueError` for an unknown name"
-    if name not in NAMES or name == "imagenet":
+    if name != "fer2013":
         raise ValueError(f"no shipped model {name!r}, there is fer2013")
     return SHIPPED / name
 
@@ -51,7 +51,7 @@ def _imagenet_file():
 
 
 def _imagenet_tensors():
-    "The published file names its tensors in its own way, in timm's order"
+    "Load the published tensors under timm's names; their order is the same"
     state = torch.load(_imagenet_file(), map_location="cpu", weights_only=True)
     names = timm.create_model(_IMAGENET["arch"]).state_dict()
     if [v.shape for v in state.values()] != [v.shape for v in names.values()]:
@@ -182,16 +182,16 @@ def _classes_table(splits):
 
 # %% ../nbs/00_weights.ipynb #ca4d0004
 def _training(config, about, metrics):
-    said = [
+    facts = [
         f"method {config['method']}, {config['arch']}, {metrics['epochs']} epochs, {config['schedule']} schedule",
         f"augmentation {config['level']} ({config['recipe']}), seed {config['seed']}",
         f"{about['images']['train']} images",
         f"{metrics['environment']['device']}, torch {metrics['environment']['torch']}",
     ]
     if config["pretrained"]:
-        said.append(f"started from {config['pretrained']}")
+        facts.append(f"started from {config['pretrained']}")
     chosen = f" {about['chosen']}" if "chosen" in about else ""
-    return "; ".join(said) + ". The weights are those of the last epoch." + chosen
+    return "; ".join(facts) + ". The weights are those of the last epoch." + chosen
 
 
 def model_card(

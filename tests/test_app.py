@@ -56,7 +56,7 @@ def uploads(tmp_path_factory):
 @pytest.mark.parametrize("name", ["face.jpg", "grey.png", "cmyk.jpg", "alpha.png", "large.jpg"])
 def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor, uploads, name):
     said, drawn, table = app.label(uploads / name)
-    assert said == "One face found." and max(drawn.shape[:2]) <= LARGEST_SIDE and drawn.ndim == 3
+    assert said == "1 face found." and max(drawn.shape[:2]) <= LARGEST_SIDE and drawn.ndim == 3
     image = read_face(uploads / name)
     if name == "large.jpg":
         scale = LARGEST_SIDE / max(image.shape[:2])
@@ -93,7 +93,7 @@ def test_heatmaps_lie_over_the_face_that_was_labelled(app, uploads):
     _, _, table = app.label(uploads / "face.jpg")
     said, ((image, caption),) = app.heatmaps(uploads / "face.jpg")
     (face,) = app.finder(read_face(uploads / "face.jpg"))
-    assert said == "One face found." and image.shape == face.image.shape
+    assert said == "1 face found." and image.shape == face.image.shape
     number, label, percent, sign = caption.split()
     assert (number, label, sign) == ("1:", table["label"][0], "%")
     assert abs(int(percent) - 100 * table["probability"][0]) <= 0.51  # the table has its own rounding
@@ -103,13 +103,14 @@ def test_several_files_are_one_table_and_what_is_left_out_is_named(app, predicto
     files = [str(uploads / n) for n in ("face.jpg", "nobody.png", "text.jpg", "grey.png")]
     said, shown, csv = app.label_files(files)
     assert said == (
-        "2 faces found in 3 photographs. 1 photographs have no face. Left out, because they are not images: text.jpg."
+        "2 faces found in 3 photographs. Photographs without a face: 1. "
+        "Left out, because they cannot be read: text.jpg."
     )
     table = pd.read_csv(csv)
     assert list(table["image"]) == list(shown["image"]) == ["face.jpg", "grey.png"]
     assert np.allclose(table[predictor.columns].sum(1), 1, atol=0.01)
     shutil.rmtree(Path(csv).parent)
-    with pytest.raises(ValueError, match="None of the files is an image"):
+    with pytest.raises(ValueError, match="None of the files can be read as an image"):
         app.label_files(files[2:3])
     with pytest.raises(ValueError, match="at most 200 files at a time, got 201"):
         app.label_files(files[:1] * 201)
@@ -117,10 +118,12 @@ def test_several_files_are_one_table_and_what_is_left_out_is_named(app, predicto
 
 def test_what_is_wrong_is_one_sentence_and_one_line(app, uploads, capsys):
     answer = _one_sentence(app.label, 3)
-    said = "text.jpg is not an image, or it is broken: expected a JPEG, PNG or WebP file"
+    said = "cannot decode text.jpg: not an image, or broken (19 bytes)"
     assert answer(str(uploads / "text.jpg")) == [f"{said}.", None, None]
     assert capsys.readouterr().err == f"ecan_app: {said}\n"
     assert answer(None) == ["", None, None] and capsys.readouterr().err == ""
+    gone = uploads / "deleted" / "face.jpg"
+    assert answer(str(gone)) == ["face.jpg was deleted after 120 seconds, upload it again.", None, None]
 
 
 def test_without_the_extra_and_without_a_run(monkeypatch, capsys, predictor, tmp_path):
@@ -174,7 +177,7 @@ def test_the_page_in_a_browser(page, browser, uploads, width):
     tab.goto(page.local_url)
     tab.wait_for_selector("#photo input[type=file]", state="attached")
     tab.set_input_files("#photo input[type=file]", uploads / "face.jpg")
-    tab.wait_for_function(SAID.format("One face found."))
+    tab.wait_for_function(SAID.format("1 face found."))
     tab.wait_for_selector("#drawn img")
     tab.get_by_role("button", name="Show where the model looks").click()
     tab.wait_for_selector("#heat img")
@@ -193,7 +196,11 @@ def test_the_page_in_a_browser(page, browser, uploads, width):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name,said",
-    [("text.jpg", "text.jpg is not an image"), ("nobody.png", "No face found"), ("hundred.png", "faces found")],
+    [
+        ("text.jpg", "cannot decode text.jpg: not an image"),
+        ("nobody.png", "No face found"),
+        ("hundred.png", "faces found"),
+    ],
 )
 def test_bad_uploads_are_answered_on_the_page(page, browser, uploads, name, said, capfd):
     tab = browser.new_page()
@@ -222,7 +229,7 @@ def test_a_photograph_from_the_clipboard_and_from_the_camera(page, browser, uplo
     tab.get_by_role("button", name="Capture from camera").click()
     tab.get_by_text("Click to Access Webcam").click()
     tab.get_by_role("button", name="capture photo").click()
-    tab.wait_for_function(SAID.format("One face found."))
+    tab.wait_for_function(SAID.format("1 face found."))
     tab.close()
 
 

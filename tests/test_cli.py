@@ -153,8 +153,9 @@ def test_commands_are_a_line_for_each_run_and_make_exactly_it(tmp_path, capsys, 
 
 def test_commands_train_nothing_and_name_weights_from_anywhere(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ecan_reproduce(["affinity", "--data", "sample", "--set", "pretrained=w.pth", "--commands"])
-    assert f"pretrained={tmp_path / 'w.pth'}" in shlex.split(capsys.readouterr().out.splitlines()[0])
+    for typed, printed in (("w.pth", tmp_path / "w.pth"), ("fer2013", "fer2013")):
+        ecan_reproduce(["affinity", "--data", "sample", "--set", f"pretrained={typed}", "--commands"])
+        assert f"pretrained={printed}" in shlex.split(capsys.readouterr().out.splitlines()[0])
     assert not list(tmp_path.iterdir())
 
 

@@ -128,6 +128,10 @@ def test_faces_of_photos_and_videos_are_labelled_as_cut_out(photo, finder, run, 
     )
     none = predictor.predict_faces(tmp_path / "b.png", finder)
     assert len(none) == 0 and list(none.columns) == list(table.columns)
+    twice = predictor.predict_faces([tmp_path / "c.avi"] * 2, finder)  # each time a video of its own
+    assert twice.iloc[:2].equals(twice.iloc[2:].reset_index(drop=True)) and twice.iloc[:2].equals(
+        table.iloc[1:].reset_index(drop=True)
+    )
 
 
 def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
@@ -274,6 +278,10 @@ def test_accuracy_by_group_counts_by_hand(tmp_path):
     people = pd.DataFrame(dict(file=["01.jpg", "02.jpg", "03"], label=["sad", "happy", "happy"], group=["a", "b", "c"]))
     found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])  # labels of the table, not of the folders
     assert list(found["accuracy"]) == [0, 0, 1]
+    people["label"] = ["sad", None, "happy"]
+    with pytest.warns(UserWarning, match="1 of 3 files are left out"):
+        found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])
+    assert found[["group", "correct"]].values.tolist() == [["a", 0], ["c", 1]]
     with pytest.raises(ValueError, match="no file has its name in the column 'id'"):
         accuracy_by_group(table, [tmp_path / "x.jpg"], tmp_path / "people.csv", ["happy"])
     with pytest.raises(ValueError, match="id '01' has several rows"):
@@ -300,6 +308,17 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     counts = [line.split()[2:5] for line in said.splitlines() if line.split()[:1] == ["age"]]
     assert sum(int(n) for n, _, _ in counts) == 8 and sum(int(k) for _, _, k in counts) == right
     assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100
+
+
+def test_heat_maps_are_drawn_of_the_images_that_can_be_read(faces, run, tmp_path, capsys):
+    image = min((faces / "test").glob("*/*.png"))
+    (tmp_path / "broken.png").write_text("no image")
+    args = ["--run", str(run), str(image), str(tmp_path / "broken.png")]
+    with pytest.raises(SystemExit) as e:
+        ecan_predict([*args, "--heatmaps", str(tmp_path / "h.png"), "--out", str(tmp_path / "o.csv")])
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and "broken.png" in said and "1 of 2 files are left out" in said
+    assert len(pd.read_csv(tmp_path / "o.csv")) == 1 and cv2.imread(str(tmp_path / "h.png")) is not None
 
 
 def test_ecan_predict_goes_on_without_a_broken_photograph(photo, run, tmp_path, capsys):

@@ -211,6 +211,19 @@ def test_grad_cam_of_a_model_whose_evidence_is_known():
     plt.close("all")
 
 
+def test_other_threads_may_use_the_predictor_while_grad_cam_explains_it():
+    predictor, found = predictor_of(Brightness(), 2, ["left", "right"]), []
+    pixels = predictor.pixels
+
+    def look(image):
+        found.extend(m for m in predictor.model.modules() if m._forward_hooks or m._forward_pre_hooks)
+        return pixels(image)
+
+    predictor.pixels = look
+    grad_cam(predictor, np.full((8, 8), 9, np.uint8), "left")
+    assert not found
+
+
 def naive_heat(maps, gradient):
     "Grad-CAM by its formula, of (channels, h, w) in float64"
     weights = gradient.mean((1, 2))

@@ -519,6 +519,7 @@ def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):
 
 
 def test_an_export_keeps_the_users_metrics(make, tmp_path):
+    assert not make(metrics=[]).metrics
     learn = make(metrics=[error_rate], lr=1e-3)
     learn.export("mine.pkl")
     assert [m.name for m in load(tmp_path / "mine.pkl").metrics] == ["error_rate"]

@@ -105,6 +105,10 @@ def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch
         m.setattr(sample.cv2, "imwrite", stop)
         with pytest.raises(KeyboardInterrupt):
             sample_faces(tmp_path / "s", n=40)
+    with monkeypatch.context() as m:
+        m.setattr(sample.cv2, "imwrite", lambda *args: False)  # as for a full disk
+        with pytest.raises(OSError, match="cannot write .*png"):
+            sample_faces(tmp_path / "s", n=40)
     with pytest.raises(ValueError, match="is not empty"):
         sample_faces(tmp_path / "s", n=41)
     a, b = sample_faces(tmp_path / "s", n=40), sample_faces(tmp_path / "whole", n=40)
@@ -125,17 +129,21 @@ def test_splits_are_stratified_seeded_and_disjoint(faces):
         and not names[0] & names[2]
         and len(names[0]) + len(names[1]) == len(list((faces / "train").rglob("*.png")))
     )
-    share = {
-        l: sum(f.label == l for f in dls.valid_ds.items)
-        / sum(f.label == l for f in (*dls.train_ds.items, *dls.valid_ds.items))
-        for l in ("happy", "neutral", "sad")
-    }
-    assert all(abs(s - 0.2) < 0.04 for s in share.values())
+    for label in dls.vocab:
+        held, kept = (sum(f.label == label for f in ds.items) for ds in (dls.valid_ds, dls.train_ds))
+        assert held == max(1, round(0.2 * (held + kept))) and kept
     assert (
         names[1]
         == set(map(str, folder_dls(faces, valid_pct=0.2).valid_ds.items))
         != set(map(str, folder_dls(faces, valid_pct=0.2, seed=1).valid_ds.items))
     )
+
+
+def test_however_much_is_held_out_every_class_keeps_an_image_to_train_on(faces):
+    dls = folder_dls(faces, valid_pct=0.95)
+    for label in dls.vocab:
+        held, kept = (sum(f.label == label for f in ds.items) for ds in (dls.valid_ds, dls.train_ds))
+        assert kept >= 1 and held == min(held + kept - 1, round(0.95 * (held + kept)))
 
 
 def test_train_all_trains_on_the_tenth_and_calls_it_seen(faces):
@@ -507,8 +515,9 @@ def test_a_test_loader_takes_labels_from_class_folders_and_records(faces):
         x, y = [torch.cat(part) for part in zip(*dls.test_dl(items, with_labels=True))]
         assert [dls.vocab[i] for i in y] == [f.parent.name for f in files] and x.shape == (len(files), 1, 32, 32)
     assert len(next(iter(dls.test_dl(files)))) == 1
-    with pytest.raises(ValueError, match="in a folder named after its class"):
-        dls.test_dl([faces / "loose.png"], with_labels=True)
+    for item in (faces / "bored" / "loose.png", Face(files[0], "bored", "x", "loose.png")):
+        with pytest.raises(ValueError, match="loose.png: no class 'bored', expected one of angry, disgust"):
+            dls.test_dl([item], with_labels=True)
 
 
 def test_a_grid_has_the_asked_rows_and_columns(faces):

@@ -303,7 +303,27 @@ def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
         for c in ("center", "ten")
     ]
     assert one["ten_crops_accuracy"] == ten["accuracy"] and "ten_crops_accuracy" not in ten
+    center = Predictor(tmp_path / "center", "center")
+    assert one["accuracy"] == pytest.approx(center.evaluate(faces)["splits"]["test"]["accuracy"])
+    classifier = center.model.classifier
+    state = torch.load(tmp_path / "center" / "checkpoint.pth", weights_only=True)["model"]
+    classifier.encoder.load_state_dict(
+        {k.removeprefix("key_encoder."): v for k, v in state.items() if k.startswith("key_encoder.")}
+    )
+    keys = center.evaluate(faces)["splits"]["test"]["accuracy"]
+    assert one["key_encoder_accuracy"] == pytest.approx(keys)
     assert "ten_crops_accuracy" not in start_run(config(faces, epochs=1), tmp_path / "weak")["splits"]["test"]
+
+
+def test_weights_to_start_from_are_found_from_any_folder(faces, tmp_path, monkeypatch):
+    torch.save(FaceClassifier.create("resnet10t", 7, 1).encoder.state_dict(), tmp_path / "w.pth")
+    with monkeypatch.context() as m:
+        m.chdir(tmp_path)
+        m.setattr(runs, "_train", lambda learn, cfg, out, state: cfg.pretrained)
+        assert start_run(config(faces, "baseline", pretrained="w.pth"), Path("run")) == str(tmp_path / "w.pth")
+    monkeypatch.setattr(runs, "_train", lambda learn, cfg, out, state: learn.model.encoder.state_dict())
+    started = resume_run(tmp_path / "run")
+    assert all(torch.equal(v, started[k]) for k, v in torch.load(tmp_path / "w.pth", weights_only=True).items())
 
 
 @pytest.mark.slow
@@ -715,7 +735,7 @@ def test_changed_weights_are_refused_by_name(faces, tmp_path):
 
 
 def edit(run, **settings):
-    "config.json of a folder without checksums, as earlier versions wrote them"
+    "Change config.json of a folder, which then has no checksums"
     (run / "SHA256SUMS").unlink()
     written = json.loads((run / "config.json").read_text())
     written["config"] |= settings
@@ -737,25 +757,16 @@ def test_a_run_is_not_resumed_with_other_settings(run, capsys, changed, said):
     assert re.search(said, text) and "\n" not in text.strip()
 
 
-def without_settings(run):
-    "The checkpoint of an earlier version"
+def test_a_checkpoint_that_is_none_or_of_another_model_is_refused(run, capsys):
     state = torch.load(run / "checkpoint.pth", weights_only=True)
-    del state["config"]
-    torch.save(state, run / "checkpoint.pth")
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_an_earlier_version_is_resumed(run):
-    edit(run)
-    without_settings(run)
-    assert resume_run(run)["epochs"] == 2
-
-
-def test_a_checkpoint_of_an_earlier_version_and_another_model_is_refused(run, capsys):
-    edit(run, arch="resnet18")
-    without_settings(run)
+    (run / "SHA256SUMS").unlink()
+    torch.save(
+        {**state, "model": {k: v for k, v in state["model"].items() if "layer4" not in k}}, run / "checkpoint.pth"
+    )
     text = fails(capsys, "--resume", run)
     assert f"{run / 'checkpoint.pth'} is not of the model that config.json describes: " in text and "\n" not in text
+    torch.save(state["model"], run / "checkpoint.pth")
+    assert "checkpoint.pth is not the checkpoint of a run: no settings in it" in fails(capsys, "--resume", run)
 
 
 # Disks that are full, and processes that are killed

@@ -67,7 +67,7 @@ def _voted(image, votes, split, name):
 
 # %% ../../nbs/03d_ferplus.ipynb #e95ada12
 def _warn_rows(usages, file):
-    "FER+ has a row for each image of FER2013; how many get a label is for the votes to say"
+    "Warn if a split has not as many rows as FER2013 has images"
     counts, expected = (
         Counter(str(u).strip().replace("Training", "train") for u in usages),
         {s: sum(c.values()) for s, c in FER2013_COUNTS.items()},

@@ -294,6 +294,6 @@ def split_by_group(
         deal = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(
             faces, [f.label for f in faces], groups
         )
-        of = {i: k for k, (_, held) in enumerate(deal) for i in held}
+        fold_of = {i: k for k, (_, held) in enumerate(deal) for i in held}
     names = {fold: "test", (fold + 1) % n_folds: "valid"}
-    return [replace(f, split=names.get(of[i], "train")) for i, f in enumerate(faces)]
+    return [replace(f, split=names.get(fold_of[i], "train")) for i, f in enumerate(faces)]
