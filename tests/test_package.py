@@ -1,7 +1,9 @@
+import ast
 import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,20 @@ def test_help_and_wrong_arguments_are_answered_before_the_libraries_are_imported
     )
     assert done.returncode == 0, done.stderr
     assert "ecan_train" in done.stdout + done.stderr
+
+
+def test_what_is_imported_is_declared():
+    "Of other packages, in the requirements or, where an import stands in a function, in those of an extra"
+    distributions = packages_distributions()
+    required = {k: v for k, v in settings().items() if k.endswith("requirements")}
+    names = {k: {re.split(r"[<>=\[]", r)[0].lower().replace("-", "_") for r in v.split()} for k, v in required.items()}
+    extras = set().union(*names.values())
+    for file in (ROOT / "ecan_fastai").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - {"ecan_fastai"}:
+                declared = names["requirements"] if node in tree.body else extras
+                found = {d.lower().replace("-", "_") for d in distributions[top]}
+                assert found & declared, f"{file.name} imports {top}, which settings.ini does not require"
