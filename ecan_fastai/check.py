@@ -26,13 +26,13 @@ from .readers.factory import read_faces
 
 # %% ../nbs/11_check.ipynb #8412c940
 def _look(face):
-    "What is wrong, a digest of the pixels, and the perceptual hash as 64 signs"
+    "What is wrong, the size, a digest of the pixels, and the perceptual hash as 64 signs"
     try:
         img = read_face(face.image, 1)
     except (ValueError, OSError) as e:
-        return str(e), None, None
+        return str(e), None, None, None
     digest = hashlib.sha256(repr(img.shape).encode() + img.tobytes()).hexdigest()
-    return None, digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1
+    return None, img.shape[:2], digest, imagehash.phash(Image.fromarray(img[..., 0])).hash.ravel() * 2.0 - 1
 
 # %% ../nbs/11_check.ipynb #8bad556f
 _MAX_PAIRS = 10**6  # n equal images, all black for instance, make n * (n - 1) / 2 pairs
@@ -73,6 +73,7 @@ class DataReport:
     "What `check_data` found"
 
     counts: pd.DataFrame  # Faces of each class and split
+    sizes: pd.DataFrame  # Smallest, median and largest height and width in pixels
     broken: dict  # Name of each unreadable image to its problem
     pairs: pd.DataFrame  # Equal or similar images: distance in bits; image, split and label of both
     faces: list  # `Face` records, which the columns a and b of `pairs` number
@@ -85,13 +86,13 @@ class DataReport:
     def summary(self) -> pd.DataFrame:
         "Count pairs by their splits, and how many of them have two different labels"
         if not len(self.pairs):
-            return pd.DataFrame(columns=["splits", "same pixels", "near", "of both, labelled differently"])
+            return pd.DataFrame(columns=["splits", "same pixels", "near", "different labels"])
         splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
         rows = [
             (name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum()))
             for name, own in self.pairs.groupby(splits, sort=False)
         ]
-        return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "of both, labelled differently"])
+        return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "different labels"])
 
 # %% ../nbs/11_check.ipynb #02e39acf
 def _counts(faces):
@@ -126,10 +127,12 @@ def check_data(
     with ThreadPoolExecutor() as pool:
         looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
     whole = [i for i, (problem, *_) in enumerate(looked) if problem is None]
-    digests, signs = [looked[i][1] for i in whole], [looked[i][2] for i in whole]
+    sizes, digests, signs = ([looked[i][k] for i in whole] for k in (1, 2, 3))
     pairs = _pair_table(_pairs(digests, signs, distance), faces, digests, whole)
     broken = {str(f): problem for f, (problem, *_) in zip(faces, looked) if problem}
-    return DataReport(_counts(faces), broken, pairs, faces)
+    sizes = pd.DataFrame(sizes, columns=["height", "width"]).describe().loc[["min", "50%", "max"]]
+    sizes = sizes.rename({"50%": "median"})
+    return DataReport(_counts(faces), sizes, broken, pairs, faces)
 
 # %% ../nbs/11_check.ipynb #60e08079
 def show_pairs(

@@ -137,13 +137,17 @@ def _left(out, prog):
 
 
 @contextmanager
-def _one_sentence(parser):
+def _one_sentence(parser, interrupted="interrupted"):
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads the output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
     except (ValueError, OSError, ImportError) as e:
         parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted\n")
+        parser.exit(130, f"\n{parser.prog}: {interrupted}\n")
 
 
 def _out(parser, file, *endings, flag="--out"):
@@ -243,11 +247,15 @@ def _predict_parser():
     return p
 
 
+ANNOTATED = (".png", ".jpg", ".jpeg", ".mp4", ".avi", ".webm")
+
+
 def _check_predict(p, given):
     "Leave with one sentence if options do not go together"
     _refuse_run(p, given.images)
     _out(p, given.out, ".csv", ".json")
     _out(p, given.heatmaps, ".png", flag="--heatmaps")
+    _out(p, given.annotated, *ANNOTATED, flag="--annotated")
     for option in ("every", "seconds", "smoothing", "annotated"):
         if getattr(given, option) is not None and not given.faces:
             p.error(f"--{option} has no effect without --faces")
@@ -265,7 +273,11 @@ def ecan_predict(args=None):
     _check_predict(p, given)
     with _one_sentence(p):
         from ecan_fastai.inference import Predictor, find_images
+        from ecan_fastai.video import is_video
 
+        videos = [f for f in given.images if is_video(f) and not f.is_dir()]
+        if videos and not given.faces:
+            raise ValueError(f"{videos[0]} is a video or a camera: add --faces")
         predictor = Predictor(given.run, given.crops, given.device)
         if given.faces:
             files, readable, table = _found_faces(predictor, given)
@@ -273,6 +285,7 @@ def ecan_predict(args=None):
             files = [f for path in given.images for f in find_images(path)]
             table = predictor.predict(files, skip_broken=True)
             readable = table["image"]
+            _note_photographs(readable[:16], 8 * predictor.model.side)
         if given.out:
             _write_faces(table, given.out)
         else:
@@ -307,11 +320,22 @@ def _print_groups(table, files, people, vocab):
     print(groups.to_string(index=False, float_format="{:.3f}".format))
 
 
+def _note_photographs(images, large):
+    "Say that no face was looked for if an image is so large that it may show more than a face"
+    from ecan_fastai.data import read_face
+
+    for file in images:
+        height, width, _ = read_face(file).shape
+        if min(height, width) > large:
+            note = f"has {width}x{height} pixels and was taken as one face: for a photograph, add --faces"
+            return print(f"ecan_predict: {printable(file)} {note}", file=sys.stderr)
+
+
 def _write_faces(table, file):
     from ecan_fastai.readers.records import write_csv
     from ecan_fastai.runfiles import write_whole
 
-    table = table.round(5)
+    table = table.astype({c: float for c in table.select_dtypes("float32")}).round(5)
     if file.suffix == ".csv":
         write_whole(file, lambda f: write_csv(table, f))
     else:
@@ -354,6 +378,7 @@ def ecan_evaluate(args=None):
         metavar="NAME",
         help="split to evaluate, may be repeated (default: all but train and valid, or all if no other exists)",
     )
+    p.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
     p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, also by class, to FILE.json")
     given = p.parse_args(args)
     _refuse_run(p, [given.data])
@@ -362,15 +387,21 @@ def ecan_evaluate(args=None):
         from ecan_fastai.inference import Predictor
         from ecan_fastai.runfiles import write_whole
 
-        record = Predictor(given.run, given.crops, given.device).evaluate(given.data, given.kind, given.split)
+        predictor = Predictor(given.run, given.crops, given.device)
+        record = predictor.evaluate(given.data, given.kind, given.split, given.skip_broken)
         _print_evaluation(record)
+        if "train" in record["splits"] and not given.split:
+            note = (
+                "the data has no test split: these numbers say nothing about other images if the model has seen these"
+            )
+            print(f"{p.prog}: {note}", file=sys.stderr)
         if given.out:
             write_whole(given.out, lambda f: f.write_text(json.dumps(record, indent=1)))
 
 
 def _print_evaluation(record):
     renamed = [f"{data} ({model})" if data != model else data for data, model in record["classes"].items()]
-    print(f"classes of both: {', '.join(renamed)}")
+    print(f"classes of the data that the model has: {', '.join(renamed)}")
     if record["left_out"]:
         print(
             "left out, because the model does not have the class: "
@@ -420,9 +451,10 @@ def ecan_check(args=None):
 
 def _print_report(report):
     print(report.counts.to_string())
-    print(f"\n\n{len(report.broken)} broken images")
-    for said in list(report.broken.values())[:10]:
-        print(f"  {printable(said)}")
+    print(f"\nSizes in pixels\n{report.sizes.to_string(float_format='{:.0f}'.format)}")
+    print(f"\n{len(report.broken)} broken images")
+    for problem in report.broken.values():
+        print(f"  {printable(problem)}")
     print("\nPairs of equal or nearly equal images (check near pairs by eye)")
     print(report.summary().to_string(index=False) if len(report.pairs) else "none")
 
@@ -445,6 +477,8 @@ def ecan_app(args=None):
     )
     p.add_argument("--port", type=int, help="port to listen on; default: the first free one from 7860 on")
     given = p.parse_args(args)
+    if given.port is not None and not 0 < given.port < 2**16:
+        p.error(f"--port: expected a number from 1 to 65535, got {given.port}")
     with _one_sentence(p):
         from ecan_fastai.app import launch_app
         from ecan_fastai.inference import Predictor
@@ -546,7 +580,7 @@ def ecan_reproduce(args=None):
         p.error("--data is missing: the path of a data set, or `sample`")
     if given.experiment is None and (typed := vars(given).keys() - {"experiment"} - _untouched(p, given)):
         p.error(f"EXPERIMENT is missing: --{', --'.join(sorted(typed))} has no effect without it")
-    try:
+    with _one_sentence(p, "interrupted; repeat the command to resume"):
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
 
         if given.experiment is None:
@@ -569,10 +603,6 @@ def ecan_reproduce(args=None):
         )
         if not table.empty:
             print(f"\n{table.to_string()}")
-    except (ValueError, OSError) as e:
-        p.exit(2, f"{p.prog}: error: {printable(e)}\n")
-    except KeyboardInterrupt:
-        p.exit(130, f"\n{p.prog}: interrupted; repeat the command to resume\n")
 
 
 def _untouched(parser, given):

@@ -209,6 +209,8 @@ class RunConfig:
             )
         if self.balance == "positives" and not self.l1:
             raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
+        if self.small_size and self.size and self.small_size > self.size:
+            raise ValueError(f"small_size must be at most size ({self.size}), got {self.small_size}")
         if not self.small_size and self.small_pct != RunConfig.small_pct:
             raise ValueError("small_pct has no effect without small_size: give both")
 

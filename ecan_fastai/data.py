@@ -30,7 +30,7 @@ from fastai.vision.data import get_grid
 from fastcore.basics import fastuple, store_attr
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform, compose_tfms
-from PIL import Image
+from PIL import Image, ImageOps
 from plum import dispatch
 from torch.utils.data import get_worker_info
 
@@ -145,12 +145,16 @@ def read_face(
 
     Raises `ValueError` or `OSError` with the name of a file that cannot be read, and `ValueError` for arrays of
     another kind."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
     if isinstance(x, PhotoCrop):
         return x.read(channels)
     if isinstance(x, Image.Image):
-        x = np.asarray(x.convert("L" if channels == 1 else "RGB"))
+        if x.mode[0] in "IF":
+            raise ValueError(f"expected a PIL image of 8 bits a channel, got mode {x.mode}: give the path of its file")
+        x = np.array(ImageOps.exif_transpose(x).convert("L" if channels == 1 else "RGB"))
     elif isinstance(x, torch.Tensor):
         x = x.detach().cpu().numpy()
         if x.ndim == 3:
@@ -296,6 +300,12 @@ class TwoViewDL(_SeededDL):
 
     item_weights = None  # (n,) to sample items by weight with replacement; None: each item once per epoch
 
+    def __init__(self, *args, after_item=None, after_batch=None, **kwargs):
+        wrong = [type(t).__name__ for t in Pipeline(after_item) if not isinstance(t, ToTensor)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} would change no view: give it as TwoViewBlock(item_tfms=...)")
+        super().__init__(*args, after_item=after_item, after_batch=_each_view(after_batch), **kwargs)
+
     def shuffle_fn(self, idxs):
         return (
             super().shuffle_fn(idxs)
@@ -314,13 +324,8 @@ class TwoViewDL(_SeededDL):
             item = self.create_item(s)
         except SkipItemException:
             return None
-        return item if self._is_tensors(item) else self.after_item(item)
-
-    def _is_tensors(self, item):
-        "Whether an item holds only tensors, and `ToTensor` is its only item transform"
-        return all(type(t) is ToTensor for t in self.after_item.fs) and all(
-            isinstance(part, (torch.Tensor, TwoView)) for part in item
-        )
+        tensors = all(isinstance(part, (torch.Tensor, TwoView)) for part in item)  # `ToTensor` has nothing to do
+        return item if tensors else self.after_item(item)
 
     def _retain_dl(self, b):
         batch, (_, *targets) = batch_types(self)
@@ -328,6 +333,14 @@ class TwoViewDL(_SeededDL):
         return retain_types(b, typs={batch: [views, *targets]})
 
 # %% ../nbs/02_data.ipynb #2fc02414
+def _each_view(batch_tfms):
+    "Wrap batch transforms other than those of `TwoViewBlock` in one `EachView`"
+    tfms = Pipeline(batch_tfms).fs
+    own = [t for t in tfms if isinstance(t, (IntToFloatTensor, Normalize, EachView))]
+    others = [t for t in tfms if t not in own]
+    return [*own, EachView(others)] if others else own
+
+
 class EachView(Transform):
     "Apply batch transforms to each view separately, so that random ones differ between views"
 

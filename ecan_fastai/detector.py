@@ -27,6 +27,8 @@ from .data import read_face
 from .inference import Predictor, image_list, shared_classes
 from .metrics import subgroup_table
 from .progress import progress
+from .readers.records import read_csv
+from .runfiles import write_whole
 from ecan_fastai.video import (
     VIDEO_SUFFIXES,
     FaceTracker,
@@ -70,8 +72,11 @@ def _mtcnn(min_size, device):
         from facenet_pytorch import MTCNN
     except ImportError as e:
         raise ImportError(f'finding faces needs the package {e.name}: pip install "ecan_fastai[faces]"') from e
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return MTCNN(min_face_size=min_size, device=torch.device(device))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        return MTCNN(min_face_size=min_size, device=torch.device(device))
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"no such device here: {device}") from e
 
 # %% ../nbs/12_detector.ipynb #d217e953
 def _cut_out(image, boxes, probs, points, threshold, margin):
@@ -86,9 +91,7 @@ def _cut_out(image, boxes, probs, points, threshold, margin):
 
 # %% ../nbs/12_detector.ipynb #40100154
 class FaceFinder:
-    """Find the faces of an image with MTCNN (Zhang et al., 2016), the largest first
-
-    Raises `ImportError` without the extra `faces`."""
+    "Find faces with MTCNN (Zhang et al., 2016), the largest first; `ImportError` without the extra `faces`"
 
     def __init__(
         self,
@@ -101,6 +104,8 @@ class FaceFinder:
             raise ValueError(f"threshold: expected a probability, 0 or more and less than 1, got {threshold}")
         if min_size < 12:
             raise ValueError(f"min_size: the detector needs faces of at least 12 pixels, got {min_size}")
+        if not margin > -1:
+            raise ValueError(f"margin: expected more than -1 of the box's side, got {margin}")
         self.threshold, self.min_size, self.margin = threshold, min_size, margin
         self.mtcnn = _mtcnn(min_size, device)
 
@@ -184,12 +189,18 @@ def _annotator(file, items, every):
     "Return a function of a frame's second, image and table that writes them, and a context manager to close at the end"
     if len(items) != 1:
         raise ValueError(f"annotated: expected one photograph or video to write {file}, got {len(items)}")
+    if isinstance(items[0], (str, Path)) and Path(items[0]).resolve() == Path(file).resolve():
+        raise ValueError(f"annotated: {file} is the file that is read, give another name")
     if is_video(items[0]):
         writer = VideoWriter(file, 1 / every if every else frame_rate(items[0]))
         return (lambda second, image, table: writer.write(second, draw_faces(image, table))), writer
     if Path(file).suffix.lower() not in image_extensions:
         raise ValueError(f"annotated: expected the name of an image file for a photograph, got {file}")
-    return (lambda _, image, table: Image.fromarray(draw_faces(image, table)).save(file)), nullcontext()
+
+    def write(_, image, table):
+        write_whole(Path(file), lambda f: Image.fromarray(draw_faces(image, table)).save(f))
+
+    return write, nullcontext()
 
 # %% ../nbs/12_detector.ipynb #c58ed0a7
 def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
@@ -224,6 +235,9 @@ def predict_faces(
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, found, label, probability, p_<class> of each
     "Find and label the faces in photographs and videos, one row per face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
+    for name, value in dict(every=every, seconds=seconds).items():
+        if value is not None and not any(map(is_video, items)):
+            raise ValueError(f"{name} has no effect without a video")
     every = (1.0 if annotated is None else 0.0) if every is None else every
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)
     finder = finder or FaceFinder(device=self.device)
@@ -255,7 +269,7 @@ def accuracy_by_group(
     vocab,  # Class names of the model
 ) -> pd.DataFrame:  # As `subgroup_table` returns it
     "Measure accuracy by group of people; warns if files are left out, raises `ValueError` if none is left"
-    people = people if isinstance(people, pd.DataFrame) else pd.read_csv(people, dtype=str)
+    people = people if isinstance(people, pd.DataFrame) else read_csv(people)
     rows = _rows_of_people(files, people)
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]
     if not known:

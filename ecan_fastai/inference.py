@@ -22,18 +22,20 @@ import torch
 from albumentations import Resize
 from fastai.data.transforms import Normalize
 from fastai.imports import is_listy
+from fastai.torch_core import get_model
 from fastcore.basics import patch
+from fasttransform import compose_tfms
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side
-from .data import EachView, FaceTransform, PhotoCrop, read_face
+from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces
 from .metrics import fit_temperature, per_class_table, split_metrics
-from .model import FaceClassifier
+from .model import ECANModel, FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
 from .readers.records import Face, check_names, expression_name, image_files
@@ -264,7 +266,7 @@ class Predictor:
     ):
         self.run: Path | None = shipped_run() if run is None else Path(run)
         cfg, about, model = _read_run(self.run)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         views = {k: cfg[k] for k in ("level", "recipe", "size", "channels")}
         stats = about["mean"], about["std"]
         self._build(model, about["vocab"], stats, views, crops or cfg["eval_crops"], device, about["temperature"])
@@ -288,6 +290,14 @@ class Predictor:
         return [f"p_{v}" for v in self.vocab]
 
 # %% ../nbs/10_inference.ipynb #ae13c3e4
+def _act_in_evaluation(batch_tfms, views):
+    "Whether batch transforms change images in evaluation; fastai's `split_idx` does not tell of all"
+    side = crop_size(*(views[k] for k in ("level", "recipe", "size")))
+    x = torch.rand(2, views["channels"], side, side)
+    (y,) = compose_tfms((x.as_subclass(FaceImage),), batch_tfms, split_idx=1)
+    return y.shape != x.shape or not torch.allclose(y.as_subclass(Tensor), x, atol=1e-4)
+
+
 def _learner_transforms(dls):
     "`FaceTransform` and `Normalize` of a learner's loaders; raises `ValueError` for those that a run cannot describe"
     tfm = next((t for tl in dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
@@ -296,8 +306,7 @@ def _learner_transforms(dls):
         raise ValueError(
             "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
         )
-    each_view = [t for v in dls.after_batch.fs if isinstance(v, EachView) for t in v.tfms]
-    if any(t.split_idx != 0 for t in each_view):
+    if _act_in_evaluation([t for t in dls.after_batch.fs if isinstance(t, EachView)], tfm.views):
         raise ValueError(
             "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"
         )
@@ -318,7 +327,11 @@ def from_learner(
 ):
     "Open the current model of a learner, without calibration"
     tfm, norm = _learner_transforms(learn.dls)
-    model = learn.model.inference(key=True) if key else learn.model.inference()
+    model = get_model(learn.model)
+    if not isinstance(model, ECANModel if key else (ECANModel, FaceClassifier)):
+        wanted = "ecan_learner" if key else "ecan_learner or baseline_learner"
+        raise ValueError(f"expected a learner from {wanted}, got one with a model of type {type(model).__name__}")
+    model = model.inference(**dict(key=True) if key else {})
     stats = [t.flatten().tolist() for t in (norm.mean, norm.std)]
     predictor: Predictor = cls.__new__(cls)  # type: ignore[arg-type]
     predictor.run = None
@@ -446,6 +459,15 @@ def shared_classes(
         )
     return shared
 
+# %% ../nbs/10_inference.ipynb #10c0de5a
+def _measure(predictor, faces, shared):
+    predicted = predictor.probabilities([f.image for f in faces]).argmax(1)
+    targets = np.array([predictor.vocab.index(shared[f.label]) for f in faces])
+    return {
+        **split_metrics(targets, predicted, predictor.vocab),
+        "per_class": per_class_table(targets, predicted, predictor.vocab).to_dict("index"),
+    }
+
 # %% ../nbs/10_inference.ipynb #7d4154b2
 @patch
 def evaluate(
@@ -455,19 +477,22 @@ def evaluate(
     splits: str
     | list
     | None = None,  # Name or names of splits; default all but train and valid, or all if there are no others
+    skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
 ) -> dict:  # classes, left_out, unseen, crops, and splits with the metrics of each
     "Measure a model on labelled faces"
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
-    chosen = [splits] if isinstance(splits, str) else list(splits or ())
+    if splits is None:
+        splits = [s for s in names if s not in ("train", "valid")] or names
+    chosen = [splits] if isinstance(splits, str) else list(splits)
     for s in chosen:
         if s not in names:
             raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
-    chosen = chosen or [s for s in names if s not in ("train", "valid")] or names
     faces = [f for f in faces if f.split in chosen]
+    if skip_broken:
+        faces = [faces[i] for i in self.readable([f.image for f in faces])]
     shared = shared_classes(self.vocab, {f.label for f in faces})
     known = [f for f in faces if f.label in shared]
-    index = {v: i for i, v in enumerate(self.vocab)}
     result = dict(
         classes=shared,
         left_out=dict(Counter(f.label for f in faces if f.label not in shared)),
@@ -479,12 +504,7 @@ def evaluate(
         split_faces = [f for f in known if f.split == split]
         if not split_faces:
             continue
-        predicted = self.probabilities([f.image for f in split_faces]).argmax(1)
-        targets = np.array([index[shared[f.label]] for f in split_faces])
-        result["splits"][split] = {
-            **split_metrics(targets, predicted, self.vocab),
-            "per_class": per_class_table(targets, predicted, self.vocab).to_dict("index"),
-        }
+        result["splits"][split] = _measure(self, split_faces, shared)
     return result
 
 # %% ../nbs/10_inference.ipynb #2414192e

@@ -28,6 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from .inference import Predictor, image_list
+from .metrics import class_indices
 from .progress import progress
 
 # %% ../nbs/08_interpret.ipynb #1676bd92
@@ -39,11 +40,12 @@ def plot_confusion(
     ax: "Axes | None" = None,  # Axes to draw on; default a new figure
 ) -> "Axes":  # The axes
     "Draw the confusion matrix, in percent of each true class"
+    targets, predicted = class_indices(targets, vocab), class_indices(predicted, vocab)
     counts = confusion_matrix(targets, predicted, labels=range(len(vocab)))
     n = counts.sum(1, keepdims=True)
     pct = 100 * counts / np.maximum(n, 1)
     if ax is None:
-        _, ax = plt.subplots(figsize=(1.6 + 0.7 * len(vocab), 1.2 + 0.65 * len(vocab)), layout="constrained")
+        _, ax = plt.subplots(figsize=(max(4.8, 1.6 + 0.7 * len(vocab)), 1.2 + 0.65 * len(vocab)), layout="constrained")
     ax.imshow(pct, cmap="cividis", vmin=0, vmax=100)
     for i in range(len(vocab)):
         for j in range(len(vocab)):
@@ -159,7 +161,9 @@ def plot_tsne(
     seed: int = 0,  # Seed of t-SNE
 ) -> "Figure":  # The figure
     "Draw features in two dimensions by t-SNE, one panel for each model"
-    targets = np.asarray(targets)
+    targets = class_indices(targets, vocab)
+    if len(targets) < 2:
+        raise ValueError(f"t-SNE needs at least 2 images, got {len(targets)}")
     for title, z in features.items():
         if len(z) != len(targets):
             raise ValueError(f"{title}: expected features of {len(targets)} images, got {len(z)}")

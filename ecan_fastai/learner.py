@@ -31,7 +31,7 @@ from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
+from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate, SharesAsLabels
 from .data import TwoViewDL, set_stats
 from .losses import ECANLoss, PaperReading
 from .model import ECANModel, FaceClassifier, arch_name, choose_arch
@@ -192,7 +192,8 @@ def ecan_learner(
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     _check_fits(dls, model, views[0], arch)
-    cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), *L(cbs)]
+    own_cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), SharesAsLabels()]
+    cbs = [*own_cbs, *L(cbs)]
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
 
@@ -232,7 +233,10 @@ def baseline_learner(
     in_chans, *size = views[0].shape[-3:]
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     _check_fits(dls, model, views[0], arch)
-    loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), [CropsAsImages(), *L(cbs)]
+    loss_func, cbs = (
+        loss_func or CrossEntropyLossFlat(flatten=False),
+        [CropsAsImages(pairs=False), SharesAsLabels(), *L(cbs)],
+    )
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
 

@@ -142,7 +142,8 @@ def _without_broken(faces, channels, size, skip_broken):
     shown = "; ".join(list(broken.values())[:10]) + (f"; and {len(broken) - 10} more" if len(broken) > 10 else "")
     if not skip_broken:
         raise ValueError(
-            f"{len(broken)} of {len(faces)} images cannot be used (skip_broken goes on without them): {shown}"
+            f"{len(broken)} of {len(faces)} images cannot be used, skip_broken=True (--skip-broken) leaves them out: "
+            f"{shown}"
         )
     warnings.warn(f"going on without {len(broken)} of {len(faces)} images: {shown}")
     return [f for i, f in enumerate(faces) if i not in broken]
@@ -197,12 +198,12 @@ _LOADER_OPTIONS = (
 )
 
 
-def _check_options(kwargs):
+def _check_options(kwargs, known):
     "Raise `TypeError` for an unknown argument, which fastai's loaders would ignore"
-    unknown = [k for k in kwargs if k not in _LOADER_OPTIONS]
+    unknown = [k for k in kwargs if k not in known]
     if not unknown:
         return
-    near = get_close_matches(unknown[0], [*inspect.signature(_loaders).parameters, *_LOADER_OPTIONS], 1, 0.5)
+    near = get_close_matches(unknown[0], known, 1, 0.5)
     raise TypeError(f"no argument {unknown[0]!r}" + (f", did you mean {near[0]!r}?" if near else ""))
 
 # %% ../nbs/03j_loaders.ipynb #430bc2f5
@@ -227,6 +228,9 @@ def _check_sampling(bs, balanced, options):
 # %% ../nbs/03j_loaders.ipynb #f0dfe2a1
 def _usable_faces(faces, vocab, channels, image_size, skip_broken):
     "Return faces whose images can be read, and the vocabulary, checked again without the broken ones"
+    wrong = next((f for f in faces if not isinstance(f, Face)), None)
+    if wrong is not None:
+        raise TypeError(f"expected `Face` records, got {wrong!r}: files in class folders are read by from_folder")
     _check_labels(faces, vocab)
     faces = _without_broken(faces, channels, image_size, skip_broken)
     return faces, _check_labels(faces, vocab)
@@ -289,10 +293,10 @@ def _loaders(
     batch_tfms: "Callable | list | None" = None,  # fastai transforms of a batch, applied to each view separately
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
-    _check_options(kwargs)
+    _check_options(kwargs, (*_LOADER_OPTIONS, *inspect.signature(_loaders).parameters))
     stats, batch_tfms = _split_normalize(batch_tfms)
     _check_sampling(bs, balanced, kwargs)
-    faces, vocab = _usable_faces(faces, vocab, channels, image_size, skip_broken)
+    faces, vocab = _usable_faces(list(faces), vocab, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all, valid)
     if soft_labels:
         _check_shares(faces, splits["train"], vocab)
@@ -320,6 +324,9 @@ class ExpressionDataLoaders(DataLoaders):
     @delegates(DataLoaders.test_dl)
     def test_dl(self, test_items, with_labels=False, **kwargs):
         "Loader of other images; `with_labels` takes `Face` records, or files in class folders"
+        _check_options(kwargs, (*_LOADER_OPTIONS, "bs"))
+        if isinstance(test_items, (str, Path)) or not len(test_items):
+            raise ValueError(f"expected a list of images, got {str(test_items)!r}: get_image_files lists a folder's")
         if with_labels:
             test_items = [self._labelled(o) for o in test_items]
         return super().test_dl(test_items, with_labels=with_labels, **kwargs)
@@ -388,7 +395,7 @@ def from_df(
     path: str | Path = ".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, used if it is there
+    split_col: str | None = None,  # Column of split names; default "split", if there is one
     **kwargs,
 ):
     "From a table of images and labels"
@@ -403,7 +410,7 @@ def from_csv(
     path: str | Path | None = None,  # Folder to which image paths are relative; default the file's own
     image_col: str = "image",  # Column of image paths
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, used if it is there
+    split_col: str | None = None,  # Column of split names; default "split", if there is one
     **kwargs,
 ):
     "From a comma-separated file of image paths and labels"

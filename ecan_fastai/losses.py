@@ -316,9 +316,9 @@ def center_loss(
     return _square_distances(x, y, centers).mean() / 2
 
 # %% ../nbs/04_losses.ipynb #046bdd54
-def _check_reduction(reduction):
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+def _check_reduction(reduction, known=("mean", "sum")):
+    if reduction not in known:
+        raise ValueError(f"reduction must be {' or '.join(map(repr, known))}, got {reduction!r}")
 
 # %% ../nbs/04_losses.ipynb #d6097e1b
 @_full_precision
@@ -527,6 +527,7 @@ class ECANLoss(_CrossEntropy):
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
         reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
     ):
+        _check_reduction(reduction, ("mean", "sum", "none"))
         super().__init__(weight, label_smoothing, reduction)
         bank_positives = None if bank_positives is None else torch.as_tensor(bank_positives)
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)

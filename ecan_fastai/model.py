@@ -178,11 +178,11 @@ def _best_prefix(tensors, state):
 
 # %% ../nbs/05_model.ipynb #b620eab1
 def _match_report(path, n_matched, n_tensors, prefix, left):
-    report = f"{n_matched} of {n_tensors} tensors matched those of {path}"
+    report = f"{n_matched} of {n_tensors} tensors found in {path}"
     if prefix:
-        report += f" under {prefix}"
+        report += f" under {prefix!r}"
     if left:
-        report += f"; left out there: {', '.join(left[:4])}"
+        report += f"; not used: {', '.join(left[:4])}"
     if len(left) > 4:
         report += f" and {len(left) - 4} more"
     return report
@@ -202,7 +202,7 @@ def load_encoder(
     deeper = 2 * sum(k.startswith(prefix) for k in left) > len(matched)
     if 2 * len(matched) < len(tensors) or deeper:
         raise ValueError(
-            f"{report}; expected at least half to match, and nothing but a head to be left out: are these the weights "
+            f"{report}; expected at least half, and nothing but a head that is not used: are these the weights "
             "of the same architecture?"
         )
     encoder.load_state_dict({**tensors, **matched})

@@ -12,12 +12,20 @@ from filelock import FileLock, Timeout
 SUMS = "SHA256SUMS"  # lines of digest, two spaces, name, as `sha256sum -c` reads them
 
 
+PART = ".part-"  # begins the name of a file that is being written
+
+
+def part_of(file):
+    "Return the name under which `file`, a `Path`, is written until it is whole"
+    return file.with_name(f"{PART}{file.name}")
+
+
 def write_whole(
     file,  # `Path` to write
     write,  # Function that writes to a given path
 ):
     "Write a file whole or not at all; raises `OSError` naming the file"
-    part = file.with_name(f".{file.name}.part")
+    part = part_of(file)
     try:
         write(part)
         with part.open("rb+") as f:
@@ -89,7 +97,7 @@ def _digest(file):
 
 def remove_parts(folder):
     "Remove files that a killed process left half written; hold the folder's lock when calling"
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(f"{PART}*"):
         part.unlink()
 
 

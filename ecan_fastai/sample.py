@@ -74,7 +74,9 @@ def draw_face(
     size: int = 48,  # Side in pixels
     channels: int = 1,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (size, size, channels)
-    "Draw one face"
+    "Draw one face; raises `ValueError` for an unknown expression"
+    if expression not in _ACTIONS:
+        raise ValueError(f"no expression {expression!r}, there are {', '.join(_ACTIONS)}")
     u = rng.uniform
     strength = u(0.7, 1.2)
     rest = _ACTIONS["neutral"]

@@ -10,6 +10,7 @@ __all__ = ['VIDEO_SUFFIXES', 'BOX_COLOR', 'camera_index', 'is_video', 'frame_rat
 
 # %% ../nbs/12a_video.ipynb #ee022e9d
 import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ import pandas as pd
 from fastcore.basics import patch
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+
+from .runfiles import part_of
 
 # %% ../nbs/12a_video.ipynb #9a1a7718
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -194,7 +197,7 @@ def draw_faces(
 
 # %% ../nbs/12a_video.ipynb #3a4d9510
 class VideoWriter:
-    "Context manager that writes a video frame by frame, each shown until the next one's time"
+    "Context manager that writes a video frame by frame, each shown until the next one's time; whole or not at all"
 
     codecs = {".avi": "MJPG", ".mp4": "mp4v", ".webm": "VP80"}
 
@@ -210,13 +213,18 @@ class VideoWriter:
             raise ValueError(f"expected a video's name ending in .mp4, .avi or .webm, got {file}")
         if not self.file.parent.is_dir():
             raise FileNotFoundError(f"no such folder: {self.file.parent}")
+        if not os.access(self.file.parent, os.W_OK):
+            raise PermissionError(f"no permission to write into {self.file.parent}")
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         if self.video is not None:
             self.video.release()
+            if error is None:
+                os.replace(part_of(self.file), self.file)
+            part_of(self.file).unlink(missing_ok=True)
 
 # %% ../nbs/12a_video.ipynb #27c0de5a
 @patch
@@ -228,7 +236,7 @@ def write(
     "Write a frame; the frame before is repeated until its time, so that the video keeps the pace of its source"
     if self.video is None:
         codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
-        self.video = cv2.VideoWriter(str(self.file), codec, self.rate, frame.shape[1::-1])
+        self.video = cv2.VideoWriter(str(part_of(self.file)), codec, self.rate, frame.shape[1::-1])
         if not self.video.isOpened():
             raise ValueError(f"OpenCV cannot write {self.file}: try another of .mp4, .avi, .webm")
     frame = np.ascontiguousarray(frame[..., ::-1])

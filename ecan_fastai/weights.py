@@ -129,7 +129,7 @@ _TERMS = dict(
 _OWN_TERMS = "The terms of the images hold for the weights as well. The licence of the code does not cover them."
 _NOT_FOR = """A label says how a face looks to the people who labelled the training images. It does not say what a
 person feels. Do not use the model to judge people: not in hiring, schools, police work, insurance, medicine or at
-borders. The training images are not balanced over age, gender or ethnicity. Measure the errors on your own groups
+borders. The training images may not be balanced over age, gender or ethnicity. Measure the errors on your own groups
 first (`ecan_predict --faces --by`)."""
 
 

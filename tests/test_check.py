@@ -54,7 +54,9 @@ def test_a_pair_of_splits_is_one_row_in_whatever_order_its_images_come(tmp_path)
     files = sorted((sample_faces(tmp_path / "f", n=40) / "train" / "happy").glob("*.png"))[:2]
     rows = [f"{files[0]},happy,train", f"{files[0]},happy,test", f"{files[1]},happy,test", f"{files[1]},happy,train"]
     (tmp_path / "t.csv").write_text("image,label,split\n" + "\n".join(rows))
-    assert check_data(tmp_path / "t.csv").summary().values.tolist() == [["test and train", 2, 0, 0]]
+    report = check_data(tmp_path / "t.csv")
+    assert report.sizes.values.tolist() == [[48, 48]] * 3
+    assert report.summary().values.tolist() == [["test and train", 2, 0, 0]]
 
 
 def test_a_clean_set_has_no_pairs(tmp_path):

@@ -94,6 +94,15 @@ def test_resume_takes_data_that_was_moved(started):
     assert started == [(Path("r"), None), (Path("r"), "faces")]
 
 
+def test_a_reader_that_leaves_is_no_error():
+    code = "from ecan_fastai.cli import ecan_reproduce; ecan_reproduce([])"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
 @pytest.mark.parametrize(
     "files,said",
     [
@@ -228,3 +237,7 @@ def test_the_record_is_printed(capsys):
     assert ["test", "7", "50.00%", "25.00%", "0.1250", "(center)"] in [
         line.split() for line in capsys.readouterr().out.splitlines()
     ]
+
+
+def test_a_port_is_a_port(capsys):
+    assert "--port: expected a number from 1 to 65535, got 99999" in fails(capsys, cli.ecan_app, "--port", 99999)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.data import PartialDL, WeightedDL
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
+from fastai.data.transforms import get_image_files, parent_label
 from fastai.torch_core import TensorCategory, set_seed
 from fasttransform import Transform
 from PIL import Image
 
-from ecan_fastai.data import FaceImage, TwoView, read_face
+from ecan_fastai.data import FaceImage, TwoView, TwoViewBlock, read_face
 
 
 def batch_of_one_picture(make_dls, workers):
@@ -248,3 +250,44 @@ def test_broken_file_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n123")
     with pytest.raises(ValueError, match="a.png.*broken .11 bytes"):
         read_face(tmp_path / "a.png")
+
+
+def faces_block(faces, **kwargs):
+    return DataBlock(
+        blocks=(TwoViewBlock(size=32, channels=1, level="none"), CategoryBlock),
+        get_items=get_image_files,
+        get_y=parent_label,
+        **kwargs,
+    )
+
+
+def test_batch_transforms_of_a_data_block_draw_anew_for_each_view(faces):
+    from fastai.vision.augment import Brightness
+
+    dls = faces_block(faces, batch_tfms=Brightness(0.9, p=1.0)).dataloaders(faces, bs=8, num_workers=0)
+    (q, k), _ = dls.one_batch()
+    assert not torch.allclose(q, k)
+    x, _ = dls.valid.one_batch()
+    plain, _ = faces_block(faces).dataloaders(faces, bs=8, num_workers=0).valid.one_batch()
+    assert x.shape == plain.shape
+
+
+def test_item_transforms_of_a_data_block_are_refused(faces):
+    from fastai.vision.augment import Resize
+
+    with pytest.raises(ValueError, match=r"Resize would change no view: give it as TwoViewBlock\(item_tfms="):
+        faces_block(faces, item_tfms=Resize(64)).dataloaders(faces, bs=8, num_workers=0)
+
+
+def test_images_of_pillow_are_read_like_their_files(tmp_path):
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    found = read_face(Image.open(tmp_path / "turned.png"), 1)
+    assert found.shape == (4, 3, 1) and np.array_equal(found, read_face(tmp_path / "turned.png", 1))
+    deep = Image.fromarray(np.full((3, 4), 40000, np.uint16))
+    with pytest.raises(ValueError, match="8 bits a channel, got mode I;16: give the path of its file"):
+        read_face(deep)
+    with pytest.raises(ValueError, match="channels must be 1 or 3, got 7"):
+        read_face(tmp_path / "turned.png", 7)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.cbook import get_sample_data
+from PIL import Image
 from small_runs import small_config
 
 from ecan_fastai.cli import ecan_predict
@@ -170,9 +171,10 @@ def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):
         (["--faces", "--every", "-1"], "every: expected 0 or more seconds"),
         (["--faces", "--seconds", "0"], "seconds: expected more than 0"),
         (["--faces", "--smoothing", "-1"], "smoothing: expected a time of 0 or more"),
-        (["--faces", "--annotated", "a.gif"], "expected a video's name ending in .mp4, .avi or .webm, got a.gif"),
+        (["--faces", "--annotated", "a.gif"], "--annotated: expected a name ending in .png or .jpg"),
         (["--faces", "--heatmaps", "a.png"], "leave --faces out"),
         (["--by", "nobody.csv"], "no such file: nobody.csv"),
+        ([], "v.avi is a video or a camera: add --faces"),
     ],
 )
 def test_what_is_wrong_is_said(run, tmp_path, args, said, capsys):
@@ -310,6 +312,21 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100
 
 
+def test_a_photograph_without_faces_gets_a_note_and_a_face_none(faces, run, photo, tmp_path, capsys):
+    face = min((faces / "test").glob("*/*.png"))
+    large = tmp_path / "large.png"
+    cv2.imwrite(str(large), np.zeros((400, 385, 3), np.uint8))
+    for file, note in ((face, ""), (large, "large.png has 385x400 pixels and was taken as one face")):
+        ecan_predict(["--run", str(run), str(file)])
+        assert (note in (said := capsys.readouterr().err)) and bool(said) == bool(note)
+
+
+def test_a_table_has_five_decimals_and_no_more(faces, run, tmp_path):
+    ecan_predict(["--run", str(run), str(faces / "test"), "--out", str(tmp_path / "o.csv")])
+    numbers = ",".join((tmp_path / "o.csv").read_text().splitlines()[1:]).split(",")
+    assert max(len(n.partition(".")[2]) for n in numbers if n.startswith("0.")) == 5
+
+
 def test_heat_maps_are_drawn_of_the_images_that_can_be_read(faces, run, tmp_path, capsys):
     image = min((faces / "test").glob("*/*.png"))
     (tmp_path / "broken.png").write_text("no image")
@@ -333,3 +350,34 @@ def test_ecan_predict_goes_on_without_a_broken_photograph(photo, run, tmp_path, 
     with pytest.raises(SystemExit) as end:
         ecan_predict([*args, str(tmp_path / "bad.jpg")])
     assert end.value.code == 2 and "none of the 1 files can be read" in capsys.readouterr().err
+
+
+def test_a_file_is_not_overwritten_by_its_own_annotation_nor_by_half_of_one(photo, finder, run, tmp_path):
+    predictor, file = Predictor(run), video(tmp_path / "v.avi", [photo] * 4)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    for name in before:
+        with pytest.raises(ValueError, match=f"{name} is the file that is read, give another name"):
+            predictor.predict_faces(tmp_path / name, finder, annotated=tmp_path / name)
+    (tmp_path / "out.avi").write_bytes(b"an earlier one")
+
+    class Stopped(FaceFinder):
+        def find(self, images):
+            if self.min_size == 41:
+                raise KeyboardInterrupt
+            self.min_size = 41
+            return super().find(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict_faces(file, Stopped(device="cpu"), annotated=tmp_path / "out.avi", n_frames=2)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {**before, "out.avi": b"an earlier one"}
+
+
+def test_options_of_a_video_are_refused_without_one(photo, finder, run):
+    for option in ("every", "seconds"):
+        with pytest.raises(ValueError, match=f"{option} has no effect without a video"):
+            Predictor(run).predict_faces(photo, finder, **{option: 2})
+    with pytest.raises(ValueError, match="margin: expected more than -1"):
+        FaceFinder(margin=-2)
+    with pytest.raises(ValueError, match="no such device here: nowhere"):
+        FaceFinder(device="nowhere")

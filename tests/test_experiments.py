@@ -528,7 +528,7 @@ def test_two_commands_share_the_runs_and_a_killed_one_loses_nothing(faces, tmp_p
     assert len(list(tmp_path.rglob("metrics.json"))) == len(list((tmp_path / "records" / "folder").iterdir())) == 4
     (table,) = tmp_path.glob("affinity-folder*.csv")
     assert pd.read_csv(table, index_col=0)["test: accuracy"].str.endswith("(2)").all()
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob(".part-*"))
 
 
 @pytest.mark.slow

@@ -93,6 +93,19 @@ def test_processes_that_read_change_nothing(run, faces):
     assert np.allclose(predictor.probabilities(files, bs=2, num_workers=2), predictor.probabilities(files), atol=1e-5)
 
 
+def test_broken_images_may_be_left_out_of_an_evaluation(run, faces, tmp_path, capsys):
+    data = shutil.copytree(faces / "test", tmp_path / "data")
+    (data / "happy" / "broken.png").write_text("no image")
+    n = len(test_files(faces))
+    with pytest.raises(SystemExit):
+        ecan_evaluate(["--run", str(run), str(data)])
+    assert "broken.png" in capsys.readouterr().err
+    ecan_evaluate(["--run", str(run), str(data), "--skip-broken", "--out", str(tmp_path / "e.json")])
+    said = capsys.readouterr()
+    assert "broken.png" in said.err and "the data has no test split" in said.err
+    assert json.loads((tmp_path / "e.json").read_text())["splits"]["train"]["n"] == n
+
+
 def test_other_loaders_are_refused(faces):
     from fastai.vision.all import ImageDataLoaders, Learner, Resize, nn
 
@@ -469,6 +482,40 @@ def test_ecan_evaluate_prints_and_writes(faces, run, tmp_path, capsys):
     ecan_evaluate(list(map(str, ("--run", run, faces, "--out", tmp_path / "e.json"))))
     own = json.loads((run / "metrics.json").read_text())["splits"]["test"]
     printed = capsys.readouterr().out
-    assert f"{100 * own['accuracy']:.2f}%" in printed and "classes of both: angry, disgust" in printed
+    assert f"{100 * own['accuracy']:.2f}%" in printed and "that the model has: angry, disgust" in printed
     assert json.loads((tmp_path / "e.json").read_text())["splits"]["test"]["accuracy"] == pytest.approx(own["accuracy"])
     assert "no split 'dev'" in fails(capsys, ecan_evaluate, "--run", run, faces, "--split", "dev")
+
+
+def resized():
+    from fastai.vision.augment import aug_transforms
+
+    return aug_transforms(size=24)
+
+
+def brighter():
+    return [lambda x: 2 * x]
+
+
+@pytest.mark.parametrize("made,is_refused", [(resized, True), (brighter, True), ("aug_transforms", False)])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_batch_transforms_that_act_in_evaluation_are_refused(make_dls, made, is_refused, drawn):
+    "Whatever fastai's `split_idx` says, which its affine transforms set anew with every batch"
+    from fastai.vision.augment import aug_transforms
+
+    dls = make_dls(n_views=1, batch_tfms=aug_transforms() if made == "aug_transforms" else made())
+    learn = baseline_learner(dls, "resnet10t")
+    if drawn:
+        dls.train.one_batch()
+    if is_refused:
+        with pytest.raises(ValueError, match="cannot apply batch_tfms that act in evaluation"):
+            Predictor.from_learner(learn)
+    else:
+        probs, _ = learn.get_preds(dl=dls["test"])
+        images = [f.image for f in dls["test"].dataset.items]
+        assert np.allclose(Predictor.from_learner(learn).probabilities(images), probs, atol=1e-4)
+
+
+def test_learners_of_other_models_are_refused(make_dls):
+    with pytest.raises(ValueError, match="expected a learner from ecan_learner, got one with a model of type FaceCl"):
+        Predictor.from_learner(baseline_learner(make_dls(n_views=1), "resnet10t"), key=True)

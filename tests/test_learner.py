@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
@@ -577,3 +578,18 @@ def test_signatures_show_no_default_that_does_not_act(make):
     shown = inspect.signature(make).parameters
     assert [shown[k].default for k in ("opt_func", "lr", "wd", "wd_bn_bias", "moms")] == [None] * 5
     assert "model" not in shown and shown["model_dir"].default == "models"
+
+
+@pytest.mark.parametrize("mixing", [MixUp, CutMix])
+def test_a_baseline_mixes_images_also_of_loaders_with_two_views(make_dls, tmp_path, mixing):
+    learn = baseline_learner(make_dls(n_views=2), "resnet10t", path=tmp_path, cbs=mixing(), lr=1e-3)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert np.isfinite(learn.recorder.losses).all()
+
+
+def test_another_loss_of_an_ecan_learner_is_refused_before_training(make):
+    learn = make()
+    learn.loss_func = CrossEntropyLossFlat()
+    with pytest.raises(ValueError, match="expected an ECANLoss as loss_func, got CrossEntropyLossFlat"):
+        learn.fit(1)

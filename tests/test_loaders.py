@@ -202,8 +202,11 @@ def test_missing_and_empty_folders(tmp_path):
 
 def test_a_class_folder_without_image(tmp_path):
     (tree(tmp_path) / "fear").mkdir()
-    with pytest.raises(ValueError, match="class folder .*fear has no image"):
+    with pytest.raises(ValueError, match="class folder .*fear has no image: put images into it, or remove it"):
         folder_dls(tmp_path)
+    (tmp_path / "fear").rmdir()
+    (tmp_path / "__MACOSX").mkdir()  # of a zip file made by macOS
+    assert "__MACOSX" not in folder_dls(tmp_path).vocab
 
 
 def test_broken_images_are_reported_together_and_can_be_skipped(tmp_path):
@@ -831,3 +834,20 @@ def test_a_class_all_of_whose_images_are_broken_is_no_class(tmp_path):
         file.write_bytes(b"")
     with pytest.warns(UserWarning, match="going on without 6 of 18"):
         assert list(folder_dls(tmp_path, skip_broken=True).vocab) == ["happy", "sad"]
+
+
+def test_a_loader_of_other_images_takes_a_list_and_known_options(faces):
+    dls, files = loaders(faces), sorted((faces / "test").rglob("*.png"))[:5]
+    assert dls.test_dl(files, bs=2).bs == 2
+    with pytest.raises(TypeError, match="no argument 'batch_size'"):
+        dls.test_dl(files, batch_size=2)
+    for items in ([], faces):
+        with pytest.raises(ValueError, match="expected a list of images"):
+            dls.test_dl(items)
+
+
+def test_faces_are_records(faces):
+    records = (f for f in folder_faces(faces))
+    assert len(ExpressionDataLoaders.from_faces(records, size=32, channels=1, bs=8, num_workers=0).train_ds) > 50
+    with pytest.raises(TypeError, match="expected `Face` records, got 'a.png': files in class folders are read by"):
+        ExpressionDataLoaders.from_faces(["a.png"])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from ecan_fastai.metrics import calibration_error, fit_temperature
+from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics
 
 
 def drawn(n=40000, scale=1.0):
@@ -50,3 +50,10 @@ def test_a_model_that_is_always_right_keeps_its_probabilities():
     logits = np.array([[2.0, 0, 0], [0, 1.0, 0]])
     assert fit_temperature(logits, [0, 1]) == 1
     assert fit_temperature(np.tile(logits, (10, 1)), [0, 1] * 9 + [0, 2]) != 1
+
+
+@pytest.mark.parametrize("wrong", ["happy", 2, -1])
+def test_what_is_no_class_index_is_refused(wrong):
+    for targets, predicted in (([wrong, wrong], [0, 1]), ([0, 1], [wrong, wrong])):
+        with pytest.raises(ValueError, match=f"class indices from 0 to 1, got .*{wrong}"):
+            split_metrics(targets, predicted, ["happy", "sad"])

@@ -1,7 +1,9 @@
 from collections import Counter
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from ecan_fastai.readers.ckplus import *
 from ecan_fastai.readers.expw import *
 from ecan_fastai.readers.factory import *
 from ecan_fastai.readers.ferplus import *
+from ecan_fastai.readers.folder import csv_faces, table_faces
 from ecan_fastai.readers.rafdb import *
 from ecan_fastai.readers.records import *
 from ecan_fastai.readers.records import EXPRESSIONS, Face, split_by_group
@@ -310,6 +313,8 @@ def test_soft_labels_train_on_shares_and_evaluate_on_labels(tmp_path, maker):
     learn.logger = lambda row: None
     learn.fit(1, 0.01)
     assert torch.isfinite(torch.tensor(learn.recorder.values[0][:2])).all()
+    assert all(0 <= v <= 1 for v in learn.validate(0)[1:])  # on the training images, whose targets are shares
+    assert learn.get_preds(ds_idx=0)[1].ndim == 1
     if maker is ecan_learner:
         assert learn.model.bank.y.dtype == torch.long and set(learn.model.bank.rows()[1].tolist()) <= set(range(8))
 
@@ -613,3 +618,15 @@ def test_the_valid_split_of_a_fold_is_the_test_split_of_the_next(tmp_path):
 def test_too_few_groups_are_told():
     with pytest.raises(ValueError, match="10 folds need as many groups .*, got 3"):
         split_by_group([Face(str(i), "ab"[i % 2]) for i in range(9)], [i % 3 for i in range(9)])
+
+
+def test_a_column_of_splits_that_is_named_must_be_there(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8), np.uint8))
+    (tmp_path / "t.csv").write_text("\nimage,label,part\na.png ,happy,test\n")
+    (face,) = csv_faces(tmp_path / "t.csv", split_col="part")
+    assert face.split == "test" and Path(face.image) == tmp_path / "a.png"
+    assert csv_faces(tmp_path / "t.csv")[0].split == "train"
+    with pytest.raises(ValueError, match="t.csv has no column 'parts', its columns are image, label, part"):
+        csv_faces(tmp_path / "t.csv", split_col="parts")
+    with pytest.raises(ValueError, match="the table has no column 'parts'"):
+        table_faces(pd.read_csv(tmp_path / "t.csv"), tmp_path, split_col="parts")

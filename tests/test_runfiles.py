@@ -130,7 +130,7 @@ except OSError as e: print(e)
 
 
 def test_parts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    for name in (".a.txt.part", "a.part", ".hidden", "b.txt"):
+    for name in (".part-a.txt", "a.part", ".hidden", "b.txt"):
         (tmp_path / name).write_text("")
     remove_parts(tmp_path)
     remove_parts(tmp_path / "nowhere")

@@ -40,9 +40,7 @@ def test_wrappers_prefixes_and_heads_are_seen_through(tmp_path, capsys, wrap, pr
     net = face_network().eval()
     model = FaceClassifier.create("resnet18", 7, 3, pretrained=checkpoint(tmp_path, net, wrap, prefix)).eval()
     said = capsys.readouterr().out
-    assert (
-        "resnet18: 120 of 120 tensors matched" in said and f"left out there: {prefix}fc.weight, {prefix}fc.bias" in said
-    )
+    assert "resnet18: 120 of 120 tensors found in" in said and f"not used: {prefix}fc.weight, {prefix}fc.bias" in said
     x = torch.randn(2, 3, 48, 48)
     net.fc = torch.nn.Identity()
     with torch.no_grad():
@@ -73,7 +71,7 @@ def test_too_few_matches_are_refused_and_nothing_is_loaded(tmp_path):
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
     net = {k: v for k, v in face_network().state_dict().items() if k.startswith(("layer1", "conv1", "bn1"))}
     torch.save(net, tmp_path / "part.pth")
-    with pytest.raises(ValueError, match="of 216 tensors matched those of .*part.pth; expected at least half to match"):
+    with pytest.raises(ValueError, match="of 216 tensors found in .*part.pth; expected at least half"):
         load_encoder(encoder, tmp_path / "part.pth")
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
@@ -86,8 +84,8 @@ def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_
     torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(
         ValueError,
-        match="120 of 120 tensors matched .*deep.pth; left out there: .* and 94 more; "
-        "expected .* nothing but a head to be left out",
+        match="120 of 120 tensors found in .*deep.pth; not used: .* and 94 more; "
+        "expected .* nothing but a head that is not used",
     ):
         load_encoder(encoder, tmp_path / "deep.pth")
     query, key = face_network(), torchvision.models.resnet18(num_classes=100)
@@ -101,7 +99,7 @@ def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_
         },
         tmp_path / "moco.pth",
     )
-    assert "under module.encoder_q." in load_encoder(encoder, tmp_path / "moco.pth") and torch.equal(
+    assert "under 'module.encoder_q.'" in load_encoder(encoder, tmp_path / "moco.pth") and torch.equal(
         encoder.conv1.weight, query.conv1.weight
     )
 
@@ -155,7 +153,7 @@ def test_a_run_is_fine_tuned_to_other_classes(faces, tmp_path, make_dls, capsys,
         n_views=2 if maker is ecan_learner else 1,
     )
     learn = maker(dls, pretrained=tmp_path / "run", path=tmp_path)
-    assert "120 of 120 tensors matched" in capsys.readouterr().out
+    assert "120 of 120 tensors found in" in capsys.readouterr().out
     start = learn.model.encoder.conv1.weight.clone()
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None

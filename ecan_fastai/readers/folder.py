@@ -51,6 +51,7 @@ def folder_faces(
 # %% ../../nbs/03a_folder.ipynb #5f965687
 def _rows(df, path, image_col, label_col, split_col, place):
     "Faces of the rows of a table that has the columns"
+    split_col = split_col or "split"
     splits = df[split_col] if split_col in df else ["train"] * len(df)
     faces = []
     for row, image, label, split in zip(df.index, df[image_col], df[label_col], splits):
@@ -60,6 +61,7 @@ def _rows(df, path, image_col, label_col, split_col, place):
                 raise ValueError(f"{where} has no {name}")
         if not isinstance(image, (str, Path, np.ndarray)):
             raise ValueError(f"{where}: expected a path or an array in {image_col!r}, got {image!r}")
+        image = image.strip() if isinstance(image, str) else image
         is_array = isinstance(image, np.ndarray)
         image = image if is_array else Path(path) / image
         faces.append(Face(image, str(label).strip(), split_name(split), where if is_array else str(image)))
@@ -71,10 +73,10 @@ def table_faces(
     path: str | Path = ".",  # Folder to which image paths are relative
     image_col: str = "image",  # Column of image paths, or of uint8 arrays
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, optional
+    split_col: str | None = None,  # Column of split names; default "split", if there is one
 ) -> list:  # `Face` records
     "Read the faces of a table; raises `ValueError` naming a missing column or a wrong row"
-    missing = [c for c in (image_col, label_col) if c not in df]
+    missing = [c for c in (image_col, label_col, split_col) if c is not None and c not in df]
     if missing:
         names = ", ".join(map(str, df.columns))
         raise ValueError(f"the table has no column {' and '.join(map(repr, missing))}, its columns are {names}")
@@ -86,9 +88,9 @@ def csv_faces(
     path: str | Path | None = None,  # Folder to which image paths are relative; default that of the file
     image_col: str = "image",  # Column of image paths
     label_col: str = "label",  # Column of class names
-    split_col: str = "split",  # Column of split names, optional
+    split_col: str | None = None,  # Column of split names; default "split", if there is one
 ) -> list:  # `Face` records
     "Read the faces of a comma-separated file"
-    df = read_csv(csv, (image_col, label_col))
+    df = read_csv(csv, tuple(c for c in (image_col, label_col, split_col) if c is not None))
     root = Path(path) if path is not None else Path(csv).parent
     return _rows(df, root, image_col, label_col, split_col, lambda line: f"{csv}, line {line}")

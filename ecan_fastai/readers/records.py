@@ -16,6 +16,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def subfolders(
     path: Path,  # A folder
 ) -> list:  # Paths, sorted
     "List the folders in a folder, without hidden ones"
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
 
 # %% ../../nbs/03_records.ipynb #08acf7fc
 _SPLIT_NAMES = {
@@ -141,7 +142,7 @@ def class_folders(
         if not files and folder.name == "models":
             continue
         if not files:
-            raise ValueError(f"class folder {folder} has no image")
+            raise ValueError(f"class folder {folder} has no image: put images into it, or remove it")
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
 
@@ -206,15 +207,19 @@ def read_csv(
     if not Path(csv).is_file():
         raise FileNotFoundError(f"no such file: {csv}")
     text = dict(dtype=str, keep_default_na=False, na_values=[""])
+    with open(csv, encoding="utf-8-sig", errors="replace") as f:
+        blank = sum(1 for _ in takewhile(lambda line: not line.strip(), f))
+    lines = dict(skiprows=blank, nrows=n_lines, skip_blank_lines=False)
     try:
-        df = pd.read_csv(csv, header=None, nrows=n_lines, skipinitialspace=True, skip_blank_lines=False, **text)
+        df = pd.read_csv(csv, header=None, skipinitialspace=True, **lines, **text)
     except pd.errors.EmptyDataError:
         raise ValueError(f"{csv} is empty") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{csv} is not a table in UTF-8: byte {e.start} of a cell or of the file") from e
     except pd.errors.ParserError as e:
         raise ValueError(f"{csv} is not a comma-separated table: {str(e).strip()}") from e
-    df.index += 1
+    df.index += 1 + blank
+    df = df.dropna(how="all")
     if header:
         df = df.rename(columns=df.iloc[0].fillna("").str.strip()).iloc[1:]
     twice = [c for c in df.columns[df.columns.duplicated()] if c]
@@ -224,7 +229,6 @@ def read_csv(
     if missing:
         names = ", ".join(map(str, df.columns))
         raise ValueError(f"{csv} has no column {' and '.join(map(repr, missing))}, its columns are {names}")
-    df = df.dropna(how="all")
     if n_lines is None and not len(df):
         raise ValueError(f"{csv} has no row below its header")
     return df
