@@ -148,11 +148,10 @@ def test_sweep_shows_mean_and_standard_deviation_over_seeds():
     table = pd.DataFrame(dict(l1=[0.2, 0.1, 0.2, 0.1, 0.3], accuracy=[0.5, 0.3, 0.7, 0.4, 0.6]))
     (bars,) = plot_sweep(table, "l1", ["accuracy"], ax=None).containers
     x, y = bars[0].get_data()
-    assert list(x) == [0, 1, 2] and np.allclose(y, [35, 60, 60])
+    assert list(x) == [0, 1, 2] and np.allclose(np.array(y, float), [35, 60, 60])
     assert [t.get_text() for t in bars[0].axes.get_xticklabels()] == ["0.1", "0.2", "0.3"]
-    ends = [
-        s[:, 1] for s in bars[2][0].get_segments() if np.isfinite(s).all() and len(s)
-    ]  # none where there is one run
+    segments = [np.array(s, float) for s in bars[2][0].get_segments()]
+    ends = [s[:, 1] for s in segments if np.isfinite(s).all() and len(s)]  # none where there is one run
     assert np.allclose(
         [(b - a) / 2 for a, b in ends], [100 * np.std([0.3, 0.4], ddof=1), 100 * np.std([0.5, 0.7], ddof=1)]
     )
