@@ -324,8 +324,9 @@ class TwoViewDL(_SeededDL):
             item = self.create_item(s)
         except SkipItemException:
             return None
-        tensors = all(isinstance(part, (torch.Tensor, TwoView)) for part in item)  # `ToTensor` has nothing to do
-        return item if tensors else self.after_item(item)
+        tensors = all(isinstance(part, (torch.Tensor, TwoView)) for part in item)
+        nothing_to_do = tensors and all(type(t) is ToTensor for t in self.after_item.fs)
+        return item if nothing_to_do else self.after_item(item)
 
     def _retain_dl(self, b):
         batch, (_, *targets) = batch_types(self)

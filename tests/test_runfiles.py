@@ -113,7 +113,7 @@ from pathlib import Path
 import torch
 from ecan_fastai.runfiles import write_run_file
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-file = Path(sys.argv[1]) / "a"
+file = Path(sys.argv[1]) / "a.pth"
 make = dict(text=lambda n: lambda f: f.write_text("x" * n), tensors=lambda n: lambda f: torch.save(torch.ones(n), f))
 write_run_file(file, make["{kind}"](100))
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -123,10 +123,10 @@ except OSError as e: print(e)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith(f"cannot write {tmp_path / 'a'}: ")
-    assert {f.name for f in tmp_path.iterdir()} == {"a", SUMS}
-    check_file(tmp_path / "a")
-    assert kind == "text" or torch.equal(torch.load(tmp_path / "a", weights_only=True), torch.ones(100))
+    assert len(said) == 1 and said[0].startswith(f"cannot write {tmp_path / 'a.pth'}: ")
+    assert {f.name for f in tmp_path.iterdir()} == {"a.pth", SUMS}
+    check_file(tmp_path / "a.pth")
+    assert kind == "text" or torch.equal(torch.load(tmp_path / "a.pth", weights_only=True), torch.ones(100))
 
 
 def test_parts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

@@ -812,12 +812,12 @@ def test_a_failed_export_leaves_none_and_is_made_when_the_run_is_resumed(run, mo
 
 @pytest.mark.slow
 def test_what_a_killed_write_left_is_removed(run, faces, tmp_path):
-    (run / ".checkpoint.pth.part").write_bytes(b"half")
+    (run / ".part-checkpoint.pth").write_bytes(b"half")
     resume_run(run)
     assert not list(run.glob(".*"))
     new = tmp_path / "new"
     new.mkdir()
-    for name in (".data.csv.gz.part", "data.csv.gz", "SHA256SUMS"):  # killed before its settings were written
+    for name in (".part-data.csv.gz", "data.csv.gz", "SHA256SUMS"):  # killed before its settings were written
         (new / name).write_bytes(b"")
     start_run(config(faces, method="baseline", epochs=1), new)
     assert not list(new.glob(".*"))
