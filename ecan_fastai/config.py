@@ -228,11 +228,6 @@ class RunConfig:
                 setattr(self, name, value)
         for name in UNUSED[self.method]:
             setattr(self, name, None)
-        if self.method == "ecan" and self.n_groups > self.bank_groups + 1:
-            warnings.warn(
-                f"n_groups {self.n_groups} needs {self.n_groups - 1} older groups, but the bank holds "
-                f"{self.bank_groups} (bank_groups): MVA sees {self.bank_groups + 1} groups"
-            )
         return self
 
     def _preset(self):

@@ -11,6 +11,7 @@ __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', '
 # %% ../nbs/07_learner.ipynb #77f2e63a
 import math
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,17 @@ class ECANLearner(Learner):
             text = re.sub(rf"Total {name}: [\d,]+", f"Total {name}: {n:,}", text)
         return PrettyString(text)
 
+# %% ../nbs/07_learner.ipynb #07c0de5a
+def _check_groups(loss, bank_groups):
+    "Raise `ValueError` for an empty bank, and warn if MVA asks for more groups than there are"
+    if bank_groups < 1:
+        raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
+    if loss.l2 and loss.compact == "mva" and loss.n_groups > bank_groups + 1:
+        warnings.warn(
+            f"n_groups {loss.n_groups} needs {loss.n_groups - 1} older groups, but the bank holds {bank_groups} "
+            f"(bank_groups): MVA sees {bank_groups + 1} groups"
+        )
+
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def ecan_learner(
@@ -185,8 +197,7 @@ def ecan_learner(
     arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
     views, n_classes = _two_views(dls)
-    if bank_groups < 1:
-        raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
+    _check_groups(loss_func, bank_groups)
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
     in_chans, *size = views[0].shape[-3:]
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval

@@ -589,6 +589,14 @@ def test_a_baseline_mixes_images_also_of_loaders_with_two_views(make_dls, tmp_pa
     assert np.isfinite(learn.recorder.losses).all()
 
 
+def test_more_groups_than_the_bank_holds_are_warned_of(make):
+    with pytest.warns(UserWarning, match="n_groups 4 needs 3 older groups, but the bank holds 2 .*: MVA sees 3 groups"):
+        make(n_groups=4, bank_groups=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(n_groups=3, bank_groups=2)
+
+
 def test_another_loss_of_an_ecan_learner_is_refused_before_training(make):
     learn = make()
     learn.loss_func = CrossEntropyLossFlat()
