@@ -82,6 +82,9 @@ def _stratified(idxs, labels, pct, seed):
     return sorted(int(i) for i in held)
 
 # %% ../nbs/03j_loaders.ipynb #e41568fd
+_VALID_PCT = 0.1
+
+
 def _splits(faces, valid_pct, seed, train_all, valid="valid"):
     "Return the index list of each split by name, train and valid first"
     splits = {"train": [], "valid": []}
@@ -97,6 +100,8 @@ def _splits(faces, valid_pct, seed, train_all, valid="valid"):
                 f"valid={valid!r} names the split to validate on, and the data has a split 'valid' already"
             )
         splits["valid"] = splits.pop(valid)
+    if splits["valid"] and valid_pct != _VALID_PCT:
+        warnings.warn(f"valid_pct has no effect: the data has a split {valid!r} to validate on")
     if not splits["valid"]:
         if not 0 < valid_pct < 1:
             raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
@@ -281,7 +286,7 @@ def _loaders(
     all_crops: bool = False,  # Train on all five crops of FiveCrop instead of a random one
     eval_crops: str = "center",  # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
     valid: str = "valid",  # Name of the split to validate on
-    valid_pct: float = 0.1,  # Share of train to hold out if the data has no valid split
+    valid_pct: float = _VALID_PCT,  # Share of train to hold out if the data has no valid split
     seed: int = 42,  # Seed of that share
     train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
     vocab: list | None = None,  # Names of the classes in order; default those of train, sorted

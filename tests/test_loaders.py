@@ -851,3 +851,11 @@ def test_faces_are_records(faces):
     assert len(ExpressionDataLoaders.from_faces(records, size=32, channels=1, bs=8, num_workers=0).train_ds) > 50
     with pytest.raises(TypeError, match="expected `Face` records, got 'a.png': files in class folders are read by"):
         ExpressionDataLoaders.from_faces(["a.png"])
+
+
+def test_a_share_to_hold_out_is_told_to_have_no_effect_beside_a_valid_split(faces):
+    with pytest.warns(UserWarning, match="valid_pct has no effect: the data has a split 'test' to validate on"):
+        folder_dls(faces, valid="test", valid_pct=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        folder_dls(faces, valid="test")
