@@ -62,8 +62,6 @@ class MemoryBankUpdate(Callback):
                 f"{mixing[0]} mixes single images, and ECAN trains on pairs of views: leave it out, or use "
                 "baseline_learner"
             )
-        if not hasattr(self.loss_func, "part_names"):
-            raise ValueError(f"expected an ECANLoss as loss_func, got {type(self.loss_func).__name__}")
 
     def before_train(self):
         if not len(get_model(self.model).bank):
@@ -189,6 +187,8 @@ class LossPartsRecorder(Callback):
 
     def before_fit(self):
         self.batches = []
+        if not hasattr(self.loss_func, "part_names"):
+            raise ValueError(f"expected an ECANLoss as loss_func, got {type(self.loss_func).__name__}")
         self.at = add_columns(self.recorder, self.loss_func.part_names)
 
     def before_train(self):

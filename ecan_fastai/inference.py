@@ -474,9 +474,7 @@ def evaluate(
     self: Predictor,
     path,  # Data of any kind that `read_faces` knows
     kind: str = "auto",  # Kind of the data
-    splits: str
-    | list
-    | None = None,  # Name or names of splits; default all but train and valid, or all if there are no others
+    splits: str | list | None = None,  # Default all but train and valid, or all if there are no others
     skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
 ) -> dict:  # classes, left_out, unseen, crops, and splits with the metrics of each
     "Measure a model on labelled faces"

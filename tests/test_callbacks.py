@@ -450,3 +450,11 @@ def test_wrong_sizes_are_named(call, said):
 def test_momentum_out_of_range_is_named(momentum):
     with pytest.raises(ValueError, match=f"momentum must be in .0, 1., got {momentum}"):
         MomentumUpdate(momentum)
+
+
+def test_the_bank_is_filled_under_a_loss_of_ones_own():
+    learn = noise_learner()
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, LossPartsRecorder)])
+    learn.loss_func = lambda out, y: nn.functional.cross_entropy(out["logits"] if isinstance(out, dict) else out, y)
+    learn.fit(1)
+    assert learn.model.bank.full
