@@ -46,6 +46,14 @@ class MomentumUpdate(Callback):
         self.skipped = False
 
 # %% ../nbs/06_callbacks.ipynb #d9a7908f
+def _check_pair(x):
+    if not (isinstance(x, (tuple, list)) and len(x) == 2):
+        raise ValueError(
+            "the memory bank needs two views of every training face: build the DataLoaders with n_views=2 "
+            "(TwoViewBlock)"
+        )
+
+
 class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
 
@@ -67,6 +75,9 @@ class MemoryBankUpdate(Callback):
         if not len(get_model(self.model).bank):
             self.fill()
 
+    def before_batch(self):
+        _check_pair(self.x)
+
     def after_pred(self):
         self.pending = self.pred["z_k"], self.y
 
@@ -84,8 +95,9 @@ def fill(self: MemoryBankUpdate):
     batches = progress(train, "fill the memory bank", min(len(train), -(-model.bank.size // train.bs)))
     with torch.no_grad():
         for b in batches:
-            (_, x_k), y = to_device(b, device)
-            x_k, y = unfold_crops(x_k, y)
+            x, y = to_device(b, device)
+            _check_pair(x)
+            x_k, y = unfold_crops(x[1], y)
             self.push(model.keys(x_k), y)
             if model.bank.full:
                 break

@@ -146,7 +146,7 @@ def read_face(
     Raises `ValueError` or `OSError` with the name of a file that cannot be read, and `ValueError` for arrays of
     another kind."""
     if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
+        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
     if isinstance(x, (str, Path, bytes)):
         return _decode(x, channels)
     if isinstance(x, PhotoCrop):
@@ -208,9 +208,9 @@ class FaceTransform(Transform):
         self.seeded_in = None  # process and pass in which the augmentation was seeded
         item_tfms = Pipeline(item_tfms) if item_tfms else None
         if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
+            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
         if n_views not in (1, 2):
-            raise ValueError(f"n_views must be 1 or 2, got {n_views}")
+            raise ValueError(f"n_views must be 1 or 2, got {n_views!r}")
         store_attr()
 
     def __call__(self, x, split_idx=None, **kwargs):

@@ -301,12 +301,12 @@ def _loaders(
     _check_options(kwargs, (*_LOADER_OPTIONS, *inspect.signature(_loaders).parameters))
     stats, batch_tfms = _split_normalize(batch_tfms)
     _check_sampling(bs, balanced, kwargs)
+    views = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, stats, item_tfms)
     faces, vocab = _usable_faces(list(faces), vocab, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all, valid)
     if soft_labels:
         _check_shares(faces, splits["train"], vocab)
     bs = _batch_size(bs, len(splits["train"]))
-    views = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, stats, item_tfms)
     block = _data_block(views, _Label(vocab, soft_labels), splits, batch_tfms)
     dls = _named_loaders(cls, block.dataloaders(faces, bs=bs, **kwargs).loaders, splits, path)
     if balanced:

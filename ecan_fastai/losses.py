@@ -457,8 +457,8 @@ def _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing):
         raise ValueError(f"l1 is a share between 0 and 1, got {l1}")
     if not l2 >= 0:
         raise ValueError(f"l2 must not be negative, got {l2}")
-    if n_groups < 1:
-        raise ValueError(f"n_groups counts the current group and must be at least 1, got {n_groups}")
+    if n_groups < 1 or n_groups % 1:
+        raise ValueError(f"n_groups counts the current group and must be a whole number from 1, got {n_groups}")
     if contrast not in CONTRASTS:
         raise ValueError(f"unknown contrast {contrast!r}, expected one of {', '.join(CONTRASTS)}")
     if compact not in COMPACTS:
@@ -534,7 +534,8 @@ class ECANLoss(_CrossEntropy):
         _check_bank_options(contrast, bank_positives, center_features)
         self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
         self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
-        self.center_features, self.reading = center_features, reading or PaperReading()
+        self.center_features = center_features
+        self.reading = PaperReading() if reading is None else reading
         self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=self.reading.anchors_only)
         self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (self.reading.affinity_reduction,)))
         self.parts: dict[str, Tensor] = {}

@@ -256,6 +256,19 @@ def test_one_view_is_refused(make_dls):
         ecan_learner(make_dls(n_views=1))
 
 
+def test_one_view_is_refused_where_the_loaders_come_later(make, make_dls):
+    learn = make()
+    learn.dls = make_dls(n_views=1)
+    with learn.no_bar(), pytest.raises(ValueError, match="the memory bank needs two views.*n_views=2"):
+        learn.fit(1)
+    learn.dls = make_dls()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    learn.dls = make_dls(n_views=1)  # the bank is full now
+    with learn.no_bar(), pytest.raises(ValueError, match="the memory bank needs two views.*n_views=2"):
+        learn.fit(1)
+
+
 def test_what_a_model_does_not_take_is_told_before_training(make_dls):
     with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 does not take images of shape \(1, 32, 32\)"):
         ecan_learner(make_dls(), "vit_tiny_patch16_224")

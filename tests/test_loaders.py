@@ -271,6 +271,18 @@ def test_wrong_arguments_are_named(faces, kw, said):
         folder_dls(faces, **kw)
 
 
+def test_arguments_are_checked_before_images_are_read(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    faces = [Face(tmp_path / "x.png", label, "train") for label in ("happy", "sad") for _ in range(9)]
+    for kw, said in [
+        (dict(channels="1"), "channels must be 1 or 3, got '1'"),
+        (dict(level="huge"), "unknown augmentation level 'huge'"),
+        (dict(eval_crops="nine"), "unknown evaluation crops 'nine'"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{said}"):
+            ExpressionDataLoaders.from_faces(faces, **kw)
+
+
 def test_train_split_must_exist():
     with pytest.raises(ValueError, match="no image in a train split, got the splits test"):
         ExpressionDataLoaders.from_faces([Face(np.zeros((8, 8), np.uint8), "happy", "test")])
