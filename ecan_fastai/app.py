@@ -31,7 +31,7 @@ def _photo(file):
         image = read_face(file, 3)
     except FileNotFoundError:
         raise ValueError(f"{name} was deleted after {KEPT_SECONDS} seconds, upload it again") from None
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise ValueError(str(e).replace(str(file), name)) from None  # without the folder on the server
     scale = LARGEST_SIDE / max(image.shape[:2])
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image

@@ -124,6 +124,9 @@ def test_what_is_wrong_is_one_sentence_and_one_line(app, uploads, capsys):
     assert answer(None) == ["", None, None] and capsys.readouterr().err == ""
     gone = uploads / "deleted" / "face.jpg"
     assert answer(str(gone)) == ["face.jpg was deleted after 120 seconds, upload it again.", None, None]
+    (uploads / "folder.jpg").mkdir()  # as any file that the server may not read
+    said = answer(str(uploads / "folder.jpg"))[0]
+    assert "folder.jpg" in said and str(uploads) not in said
 
 
 def test_without_the_extra_and_without_a_run(monkeypatch, capsys, predictor, tmp_path):
