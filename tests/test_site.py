@@ -11,6 +11,7 @@ import pytest
 import setuptools
 import yaml
 from fastcore.nbio import read_nb
+from nbdev.doclinks import NbdevLookup
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
@@ -94,6 +95,13 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A heading, with `code`\n[a](#a-heading-with-code) [b](#nowhere) [c](no.md) `[d](no.md)`")
     assert broken_links(page) == ["#nowhere", "no.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_no_link_lies_in_another(path):
+    "The site makes a link of every name that it knows: `sample_faces`"
+    linked = NbdevLookup().linkify(markdown(path))
+    assert not re.findall(r"\[[^\[\]]*\[`[^`]*`\]\([^)]*\)[^\]]*\]\(.*", linked)
 
 
 def shown(cell):
