@@ -163,7 +163,7 @@ class ProgressiveResize(Callback):
     def __init__(
         self,
         size: int,  # Side of the reduced views in pixels
-        pct: float = 0.75,  # Share of the epochs on small images, 0 to 1
+        pct: float = 0.75,  # Share of the epochs on small images, 0 to 1; rounded down to whole epochs
     ):
         if size < 8:
             raise ValueError(f"size must be at least 8 pixels, got {size}")
@@ -173,7 +173,7 @@ class ProgressiveResize(Callback):
         self.is_small = False  # whether the fit is in an epoch on small images
 
     def before_train(self):
-        self.is_small = self.epoch < round(self.pct * self.n_epoch)
+        self.is_small = self.epoch < int(self.pct * self.n_epoch)
 
     def before_batch(self):
         if self.is_small:
@@ -198,7 +198,6 @@ class LossPartsRecorder(Callback):
         self.batches = []  # parts of the loss of each training batch of the epoch
 
     def before_fit(self):
-        self.batches = []
         if not hasattr(self.loss_func, "part_names"):
             raise ValueError(f"expected an ECANLoss as loss_func, got {type(self.loss_func).__name__}")
         self.at = add_columns(self.recorder, self.loss_func.part_names)

@@ -1,9 +1,9 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -21,6 +21,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.metrics import accuracy
 from fastcore.foundation import L
+from PIL import Image
 from torch import nn
 
 from ecan_fastai.callbacks import *
@@ -272,6 +273,24 @@ def test_a_batch_cancelled_before_the_model_pushes_nothing():
     assert EVENTS[3:] == ["update", "push4"] * 2
 
 
+def test_keys_of_a_fit_that_failed_are_not_pushed_in_the_next():
+    class Fail(Callback):
+        def after_loss(self):
+            raise RuntimeError("stop here")
+
+    class Skip(Callback):
+        def before_batch(self):
+            if self.training:
+                raise CancelBatchException()
+
+    learn = noise_learner()
+    with pytest.raises(RuntimeError, match="stop here"):
+        learn.fit(1, cbs=Fail())
+    EVENTS.clear()
+    learn.fit(1, cbs=Skip())
+    assert EVENTS == []
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -376,6 +395,22 @@ def test_an_epoch_without_validation_keeps_the_columns_in_place():
         assert math.isnan(row["accuracy"]) == math.isnan(row["valid_loss"]) == (epoch == 1) and row["ensc"] > 1
 
 
+def test_batches_of_a_cancelled_epoch_are_not_in_the_means_of_the_next():
+    seen = []
+
+    class Stop(Callback):
+        def after_loss(self):
+            if self.training and self.epoch == 0 and self.iter == 1:
+                raise CancelEpochException()
+            if self.training and self.epoch == 1:
+                seen.append(self.loss_func.parts["ensc"].item())
+
+    learn = noise_learner(Stop())
+    learn.fit(2)
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert len(seen) == 3 and row["ensc"] == pytest.approx(sum(seen) / 3, rel=1e-6)
+
+
 def test_metrics_of_training_batches():
     learn = noise_learner()
     learn.metrics, learn.recorder.train_metrics = L(AvgMetric(accuracy)), True
@@ -430,8 +465,23 @@ def test_views_are_resized_each_by_itself():
     for i in range(5):
         assert torch.allclose(small[1][:, i], resize(k[:, i]), atol=1e-6)
     assert torch.allclose(resize(torch.full((2, 1, 16, 16), 0.3)), torch.tensor(0.3)) and resize(small[0]) is small[0]
-    ramp = torch.linspace(0, 1, 16).expand(1, 1, 16, 16)
-    assert torch.allclose(resize(ramp)[0, 0, 0, 1:-1], F.avg_pool2d(ramp, 2)[0, 0, 0, 1:-1], atol=1e-5)
+    image = torch.rand(32, 32)
+    theirs = np.array(Image.fromarray(image.numpy()).resize((8, 8), Image.Resampling.BILINEAR))
+    assert torch.allclose(resize(image[None, None])[0, 0], torch.from_numpy(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("pct,n_epoch,n_small", [(0.75, 1, 0), (0.75, 2, 1), (0.75, 6, 4), (1, 1, 1), (0, 3, 0)])
+def test_the_last_epoch_has_the_full_size_unless_all_are_small(pct, n_epoch, n_small):
+    small = []
+
+    class Look(Callback):
+        order = ProgressiveResize.order + 1
+
+        def after_train(self):
+            small.append(self.progressive_resize.is_small)
+
+    noise_learner(ProgressiveResize(16, pct), Look()).fit(n_epoch)
+    assert sum(small) == n_small and sorted(small, reverse=True) == small
 
 
 @pytest.mark.parametrize(

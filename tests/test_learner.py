@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
 from fastai.interpret import ClassificationInterpretation
@@ -93,6 +94,23 @@ def test_fit_cosine_sets_the_rate_of_every_batch(make):
     learn.fit_cosine(4, 0.08)
     n, lrs = len(learn.dls.train), learn.recorder.lrs
     assert np.allclose(lrs[:n], [0.08 * i / n for i in range(n)]) and np.allclose(lrs[2 * n : 3 * n], 0.04)
+
+
+def test_fit_cosine_passes_on_what_a_fit_takes(make):
+    learn, seen = make(baseline_learner, lr=0.3), []
+
+    class Note(Callback):
+        def before_train(self):
+            seen.append(self.epoch)
+
+    learn.fit_cosine(2, wd=0.25, cbs=Note(), start_epoch=1, warmup=0)
+    assert seen == [1] and learn.opt.hypers[-1]["wd"] == 0.25
+    assert np.allclose(learn.recorder.lrs, 0.15)  # the second epoch of two, from the learner's rate
+    opt = learn.opt
+    learn.fit_cosine(1)
+    assert learn.opt is opt
+    learn.fit_cosine(1, reset_opt=True)
+    assert learn.opt is not opt
 
 
 # What fastai's users do

@@ -132,6 +132,7 @@ def test_half_precision_input_is_computed_in_float32(dtype, tol):
     c = draw(7, 16, seed=2)[0]
     for loss in (
         lambda t: ensc_loss(t(z), y, t(bz), by, 0.05),
+        lambda t: ensc_loss(z=t(z), y=y, bank_z=t(bz), bank_y=by, center=t(bz.mean(0))),
         lambda t: supcon_loss(t(z), y),
         lambda t: affinity_loss(t(z), y, t(c)),
         lambda t: center_loss(t(z), y, t(c)),
@@ -140,6 +141,13 @@ def test_half_precision_input_is_computed_in_float32(dtype, tol):
         assert low.dtype == torch.float32
         close(low, loss(lambda t: t.to(dtype).float()), 1e-6)
         close(low, loss(lambda t: t), tol)
+
+
+def test_the_centre_is_a_constant():
+    (z, y), (bz, by) = draw(24, 16), draw(50, 16, seed=1)
+    center = bz.mean(0).requires_grad_()
+    ensc_loss(z.requires_grad_(), y, bz, by, center=center).backward()
+    assert center.grad is None and z.grad.abs().sum() > 0
 
 
 def test_autocast_does_not_lower_the_losses_precision():

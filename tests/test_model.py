@@ -40,6 +40,17 @@ def test_bank_keeps_float32_and_takes_half():
     assert bank.z.dtype == torch.float32 and bank.half().z.dtype == torch.float32
 
 
+def test_counters_of_the_bank_stay_on_the_cpu():
+    bank = MemoryBank(4, 2).to("meta")
+    assert bank.z.device.type == bank.y.device.type == "meta"
+    assert bank.position.device.type == bank.filled.device.type == "cpu"
+
+
+def test_a_saved_bank_of_other_features_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for z"):
+        MemoryBank(4, 3).load_state_dict(MemoryBank(5, 2).state_dict())
+
+
 def test_bank_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"features \(n, 2\)"):
         MemoryBank(4, 2).push(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
