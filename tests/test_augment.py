@@ -63,6 +63,8 @@ def test_rows_of_table_1():
         "RandomShift",
         "RandomFiveCrop",
     }
+    (blur,) = [t for t in train_pipeline("strong", "rafdb", 48, 3) if type(t).__name__ == "GaussianBlur"]
+    assert blur.blur_limit == (0, 0) and blur.sigma_limit == (0.1, 2)  # the kernel is as wide as sigma needs
     assert "ToGray" not in transforms("strong", "fer2013", 1) and transforms("strong", "fer2013", 1)[-1] == "Erasing"
 
 

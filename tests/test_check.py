@@ -59,6 +59,14 @@ def test_a_pair_of_splits_is_one_row_in_whatever_order_its_images_come(tmp_path)
     assert report.summary().values.tolist() == [["test and train", 2, 0, 0]]
 
 
+def test_black_images_of_two_shapes_are_no_copies(tmp_path):
+    for split, shape in (("train", (16, 32)), ("test", (32, 16))):
+        (tmp_path / split / "happy").mkdir(parents=True)
+        Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / split / "happy" / "black.png")
+    leaks = check_data(tmp_path).leaks
+    assert len(leaks) == 1 and not leaks["same"].any()
+
+
 def test_a_clean_set_has_no_pairs(tmp_path):
     report = check_data(sample_faces(tmp_path / "f", n=60))
     assert not len(report.pairs) and not report.broken and not len(report.summary())

@@ -93,6 +93,7 @@ def test_unused_settings_follow_from_the_methods():
         (dict(small_size=4), "small_size must be 0 for none, or at least 8 pixels, got 4"),
         (dict(small_size=24, small_pct=1.5), "small_pct must be between 0 and 1, got 1.5"),
         (dict(small_pct=0.5), "small_pct has no effect without small_size"),
+        (dict(small_size=49, size=48), "small_size must be at most size (48), got 49"),
         (dict(l1=1.01), "l1 must be between 0 and 1, got 1.01"),
         (dict(l2=-0.1), "l2 must be 0 or more"),
         (dict(n_groups=0), "n_groups must be at least 1"),

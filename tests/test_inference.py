@@ -375,6 +375,14 @@ def test_evaluation_equals_the_runs_own(faces, run):
         Predictor(run).evaluate(faces, splits=["dev"])
 
 
+def test_splits_for_training_are_left_out_of_an_evaluation(run, faces, tmp_path):
+    for split in ("train", "valid", "test"):
+        shutil.copytree(faces / "test" / "sad", tmp_path / "d" / split / "sad")
+    assert set(Predictor(run).evaluate(tmp_path / "d")["splits"]) == {"test"}
+    shutil.rmtree(tmp_path / "d" / "test")
+    assert set(Predictor(run).evaluate(tmp_path / "d")["splits"]) == {"train", "valid"}
+
+
 def test_classes_are_matched_by_meaning(faces, run, tmp_path):
     for new, old in (("Happiness", "happy"), ("anger", "angry"), ("contempt", "fear")):
         shutil.copytree(faces / "test" / old, tmp_path / "d" / "test" / new)

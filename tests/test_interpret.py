@@ -12,7 +12,7 @@ from torch import nn
 
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import *
-from ecan_fastai.interpret import _on_image
+from ecan_fastai.interpret import _features_and_labels, _on_image
 from ecan_fastai.learner import baseline_learner
 from ecan_fastai.metrics import *
 from ecan_fastai.model import FaceClassifier
@@ -326,6 +326,15 @@ def test_probe_of_known_features(make_dls):
 
     train = torch.cat([y for *_, y in dls.test_dl(dls.train_ds.items, with_labels=True)])
     assert probe(Constant(), dls) == pytest.approx(float((valid == train.mode().values).float().mean()))
+
+
+def test_probe_takes_the_mean_feature_of_several_crops(make_dls):
+    dls = make_dls(level="strong", size=48, eval_crops="five", n_views=1)
+    learn = baseline_learner(dls, "resnet18_half")
+    learn.model.eval()
+    z, _ = _features_and_labels(learn.model.encoder, dls.valid)
+    expected = Predictor.from_learner(learn).features([f.image for f in dls.valid.items])
+    assert np.allclose(z, expected, atol=1e-4)
 
 
 def test_probe_of_a_learner_is_that_of_its_encoder(make_dls):

@@ -24,6 +24,11 @@ def test_calibration_error_by_hand():
     assert calibration_error(probabilities, [0, 1, 1, 1], n_bins=5) == pytest.approx((2 * 0.4 + 2 * 0.375) / 4)
 
 
+def test_the_last_bin_holds_a_confidence_of_one():
+    "One image with 1.0, wrong, and one with 0.95, right, lie in one bin of fifteen: gap 1 - 0.05"
+    assert calibration_error([[1, 0], [0.95, 0.05]], [1, 0]) == pytest.approx(0.95 / 2)
+
+
 def test_calibration_error_of_a_sure_and_right_model_is_zero_and_of_a_sure_and_wrong_one_is_one():
     sure = np.eye(3)[[0, 1, 2, 0]]
     assert calibration_error(sure, [0, 1, 2, 0]) == 0

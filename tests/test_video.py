@@ -80,6 +80,13 @@ def test_numbers_follow_the_faces_whatever_their_order():
     assert tracker.update(2.6, [box(630), box(605)], [[0, 1], [1, 0]])[0] == [5, 3]
 
 
+def test_a_face_that_overlaps_little_is_another_one():
+    for shift, numbers in ((50, [1]), (60, [2])):  # overlaps of 1/3 and 1/4; the least is 0.3
+        tracker = FaceTracker()
+        tracker.update(0, [box(0)], [[1, 0]])
+        assert tracker.update(0.1, [box(shift)], [[1, 0]])[0] == numbers
+
+
 def test_smoothing_is_the_exponential_of_time_at_any_frame_rate():
     for step in (0.1, 0.5):
         tracker = FaceTracker(smoothing=0.7)
