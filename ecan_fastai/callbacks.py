@@ -26,7 +26,7 @@ from .progress import progress
 class MomentumUpdate(Callback):
     "Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)"
 
-    order, run_valid = MixedPrecision.order + 2, False
+    run_valid = False
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ def _check_pair(x):
 class MemoryBankUpdate(Callback):
     "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
 
-    order, run_valid = MixedPrecision.order + 2, False
+    run_valid = False
 
     def __init__(self):
         self.pending = None  # keys and labels of a batch, until it ends

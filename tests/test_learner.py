@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import nn
 
-from ecan_fastai.callbacks import LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
+from ecan_fastai.callbacks import CPUMixedPrecision, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
 from ecan_fastai.learner import *
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import FaceClassifier
@@ -284,7 +284,8 @@ def test_one_view_is_refused_where_the_loaders_come_later(make, make_dls):
         learn.fit(1)
     learn.dls = make_dls(n_views=1)  # the bank is full now
     with learn.no_bar(), pytest.raises(ValueError, match="the memory bank needs two views.*n_views=2"):
-        learn.fit(1)
+        learn.fit(1, cbs=CPUMixedPrecision())
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_what_a_model_does_not_take_is_told_before_training(make_dls):
