@@ -229,6 +229,10 @@ class CPUMixedPrecision(MixedPrecision):
             raise ValueError(
                 f"CPUMixedPrecision is for a model on the CPU, and this one is on {device}: use learn.to_bf16()"
             )
+        if torch.is_autocast_enabled("cpu"):  # left on by an interrupted fit, with copies of its weights
+            torch.set_autocast_enabled("cpu", False)
+            torch.autocast_decrement_nesting()
+            torch.clear_autocast_cache()
         self.autocast, self.learn.scaler, self.scales = (
             torch.autocast("cpu", torch.bfloat16),
             torch.amp.GradScaler("cpu", enabled=False),

@@ -384,6 +384,8 @@ def probe(
     dls,  # DataLoaders with single labels
 ) -> float:  # Accuracy on the valid split, 0 to 1
     "Measure frozen features by a logistic regression, fitted on the train split without augmentation"
+    if "valid_seen" in getattr(dls, "split_names", ()):
+        raise ValueError("probe measures on the valid split, and with train_all training has seen it")
     encoder = model.model.encoder if isinstance(model, Learner) else model
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

@@ -329,7 +329,7 @@ class ExpressionDataLoaders(DataLoaders):
     @delegates(DataLoaders.test_dl)
     def test_dl(self, test_items, with_labels=False, **kwargs):
         "Loader of other images; `with_labels` takes `Face` records, or files in class folders"
-        _check_options(kwargs, (*_LOADER_OPTIONS, "bs", "rm_type_tfms"))
+        _check_options(kwargs, (*_LOADER_OPTIONS, "bs", "rm_type_tfms", "process"))  # process: from `Interpretation`
         if isinstance(test_items, (str, Path)) or not len(test_items):
             raise ValueError(f"expected a list of images, got {str(test_items)!r}: get_image_files lists a folder's")
         if with_labels:

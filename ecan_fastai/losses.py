@@ -279,13 +279,14 @@ def ensc_loss(
 
 # %% ../nbs/04_losses.ipynb #301cd1ba
 @torch.no_grad()
+@_full_precision
 def mean_cosines(
     z: Tensor,  # Features (n, d)
     y: Tensor,  # Labels (n,)
     center: Tensor | None = None,  # Constant (d,), subtracted first
 ) -> tuple:  # Mean cosine of pairs within a class, and of pairs of two classes; NaN where there is no such pair
     "Mean cosine similarity of features within and between classes"
-    z = F.normalize(z.float() if center is None else z.float() - center, dim=1)
+    z = F.normalize(z if center is None else z - center, dim=1)
     same = y[:, None] == y
     cosines = z @ z.T
 

@@ -262,6 +262,25 @@ def test_bfloat16_on_a_cpu_reaches_the_encoders_and_leaves_what_is_kept_in_float
     assert half != full and half == pytest.approx(full, rel=0.02)
 
 
+def test_a_fit_after_an_interrupted_one_trains_in_bfloat16_as_if_alone():
+    class Interrupt(Callback):
+        def after_pred(self):
+            if self.training:
+                raise KeyboardInterrupt
+
+    def losses(interrupted):
+        learn = noise_learner(CPUMixedPrecision())
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                noise_learner(CPUMixedPrecision(), Interrupt()).fit(1)
+            learn = noise_learner(CPUMixedPrecision())
+        learn.fit(6, 0.1)
+        assert not torch.is_autocast_enabled("cpu")
+        return [row[0] for row in learn.recorder.values]
+
+    assert losses(False) == losses(True)
+
+
 def test_a_batch_cancelled_before_the_model_pushes_nothing():
     class Skip(Callback):
         def before_batch(self):

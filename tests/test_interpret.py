@@ -328,6 +328,12 @@ def test_probe_of_known_features(make_dls):
     assert probe(Constant(), dls) == pytest.approx(float((valid == train.mode().values).float().mean()))
 
 
+def test_probe_refuses_a_valid_split_that_training_has_seen(make_dls):
+    dls = make_dls(train_all=True)
+    with pytest.raises(ValueError, match="with train_all training has seen it"):
+        probe(nn.Flatten(), dls)
+
+
 def test_probe_takes_the_mean_feature_of_several_crops(make_dls):
     dls = make_dls(level="strong", size=48, eval_crops="five", n_views=1)
     learn = baseline_learner(dls, "resnet18_half")

@@ -2,6 +2,7 @@ import inspect
 import re
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_fit_cosine_passes_on_what_a_fit_takes(make):
 
 
 # What fastai's users do
+
+
+def test_an_interpretation_shows_images(make):
+    interp = ClassificationInterpretation.from_learner(make(baseline_learner))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interp.plot_top_losses(4)
+        interp.show_results([0, 1])
+    assert len(plt.get_fignums()) == 2
+    plt.close("all")
 
 
 @pytest.mark.slow

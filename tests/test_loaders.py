@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ecan_fastai.data import read_face
 from ecan_fastai.loaders import *
@@ -152,6 +153,17 @@ def test_train_all_trains_on_the_tenth_and_calls_it_seen(faces):
         list((faces / "train").rglob("*.png"))
     )
     assert set(map(str, dls.valid_ds.items)) == set(map(str, folder_dls(faces).valid_ds.items))
+
+
+def test_train_all_takes_in_a_valid_split_of_the_data(tmp_path):
+    for split, n in (("train", 9), ("valid", 4)):
+        for label in ("happy", "sad"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(np.full((48, 48), i, np.uint8)).save(tmp_path / split / label / f"{i}.png")
+    assert len(folder_dls(tmp_path).train_ds) == 18
+    dls = folder_dls(tmp_path, train_all=True)
+    assert len(dls.train_ds) == 18 + 8 and dls.split_names == ("train", "valid_seen") and len(dls.valid_ds) == 8
 
 
 def test_splits_by_name(faces):

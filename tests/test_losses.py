@@ -143,6 +143,13 @@ def test_half_precision_input_is_computed_in_float32(dtype, tol):
         close(low, loss(lambda t: t), tol)
 
 
+def test_mean_cosines_are_computed_in_float32():
+    z, y = draw(24, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = mean_cosines(z, y)
+    assert cast == mean_cosines(z, y) and cast[0].dtype == torch.float32
+
+
 def test_the_centre_is_a_constant():
     (z, y), (bz, by) = draw(24, 16), draw(50, 16, seed=1)
     center = bz.mean(0).requires_grad_()
