@@ -118,6 +118,7 @@ def test_fit_cosine_passes_on_what_a_fit_takes(make):
 
 
 def test_an_interpretation_shows_images(make):
+    plt.close("all")
     interp = ClassificationInterpretation.from_learner(make(baseline_learner))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
