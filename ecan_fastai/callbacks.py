@@ -202,7 +202,7 @@ class LossPartsRecorder(Callback):
             raise ValueError(f"expected an ECANLoss as loss_func, got {type(self.loss_func).__name__}")
         self.at = add_columns(self.recorder, self.loss_func.part_names)
 
-    def before_train(self):
+    def before_epoch(self):  # of a fit, and of `validate`
         self.batches = []
 
     def after_loss(self):

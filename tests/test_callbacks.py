@@ -414,6 +414,17 @@ def test_an_epoch_without_validation_keeps_the_columns_in_place():
         assert math.isnan(row["accuracy"]) == math.isnan(row["valid_loss"]) == (epoch == 1) and row["ensc"] > 1
 
 
+def test_validate_returns_no_parts_of_a_fit_that_was_cancelled():
+    class Stop(Callback):
+        def after_loss(self):
+            if self.training and self.iter == 1:
+                raise CancelFitException()
+
+    learn = noise_learner()
+    learn.fit(1, cbs=Stop())
+    assert len(learn.validate()) == 1
+
+
 def test_batches_of_a_cancelled_epoch_are_not_in_the_means_of_the_next():
     seen = []
 
