@@ -269,11 +269,10 @@ def test_a_fit_after_an_interrupted_one_trains_in_bfloat16_as_if_alone():
                 raise KeyboardInterrupt
 
     def losses(interrupted):
-        learn = noise_learner(CPUMixedPrecision())
         if interrupted:
             with pytest.raises(KeyboardInterrupt):
                 noise_learner(CPUMixedPrecision(), Interrupt()).fit(1)
-            learn = noise_learner(CPUMixedPrecision())
+        learn = noise_learner(CPUMixedPrecision())
         learn.fit(6, 0.1)
         assert not torch.is_autocast_enabled("cpu")
         return [row[0] for row in learn.recorder.values]
