@@ -333,13 +333,14 @@ def _note_photographs(images, large):
 
 def _write_faces(table, file):
     from ecan_fastai.readers.records import write_csv
-    from ecan_fastai.runfiles import write_whole
+    from ecan_fastai.runfiles import as_json, write_whole
 
     table = table.astype({c: float for c in table.select_dtypes("float32")}).round(5)
     if file.suffix == ".csv":
         write_whole(file, lambda f: write_csv(table, f))
     else:
-        write_whole(file, lambda f: f.write_text(table.to_json(orient="records", indent=1)))
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        write_whole(file, lambda f: f.write_text(as_json(rows, indent=1)))
 
 
 def _write_heatmaps(predictor, images, file):

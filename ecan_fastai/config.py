@@ -106,7 +106,9 @@ class RunConfig:
         0,
         valid=("0 for none, or at least 8 pixels", lambda v: v == 0 or v >= 8),
     )
-    small_pct: float = _setting("data", "fraction of the epochs that use small_size", 0.75, valid=_SHARE)
+    small_pct: float = _setting(
+        "data", "fraction of the epochs that use small_size", 0.75, valid=("above 0, at most 1", lambda v: 0 < v <= 1)
+    )
     all_crops: bool = _setting("data", "train on all five crops of FiveCrop instead of a random one", False)
     eval_crops: str = _setting(
         "evaluation",
@@ -209,14 +211,17 @@ class RunConfig:
             )
         if self.balance == "positives" and not self.l1:
             raise ValueError("balance positives is an option of the ENSC loss, whose share l1 is 0")
-        if self.small_size and self.size and self.small_size > self.size:
-            raise ValueError(f"small_size must be at most size ({self.size}), got {self.small_size}")
         if not self.small_size and self.small_pct != RunConfig.small_pct:
             raise ValueError("small_pct has no effect without small_size: give both")
 
     def resolve(self):
         """Fill in the preset of the kind of data; settings that have no effect with the method become `None`"""
         if self.kind == "auto" and self.data == "sample":
+            if os.path.exists("sample"):
+                raise ValueError(
+                    "sample means faces that the package draws, but something of this name is here: write ./sample to "
+                    "use it, or --kind sample to draw faces"
+                )
             self.kind = "sample"
         if self.kind == "auto":
             raise ValueError(f"the kind of {self.data} is not known: use resolve_config, which recognises it")

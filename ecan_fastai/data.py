@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/data.html.md"""
 
 # %% auto #0
 __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'PhotoCrop', 'read_face', 'FaceTransform', 'TwoViewDL', 'EachView', 'set_stats',
-           'TwoViewBlock', 'show_batch', 'show_results']
+           'settle_stats', 'TwoViewBlock', 'show_batch', 'show_results']
 
 # %% ../nbs/02_data.ipynb #0c0a5058
 import os
@@ -14,6 +14,7 @@ import random
 import stat
 import struct
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,11 +249,19 @@ def _to_face(a):
     )
 
 # %% ../nbs/02_data.ipynb #3e3e590f
-def _seed_generators(seed):
-    "Seed the global generators of Python, NumPy and torch"
+@contextmanager
+def _seeded(seed):
+    "Seed the global generators of Python, NumPy and torch (CPU), and put their states back afterwards"
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 # %% ../nbs/02_data.ipynb #67e80e98
 class _SeededDL(TfmdDL):
@@ -280,19 +289,19 @@ class _SeededDL(TfmdDL):
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         for i, idxs in enumerate(self.chunkify(samps)):
             self.seed(seed + first + i * step)
-            yield self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
+            with _seeded(seed + first + i * step):  # for other random transforms
+                batch = self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
+            yield batch
 
     def seed(
         self,
         seed: int,  # Seed of a batch
     ):
-        "Seed the augmentation; in a worker process also the global generators, for other transforms"
+        "Seed the augmentation"
         tfms = [tfm for tl in getattr(self.dataset, "tls", []) for tfm in tl.tfms.fs]
         for tfm in tfms:
             if isinstance(tfm, FaceTransform):
                 tfm.seed(seed)
-        if get_worker_info() is not None:
-            _seed_generators(seed)
 
 # %% ../nbs/02_data.ipynb #eb7ee644
 class TwoViewDL(_SeededDL):
@@ -366,18 +375,50 @@ class EachView(Transform):
         return b
 
 # %% ../nbs/02_data.ipynb #daaa5513
+def _short(numbers):
+    return ", ".join(f"{v:.3g}" for v in numbers)
+
+
+def _norms(dls):
+    return [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
+
+
 def set_stats(
     dls,  # DataLoaders
     mean,  # Mean of each channel, for pixels of 0 to 1
     std,  # Standard deviation of each channel
-    defaults_only: bool = False,  # Keep statistics that were given to `TwoViewBlock`
+    default: bool = False,  # The weights of a learner may bring other ones
 ):
     "Set the statistics by which loaders normalise images"
-    norms = [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
-    for norm in norms:
-        if defaults_only and not getattr(norm, "by_default", False):
-            continue
+    for norm in _norms(dls):
         norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
+        norm.by_default = default
+
+# %% ../nbs/02_data.ipynb #5e77a1e5
+def settle_stats(
+    dls,  # DataLoaders
+    stats: tuple | None = None,  # (mean, deviation) that the weights of a new learner need, if they need some
+):
+    """Normalise images as a new learner needs it, unless its user chose the statistics
+
+    As `vision_learner` does it, loaders without a `Normalize` get one. Raises `ValueError` if an earlier learner on
+    the same loaders has other statistics, because they would change under it."""
+    if stats and not _norms(dls):
+        dls.add_tfms([Normalize.from_stats(*stats)], "after_batch")
+        set_stats(dls, stats[0], stats[1], default=True)
+    for norm in _norms(dls):
+        if not getattr(norm, "by_default", False):
+            continue
+        now = norm.mean.flatten().tolist(), norm.std.flatten().tolist()
+        if stats and not np.allclose(now, stats):
+            if getattr(norm, "settled", False):
+                raise ValueError(
+                    f"these weights need images of mean {_short(stats[0])} and deviation {_short(stats[1])}, but an "
+                    f"earlier learner on the same DataLoaders has {_short(now[0])} and {_short(now[1])}: make "
+                    "DataLoaders for each learner"
+                )
+            set_stats(dls, stats[0], stats[1], default=True)
+        norm.settled = True
 
 # %% ../nbs/02_data.ipynb #bdd3876e
 grey_stats = ([0.5], [0.25])

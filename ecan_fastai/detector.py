@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.transforms import get_files, image_extensions
+from fastai.data.transforms import image_extensions
 from fastcore.basics import patch
 from PIL import Image
 
@@ -27,7 +27,7 @@ from .data import read_face
 from .inference import Predictor, image_list, shared_classes
 from .metrics import subgroup_table
 from .progress import progress
-from .readers.records import read_csv
+from .readers.records import image_files, read_csv
 from .runfiles import write_whole
 from ecan_fastai.video import (
     VIDEO_SUFFIXES,
@@ -136,7 +136,7 @@ def media_files(
     "List the photographs and videos of a folder, sorted, or the one file"
     if not Path(path).is_dir():
         return [Path(path)]
-    files = sorted(get_files(path, extensions=image_extensions | set(VIDEO_SUFFIXES)))
+    files = image_files(path, image_extensions | set(VIDEO_SUFFIXES))
     if not files:
         raise ValueError(f"no images or videos found under {path}")
     return files
@@ -229,16 +229,17 @@ def predict_faces(
     every: float | None = None,  # Seconds between the frames of a video, 0 for all; default 1, with `annotated` 0
     bs: int = 64,  # Faces at a time
     seconds: float | None = None,  # Stop after this many seconds of each video; required for a camera
-    smoothing: float = 0.5,  # Time constant of the smoothing of probabilities in a video, in seconds; 0 for none
+    smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, found, label, probability, p_<class> of each
     "Find and label the faces in photographs and videos, one row per face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
-    for name, value in dict(every=every, seconds=seconds).items():
+    for name, value in dict(every=every, seconds=seconds, smoothing=smoothing).items():
         if value is not None and not any(map(is_video, items)):
             raise ValueError(f"{name} has no effect without a video")
     every = (1.0 if annotated is None else 0.0) if every is None else every
+    smoothing = 0.5 if smoothing is None else smoothing
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)
     finder = finder or FaceFinder(device=self.device)
     tables: list = []

@@ -25,7 +25,7 @@ from .config import COMMON, UNUSED, RunConfig
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
-from .runfiles import InUse, as_json, check_file, lock_run, read_json, write_whole
+from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
 from .runs import read_config, resolve_config, resume_run, start_run
 from .sample import sample_faces
 
@@ -331,9 +331,7 @@ def _vocab(folder):
 
 # %% ../nbs/13_experiments.ipynb #e1bce65c
 def _predictions(folder, split):
-    return pd.read_csv(
-        folder / f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str), keep_default_na=False
-    )
+    return read_table(folder / f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str))
 
 # %% ../nbs/13_experiments.ipynb #2e0cb7ee
 def _tsne(folders, faces, split):

@@ -6,7 +6,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/learner.html.md"""
 
 # %% auto #0
 __all__ = ['paper_opt', 'cosine_with_warmup', 'face_splitter', 'face_metrics', 'images_per_step', 'ECANLearner', 'ecan_learner',
-           'baseline_learner']
+           'baseline_learner', 'check_fits']
 
 # %% ../nbs/07_learner.ipynb #77f2e63a
 import math
@@ -33,10 +33,10 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .callbacks import CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate, SharesAsLabels
-from .data import TwoViewDL, set_stats
+from .data import TwoViewDL, settle_stats
 from .losses import ECANLoss, PaperReading
 from .model import ECANModel, FaceClassifier, arch_name, choose_arch
-from .weights import NAMES, named_stats
+from .weights import weights_stats
 
 # %% ../nbs/07_learner.ipynb #3318b10a
 paper_opt = dict(
@@ -202,7 +202,7 @@ def ecan_learner(
     in_chans, *size = views[0].shape[-3:]
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
-    _check_fits(dls, model, views[0], arch)
+    check_fits(dls, model, views[0], arch)
     own_cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), SharesAsLabels()]
     cbs = [*own_cbs, *L(cbs)]
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
@@ -243,7 +243,7 @@ def baseline_learner(
     views, n_classes = _views(dls)
     in_chans, *size = views[0].shape[-3:]
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
-    _check_fits(dls, model, views[0], arch)
+    check_fits(dls, model, views[0], arch)
     loss_func, cbs = (
         loss_func or CrossEntropyLossFlat(flatten=False),
         [CropsAsImages(pairs=False), SharesAsLabels(), *L(cbs)],
@@ -252,8 +252,13 @@ def baseline_learner(
     return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
 
 # %% ../nbs/07_learner.ipynb #fa975eaa
-def _check_fits(dls, model, view, arch):
-    "Fail early if the encoder rejects views of this size or number of channels"
+def check_fits(
+    dls,  # DataLoaders
+    model,  # Takes views
+    view,  # One view (channels, height, width), or a stack of crops
+    arch,  # As `FaceClassifier.create` takes it, for the message
+):
+    "Raise `ValueError` early if a model rejects views of this size or number of channels, or batches are too small"
     if dls.train.bs < 2:
         raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
     if view.ndim == 4:
@@ -266,22 +271,19 @@ def _check_fits(dls, model, view, arch):
     model.train()
 
 # %% ../nbs/07_learner.ipynb #8bb1cda8
-def _use_own_stats(dls, encoder, in_chans):
-    "Normalise by the statistics that a timm model's weights were trained with, unless the user chose other ones"
+def _needed_stats(pretrained, encoder, in_chans):
+    "Mean and deviation of images, for `in_chans` channels, when weights were trained; None if nothing says them"
+    if not pretrained:
+        return None
     cfg = getattr(encoder, "pretrained_cfg", None)
-    if cfg is None:
-        return
-    mean, std = cfg["mean"], cfg["std"]
-    if in_chans == 1:
-        mean, std = [sum(mean) / 3], [sum(std) / 3]
-    set_stats(dls, mean, std, defaults_only=True)
+    stats = weights_stats(pretrained) if pretrained is not True else cfg and (cfg["mean"], cfg["std"])
+    if stats is None:
+        return None
+    return tuple(list(s) if len(s) == in_chans else [sum(s) / len(s)] * in_chans for s in stats)
 
 # %% ../nbs/07_learner.ipynb #984652d1
 def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs):
-    if pretrained is True:
-        _use_own_stats(dls, model.encoder, in_chans)
-    elif pretrained in NAMES and len(named_stats(pretrained)[0]) == in_chans:
-        set_stats(dls, *named_stats(pretrained), defaults_only=True)
+    settle_stats(dls, _needed_stats(pretrained, model.encoder, in_chans))
     given = {k: v for k, v in opt.items() if v is not None}
     if "opt_func" not in given:
         given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}

@@ -10,6 +10,7 @@ __all__ = ['CONTRASTS', 'COMPACTS', 'selfcon_loss', 'supcon_loss', 'esc_loss', '
            'MVALoss', 'PaperReading', 'ECANLoss']
 
 # %% ../nbs/04_losses.ipynb #51326d5d
+import warnings
 from dataclasses import dataclass
 from functools import wraps
 
@@ -478,6 +479,28 @@ def _check_bank_options(contrast, bank_positives, center_features):
     if bank_positives is not None:
         _check_classes(bank_positives)
 
+# %% ../nbs/04_losses.ipynb #5e77a1e6
+def _warn_unused(l1, l2, compact, temperature, n_groups, bank_positives, center_features, reading):
+    "Warn of options that were given, and that no term of the loss uses"
+    contrastive = dict(
+        temperature=temperature != 0.1,
+        bank_positives=bank_positives is not None,
+        center_features=center_features,
+        anchors_only=reading.anchors_only,
+    )
+    affinity = dict(affinity_reduction=reading.affinity_reduction != "mean")
+    groups = dict(n_groups=n_groups != 5)
+    unused = {
+        "l1=0": {} if l1 else contrastive,
+        "l2=0": {} if l2 else dict(**groups, **affinity, normalize_compact=reading.normalize_compact),
+        f"compact={compact!r}": {"mva": {}, "affinity": groups, "center": {**groups, **affinity}}[compact]
+        if l2
+        else {},
+    }
+    for reason, options in unused.items():
+        if names := [name for name, given in options.items() if given]:
+            warnings.warn(f"{', '.join(names)} has no effect with {reason}")
+
 # %% ../nbs/04_losses.ipynb #50eb3be4
 class _CrossEntropy(nn.Module):
     "Cross-entropy on logits, with the `activation` and `decodes` that fastai expects of a loss"
@@ -533,10 +556,12 @@ class ECANLoss(_CrossEntropy):
         bank_positives = None if bank_positives is None else torch.as_tensor(bank_positives)
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
         _check_bank_options(contrast, bank_positives, center_features)
+        reading = PaperReading() if reading is None else reading
+        _warn_unused(l1, l2, compact, temperature, n_groups, bank_positives, center_features, reading)
         self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
         self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
         self.center_features = center_features
-        self.reading = PaperReading() if reading is None else reading
+        self.reading = reading
         self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=self.reading.anchors_only)
         self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (self.reading.affinity_reduction,)))
         self.parts: dict[str, Tensor] = {}

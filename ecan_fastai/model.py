@@ -266,9 +266,9 @@ def _timm_encoder(arch, in_chans, pretrained):
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=in_chans, **init)
     except (OSError, RuntimeError) as e:
-        if not pretrained:
-            raise
         said = str(e).partition("\n")[0]
+        if not pretrained:
+            raise ValueError(f"timm cannot make {arch}: {said}") from e
         raise ValueError(
             f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights"
         ) from e

@@ -6,6 +6,7 @@ import math
 import os
 from contextlib import suppress
 
+import pandas as pd
 from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
@@ -124,6 +125,19 @@ def read_json(file):
         return json.loads(file.read_text())
     except ValueError as e:
         raise ValueError(f"{file} is not a JSON file: {e}") from e
+
+
+# Tables
+
+
+def write_table(table, file, **kwargs):
+    "Write a table that `read_table` reads back; names of files keep bytes that are not UTF-8"
+    table.to_csv(file, index=False, errors="surrogateescape", **kwargs)
+
+
+def read_table(file, dtype):
+    "Read what `write_table` wrote; text like NA or None stays text"
+    return pd.read_csv(file, dtype=dtype, keep_default_na=False, lineterminator="\n", encoding_errors="surrogateescape")
 
 
 # Locks

@@ -22,7 +22,7 @@ from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.metrics import calibration_error, fit_temperature, per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
-from ecan_fastai.runfiles import as_json, read_json, write_run_file
+from ecan_fastai.runfiles import as_json, read_json, write_run_file, write_table
 from ecan_fastai.weights import model_card
 
 # Versions and hardware
@@ -153,9 +153,7 @@ def _write_predictions(faces, targets, probs, vocab, file):
     )
     table = pd.DataFrame(columns)
     table[[f"p_{v}" for v in vocab]] = probs.round(5)
-    write_run_file(
-        file, lambda f: table.to_csv(f, index=False)
-    )  # plain to_csv, because the file is read again: names stay as they are
+    write_run_file(file, lambda f: write_table(table, f))
 
 
 def _write_figure(file, plot, *args):

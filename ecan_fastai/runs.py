@@ -28,11 +28,20 @@ from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig
 from ecan_fastai.data import set_stats
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
-from ecan_fastai.learner import baseline_learner, ecan_learner
+from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.readers.factory import detect_kind
-from ecan_fastai.runfiles import SUMS, check_file, lock_run, read_json, remove_parts, write_run_file
+from ecan_fastai.runfiles import (
+    SUMS,
+    check_file,
+    lock_run,
+    read_json,
+    read_table,
+    remove_parts,
+    write_run_file,
+    write_table,
+)
 from ecan_fastai.runresults import environment, note_environment, write_json, write_results
 from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTests
 from ecan_fastai.sample import sample_faces
@@ -58,6 +67,7 @@ def resolve_config(cfg):
 
 def run_loaders(cfg, out):
     "Make the DataLoaders of a resolved configuration; sets precision, batch size and workers if not given"
+    _check_small(cfg)
     _settle_precision(cfg)
     if cfg.workers is None:
         cfg.workers = min(16, defaults.cpus)
@@ -95,6 +105,20 @@ def _settle_precision(cfg):
         raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
 
 
+def _check_small(cfg):
+    "Raise `ValueError` if `small_size` would change nothing"
+    view = crop_size(cfg.level, cfg.recipe, cfg.size)
+    if cfg.small_size >= view:
+        raise ValueError(
+            f"small_size must be below the {view} pixels that the network sees (size {cfg.size}, level {cfg.level}), "
+            f"got {cfg.small_size}"
+        )
+    if cfg.small_size and cfg.small_pct * cfg.epochs < 1:
+        raise ValueError(
+            f"small_size has no effect: small_pct {cfg.small_pct} of the epochs ({cfg.epochs}) is less than one epoch"
+        )
+
+
 def run_learner(cfg, dls, out):
     "Make the learner of a resolved configuration, and note its learning rate and weight decay in the configuration"
     given = {k: v for k in ("lr", "wd") if (v := getattr(cfg, k)) is not None}
@@ -115,6 +139,7 @@ def run_learner(cfg, dls, out):
     if cfg.pretrained:
         learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     if cfg.small_size:
+        check_fits(dls, learn.model, torch.zeros(cfg.channels, cfg.small_size, cfg.small_size), cfg.arch)
         learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
     return _set_precision(learn, cfg.precision, dls.device)
 
@@ -230,7 +255,7 @@ def _check_data(dls, cfg, out):
         return warnings.warn(f"{file} is missing: cannot check whether the data of the run has changed")
     columns = ["split", "label", "image", "size"]
     check_file(file)
-    before = pd.read_csv(file, dtype=str, keep_default_na=False)[columns]
+    before = read_table(file, dtype=str)[columns]
     now = _data_table(dls, cfg)
     if before.equals(now):
         return
@@ -303,7 +328,7 @@ def _start(cfg, out):
         std=stats.std.flatten().tolist(),
         images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)},
     )
-    write_run_file(out / _DATA_FILE, lambda f: _data_table(dls, cfg).to_csv(f, index=False, compression="gzip"))
+    write_run_file(out / _DATA_FILE, lambda f: write_table(_data_table(dls, cfg), f, compression="gzip"))
     write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=environment(dls)))
     return _train(learn, cfg, out, None)
 

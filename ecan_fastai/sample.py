@@ -16,6 +16,7 @@ import numpy as np
 
 from .progress import progress
 from .readers.records import EXPRESSIONS
+from .runfiles import write_whole
 
 # %% ../nbs/03i_sample.ipynb #2b4d3567
 # in pixels of 192: brows up (inner, outer), mouth (corners up, open, wider); eyes and nose wrinkle as factors
@@ -128,8 +129,11 @@ def _sample_counts(n, n_test):
 # %% ../nbs/03i_sample.ipynb #17c0de5a
 def _write(file, img):
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(file), img if img.shape[-1] == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"cannot write {file}")
+    _, png = cv2.imencode(".png", img if img.shape[-1] == 1 else cv2.cvtColor(img, cv2.COLOR_RGB2BGR))
+    try:
+        file.write_bytes(png)
+    except OSError as e:  # a full disk, which `cv2.imwrite` does not notice
+        raise OSError(f"cannot write {file}: {e.strerror}") from e
 
 # %% ../nbs/03i_sample.ipynb #5784442f
 def sample_faces(
@@ -156,7 +160,7 @@ def sample_faces(
     if path.exists() and any(path.iterdir()) and not (begun.exists() and json.loads(begun.read_text()) == settings):
         raise ValueError(f"{path} is not empty, expected a new or empty folder to draw faces into")
     path.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(settings))
+    write_whole(begun, lambda f: f.write_text(json.dumps(settings)))
     counts = _sample_counts(n, round(n * test_pct))
     numbers = [
         (s, split, c, label, i)

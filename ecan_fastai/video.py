@@ -220,11 +220,17 @@ class VideoWriter:
         return self
 
     def __exit__(self, error, *_):
-        if self.video is not None:
-            self.video.release()
+        if self.video is None:
+            return
+        self.video.release()
+        part = part_of(self.file)
+        try:
             if error is None:
-                os.replace(part_of(self.file), self.file)
-            part_of(self.file).unlink(missing_ok=True)
+                if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != self.n:
+                    raise OSError(f"cannot write {self.file}: frames are missing in it; the disk may be full")
+                os.replace(part, self.file)
+        finally:
+            part.unlink(missing_ok=True)
 
 # %% ../nbs/12a_video.ipynb #27c0de5a
 @patch

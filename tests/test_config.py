@@ -91,9 +91,9 @@ def test_unused_settings_follow_from_the_methods():
         (dict(wd=-1e-9), "wd must be 0 or more"),
         (dict(size=7), "size must be at least 8 pixels, got 7"),
         (dict(small_size=4), "small_size must be 0 for none, or at least 8 pixels, got 4"),
-        (dict(small_size=24, small_pct=1.5), "small_pct must be between 0 and 1, got 1.5"),
+        (dict(small_size=24, small_pct=1.5), "small_pct must be above 0, at most 1, got 1.5"),
+        (dict(small_size=24, small_pct=0.0), "small_pct must be above 0, at most 1, got 0.0"),
         (dict(small_pct=0.5), "small_pct has no effect without small_size"),
-        (dict(small_size=49, size=48), "small_size must be at most size (48), got 49"),
         (dict(l1=1.01), "l1 must be between 0 and 1, got 1.01"),
         (dict(l2=-0.1), "l2 must be 0 or more"),
         (dict(n_groups=0), "n_groups must be at least 1"),
@@ -120,6 +120,16 @@ def test_a_wrong_value_is_named(settings, said):
 def test_the_ends_of_the_ranges_are_allowed():
     RunConfig("x", epochs=1, bs=2, wd=0, size=8, small_size=8, small_pct=1, l1=1, l2=0, momentum=0, seed=0, workers=0)
     RunConfig("x", lr=1, label_smoothing=1, n_groups=1, bank_groups=1, valid_pct=0.001, temperature=1e-9)
+
+
+def test_a_folder_called_sample_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig("sample").resolve().kind == "sample"
+    (tmp_path / "sample").mkdir()
+    with pytest.raises(ValueError, match="write ./sample to use it, or --kind sample to draw faces"):
+        RunConfig("sample").resolve()
+    assert RunConfig("sample", "sample").resolve().kind == "sample"
+    assert RunConfig("./sample", "folder").resolve().kind == "folder"
 
 
 def test_paths_become_text(tmp_path):

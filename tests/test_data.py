@@ -13,6 +13,7 @@ from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import get_image_files, parent_label
 from fastai.torch_core import TensorCategory, set_seed
+from fastai.vision.augment import FlipItem, RandomCrop
 from fasttransform import Transform
 from PIL import Image
 
@@ -66,6 +67,20 @@ def test_draws_do_not_depend_on_the_number_of_workers(make_dls):
         assert len(other) == len(passes[0]) and all(
             torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(passes[0], other)
         )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_draws_of_fastais_item_transforms_depend_on_the_seed_alone(make_dls, workers):
+    def one_pass(workers):
+        dls = make_dls(level="none", num_workers=workers, item_tfms=[FlipItem(0.5), RandomCrop(32)], size=32)
+        dls.train.rng.seed(1)
+        set_seed(5)
+        views = torch.cat([torch.cat(list(x)) for x, _ in dls.train])
+        return views, random.random(), np.random.rand(), torch.rand(())
+
+    views, *then = one_pass(workers)
+    expected, *expected_then = one_pass(2)
+    assert torch.equal(views, expected) and then == expected_then  # the program's own draws go on as they would
 
 
 class TellsItsProcess(Transform):

@@ -198,6 +198,21 @@ def test_broken_files_are_named(tmp_path, run):
             FaceFinder(**bad)
 
 
+def test_a_folder_of_photographs_with_a_link_to_itself_is_listed_once(tmp_path):
+    (tmp_path / "more").mkdir()
+    for name in ("b.JPG", "a.mp4", "more/c.png", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "more" / "loop").symlink_to(tmp_path)
+    (tmp_path / "z.png").symlink_to(tmp_path / "more" / "c.png")
+    assert media_files(tmp_path) == [tmp_path / n for n in ("a.mp4", "b.JPG", "more/c.png")]
+
+
+@pytest.mark.parametrize("option", [dict(every=1), dict(seconds=1), dict(smoothing=0.5)])
+def test_options_of_a_video_are_refused_for_a_photograph(run, photo, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} has no effect without a video"):
+        Predictor(run).predict_faces(photo, finder=lambda x: [], **option)
+
+
 def test_without_the_extra_it_is_said(monkeypatch):
     import sys
 

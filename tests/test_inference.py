@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -484,6 +485,15 @@ def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     assert "\x1b" not in (printed := capsys.readouterr().out) and "owned" in printed
     assert "no such image file" in fails(capsys, ecan_predict, "--run", run, tmp_path / "none.png")
     assert "is not the folder of a finished run" in fails(capsys, ecan_predict, "--run", tmp_path, a)
+
+
+def test_ecan_predict_writes_the_name_of_any_file(faces, run, tmp_path):
+    file = shutil.copy(test_files(faces)[0], tmp_path / os.fsdecode(b"f\xe9.png"))
+    for out in ("p.csv", "p.json"):
+        ecan_predict(list(map(str, ("--run", run, file, "--out", tmp_path / out))))
+    table = pd.read_csv(tmp_path / "p.csv", encoding_errors="surrogateescape")
+    (row,) = json.loads((tmp_path / "p.json").read_text())
+    assert row["image"] == table["image"][0] == str(file) and table.iloc[0].to_dict() == row
 
 
 def test_ecan_evaluate_prints_and_writes(faces, run, tmp_path, capsys):

@@ -1,5 +1,7 @@
 import inspect
+import json
 import re
+import shutil
 import warnings
 
 import matplotlib.pyplot as plt
@@ -10,12 +12,16 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
+from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import error_rate
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
+from fastai.vision.data import ImageDataLoaders
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import nn
 
@@ -23,6 +29,7 @@ from ecan_fastai.callbacks import CPUMixedPrecision, LossPartsRecorder, MemoryBa
 from ecan_fastai.learner import *
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import FaceClassifier
+from ecan_fastai.weights import weights_stats
 
 MAKERS = [ecan_learner, baseline_learner]
 
@@ -537,23 +544,82 @@ def pretend_hub(monkeypatch, error=None):
     monkeypatch.setattr(timm, "create_model", fake)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_timms_weights_bring_timms_statistics(make, monkeypatch, channels):
+def stats_of(dls):
+    "Mean and deviation of the one Normalize of all loaders"
+    (norm,) = {id(t): t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)}.values()
+    assert norm.mean.shape == norm.std.shape == (1, norm.mean.numel(), 1, 1)
+    return norm.mean.flatten().tolist(), norm.std.flatten().tolist()
+
+
+def run_of(folder, channels, mean, std):
+    "What a run's folder holds of a start: weights, and what images had"
+    folder.mkdir()
+    encoder = FaceClassifier.create("resnet10t", 7, channels).encoder
+    save_file({f"encoder.{k}": v for k, v in encoder.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(about=dict(mean=mean, std=std))))
+    return folder
+
+
+COLOUR = [0.5, 0.4, 0.3], [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize("channels, stats", [(3, COLOUR), (1, ([0.4], [0.2]))])
+@pytest.mark.parametrize("maker", MAKERS)
+def test_weights_of_timm_and_of_a_run_bring_their_statistics(make, monkeypatch, tmp_path, maker, channels, stats):
+    folder = run_of(tmp_path / "colour", 3, *COLOUR)
+    for pretrained in (folder, str(folder), folder / "model.safetensors"):
+        dls = make(maker, pretrained=pretrained, dls=dict(channels=channels)).dls
+        assert np.allclose(stats_of(dls), stats)
+    dls = make(maker, pretrained=run_of(tmp_path / "grey", 1, [0.6], [0.2]), dls=dict(channels=channels)).dls
+    assert np.allclose(stats_of(dls), ([0.6] * channels, [0.2] * channels))
+    dls = make(maker, pretrained="fer2013", arch=None, dls=dict(channels=channels, size=48)).dls
+    assert np.allclose(stats_of(dls), np.repeat(weights_stats("fer2013"), channels, 1))
     pretend_hub(monkeypatch)
-    learn = make(arch="tf_efficientnet_lite0", pretrained=True, dls=dict(channels=channels))
-    norm = [t for t in learn.dls.valid.after_batch.fs if hasattr(t, "mean")][0]
-    expected = learn.model.encoder.pretrained_cfg["mean"]
-    assert norm.mean.flatten().tolist() == pytest.approx(list(expected)[:channels]) and tuple(norm.mean.shape) == (
-        1,
-        channels,
-        1,
-        1,
-    )
-    assert norm.std.flatten().tolist() == pytest.approx(list(learn.model.encoder.pretrained_cfg["std"])[:channels])
-    own = make(arch="tf_efficientnet_lite0", dls=dict(channels=channels))
-    assert [t for t in own.dls.valid.after_batch.fs if hasattr(t, "mean")][
-        0
-    ].mean.flatten().tolist() != norm.mean.flatten().tolist() or channels == 1
+    learn = make(maker, pretrained=True, dls=dict(channels=channels))
+    own = learn.model.encoder.pretrained_cfg
+    if channels == 3:
+        assert np.allclose(stats_of(learn.dls), (own["mean"], own["std"]))
+    else:
+        assert np.allclose(stats_of(learn.dls), ([np.mean(own["mean"])], [np.mean(own["std"])]))
+
+
+def test_given_statistics_and_those_of_a_file_without_a_run_stay(make, tmp_path):
+    folder = run_of(tmp_path / "run", 1, [0.6], [0.2])
+    given = dict(batch_tfms=Normalize.from_stats([0.3], [0.7]))
+    assert np.allclose(stats_of(make(pretrained=folder, dls=given).dls), ([0.3], [0.7]))
+    (tmp_path / "elsewhere").mkdir()
+    file = shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere" / "model.safetensors")
+    default = stats_of(make().dls)
+    assert stats_of(make(pretrained=file).dls) == default
+    (tmp_path / "elsewhere" / "config.json").write_text('{"architecture": "resnet10t"}')  # as a model hub writes it
+    assert stats_of(make(pretrained=tmp_path / "elsewhere").dls) == default
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_learner_does_not_change_what_another_on_its_loaders_sees(make, make_dls, tmp_path, maker):
+    first, folder = make(maker), run_of(tmp_path / "run", 1, [0.6], [0.25])
+    before = stats_of(first.dls)
+    maker(first.dls, "resnet10t")
+    with pytest.raises(ValueError, match="mean 0.6 and deviation 0.25, but an earlier learner .* has 0.5 and 0.25"):
+        maker(first.dls, "resnet10t", pretrained=folder)
+    assert stats_of(first.dls) == before
+    dls = make_dls()
+    for _ in range(2):
+        maker(dls, "resnet10t", pretrained=folder)  # a notebook's cell, run again
+    maker(dls, "resnet10t")
+    assert np.allclose(stats_of(dls), ([0.6], [0.25]))
+
+
+def test_fastais_own_loaders_are_normalised_as_weights_need_it(faces, tmp_path):
+    folder = run_of(tmp_path / "run", 3, *COLOUR)
+    dls = ImageDataLoaders.from_folder(faces, valid_pct=0.3, seed=0, bs=8, num_workers=0, item_tfms=Resize(32))
+    plain = dls.valid.one_batch()[0]
+    baseline_learner(dls, "resnet10t", pretrained=folder, path=tmp_path)
+    assert np.allclose(stats_of(dls), COLOUR)
+    mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in COLOUR)
+    assert torch.allclose(dls.valid.one_batch()[0], (plain - mean) / std, atol=1e-6)
+    baseline_learner(dls, "resnet10t", pretrained=folder, path=tmp_path)
+    assert np.allclose(stats_of(dls), COLOUR)
 
 
 def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):

@@ -96,20 +96,18 @@ def test_sample_again_is_found_and_other_content_is_refused(tmp_path):
         sample_faces(tmp_path / "mine")
 
 
-def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch):
+def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch, full_disk):
     from ecan_fastai import sample
 
     def stop(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(sample.cv2, "imwrite", stop)
+        m.setattr(sample.cv2, "imencode", stop)
         with pytest.raises(KeyboardInterrupt):
             sample_faces(tmp_path / "s", n=40)
-    with monkeypatch.context() as m:
-        m.setattr(sample.cv2, "imwrite", lambda *args: False)  # as for a full disk
-        with pytest.raises(OSError, match="cannot write .*png"):
-            sample_faces(tmp_path / "s", n=40)
+    with full_disk(500), pytest.raises(OSError, match=r"cannot write .*happy_0000.png: File too large"):
+        sample_faces(tmp_path / "s", n=40)
     with pytest.raises(ValueError, match="is not empty"):
         sample_faces(tmp_path / "s", n=41)
     a, b = sample_faces(tmp_path / "s", n=40), sample_faces(tmp_path / "whole", n=40)

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import naive_losses as naive
 import numpy as np
@@ -666,3 +667,53 @@ def test_every_parameter_of_the_model_is_in_the_graph_without_compactness():
 def test_wrong_input_is_named(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(l1=0, temperature=0.2), "temperature has no effect with l1=0"),
+        (dict(l1=0, bank_positives=RARE, center_features=True), "bank_positives, center_features has no effect with"),
+        (dict(l1=0, reading=PaperReading(anchors_only=True)), "anchors_only has no effect with l1=0"),
+        (dict(l2=0, n_groups=3), "n_groups has no effect with l2=0"),
+        (
+            dict(l2=0, reading=PaperReading(affinity_reduction="sum", normalize_compact=True)),
+            "affinity_reduction, normalize_compact has no effect with l2=0",
+        ),
+        (dict(compact="affinity", n_groups=3), "n_groups has no effect with compact='affinity'"),
+        (
+            dict(compact="center", reading=PaperReading(affinity_reduction="sum")),
+            "affinity_reduction has no effect with compact='center'",
+        ),
+    ],
+)
+def test_an_option_that_changes_nothing_warns(options, said):
+    with pytest.warns(UserWarning, match=said) as seen:
+        loss = ECANLoss(**options)
+    assert len(seen) == 1
+    out, y = output()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = ECANLoss(**{k: v for k, v in options.items() if k in ("l1", "l2", "compact")})
+    assert loss(out, y) == plain(out, y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(temperature=0.2, n_groups=3, center_features=True, bank_positives=RARE),
+        dict(reading=PaperReading(True, True, "sum", True)),
+        dict(compact="affinity", reading=PaperReading(affinity_reduction="sum")),
+        dict(compact="center", reading=PaperReading(normalize_compact=True)),
+        dict(l1=0, n_groups=3),
+        dict(l2=0, temperature=0.2),
+    ],
+)
+def test_an_option_that_changes_something_does_not_warn(options):
+    (out, y), kept = output(), ("l1", "l2", "compact")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, plain = ECANLoss(**options), ECANLoss(**{k: v for k, v in options.items() if k in kept})
+    z = [o["z_q"].requires_grad_() for o in (dict(out, z_q=out["z_q"].detach().clone()) for _ in range(2))]
+    grads = [torch.autograd.grad(one(dict(out, z_q=v), y), v)[0] for one, v in zip((loss, plain), z)]
+    assert not torch.allclose(*grads)

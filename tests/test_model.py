@@ -217,6 +217,7 @@ def test_other_backbones(arch, size):
     "kwargs,said",
     [
         (dict(arch="resnet-18"), "timm has no model 'resnet-18'"),
+        (dict(arch="resnet10t.none"), r"timm cannot make resnet10t.none: Invalid pretrained tag \(none\)"),
         (dict(in_chans=2), "in_chans must be 1 or 3, got 2"),
         (dict(n_classes=1), "at least 2 classes"),
         (dict(bank_size=0), "at least one row"),

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -18,8 +20,10 @@ from ecan_fastai.runfiles import (
     check_file,
     lock_run,
     read_json,
+    read_table,
     remove_parts,
     write_run_file,
+    write_table,
     write_whole,
 )
 
@@ -127,6 +131,27 @@ except OSError as e: print(e)
     assert {f.name for f in tmp_path.iterdir()} == {"a.pth", SUMS}
     check_file(tmp_path / "a.pth")
     assert kind == "text" or torch.equal(torch.load(tmp_path / "a.pth", weights_only=True), torch.ones(100))
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    names = [
+        os.fsdecode(b"f\xe9.png"),
+        "a\rb",
+        "a\nb",
+        "a\r\nb",
+        '"a", b',
+        "NA",
+        "",
+        " a ",
+        "None",
+        "\u00e9\u2028",
+        "=1+1",
+    ]
+    table = pd.DataFrame(dict(image=names, p=np.linspace(0, 1, len(names)).round(5)))
+    for file, more in ((tmp_path / "a.csv", {}), (tmp_path / "a.csv.gz", dict(compression="gzip"))):
+        write_table(table, file, **more)
+        assert list(read_table(file, dict(image=str))["image"]) == names
+        assert read_table(file, dict(image=str)).equals(table)
 
 
 def test_parts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

@@ -296,6 +296,30 @@ def test_settings_arrive(faces, tmp_path, options, where):
     assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
 
 
+@pytest.mark.parametrize(
+    "options,said",
+    [
+        (
+            dict(small_size=48, size=48),
+            "small_size must be below the 48 pixels that the network sees .size 48, level weak",
+        ),
+        (
+            dict(small_size=40, size=48, level="strong"),
+            "below the 40 pixels that the network sees .size 48, level strong",
+        ),
+        (dict(small_size=24, epochs=1), "small_pct 0.75 of the epochs .1. is less than one epoch"),
+        (
+            dict(small_size=24, method="baseline", arch="vit_tiny_patch16_224", size=224),
+            r"vit_tiny_patch16_224 does not take images of shape \(1, 24, 24\)",
+        ),
+    ],
+)
+def test_small_images_that_do_nothing_or_fit_no_model_are_refused_before_training(faces, tmp_path, options, said):
+    cfg = config(faces, **options).resolve()
+    with pytest.raises(ValueError, match=said):
+        runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_with_five_crops_is_measured_over_ten_too(faces, tmp_path):
     one, ten = [
@@ -602,6 +626,18 @@ def test_a_run_goes_on_from_elsewhere_and_with_data_that_was_moved(faces, tmp_pa
         resume_run(tmp_path / "run")
     assert resume_run(tmp_path / "run", tmp_path / "moved")["epochs"] == 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["data"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize("name", [b"f\xe9.png", b"a\rb.png", b"a\nb.png", b'"a,b.png', b"NA.png", b" a.png"])
+def test_data_with_any_name_of_a_file_is_recognised(faces, tmp_path, name):
+    data, out = copied(faces, tmp_path / "faces"), tmp_path / "run"
+    out.mkdir()
+    file = sorted((data / "train" / "happy").glob("*.png"))[0]
+    file.rename(file.with_name(os.fsdecode(name)))
+    cfg = config(data).resolve()
+    dls = runs.run_loaders(cfg, out)
+    runfiles.write_table(runs._data_table(dls, cfg), out / "data.csv.gz", compression="gzip")
+    runs._check_data(dls, cfg, out)
 
 
 def relabel(data):

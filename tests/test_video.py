@@ -117,6 +117,17 @@ def test_of_two_frames_in_one_place_the_first_is_written_and_the_last_goes_on(tm
     assert found == pytest.approx([50, 50, 50, 50, 120, 120, 200], abs=5)
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".webm"])
+def test_a_video_that_a_full_disk_cuts_short_is_an_error_and_the_old_file_stays(tmp_path, full_disk, suffix):
+    file, rng = tmp_path / f"v{suffix}", np.random.default_rng(0)
+    file.write_text("old")
+    with full_disk(100_000), pytest.raises(OSError, match=f"cannot write {file}: frames are missing"):
+        with VideoWriter(file, 25) as video:
+            for i in range(40):
+                video.write(i / 25, rng.integers(0, 255, (240, 320, 3), dtype=np.uint8))
+    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
 def test_wrong_names_and_values(tmp_path):
     with pytest.raises(ValueError, match="ending in .mp4, .avi or .webm, got v.gif"):
         VideoWriter("v.gif", 10)

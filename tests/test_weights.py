@@ -15,7 +15,7 @@ from ecan_fastai.model import FaceClassifier
 from ecan_fastai.readers.records import Face
 from ecan_fastai.runs import resolve_config
 from ecan_fastai.sample import draw_face
-from ecan_fastai.weights import NAMES, available, model_card, named_settings, named_stats, named_weights, shipped_run
+from ecan_fastai.weights import NAMES, available, model_card, named_settings, named_weights, shipped_run, weights_stats
 
 VOCAB = ["happy", "sad"]
 
@@ -59,7 +59,7 @@ def test_predictor_without_a_run_is_the_shipped_model():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_encoder_starts_from_named_weights(name):
-    encoder = FaceClassifier.create(n_classes=3, in_chans=len(named_stats(name)[0]), pretrained=name).encoder
+    encoder = FaceClassifier.create(n_classes=3, in_chans=len(weights_stats(name)[0]), pretrained=name).encoder
     weights = named_weights(name)
     for key, value in encoder.state_dict().items():
         stored = weights.get(key, weights.get(f"encoder.{key}"))

@@ -24,6 +24,8 @@ import pandas as pd
 from fastai.data.transforms import image_extensions
 from sklearn.model_selection import StratifiedGroupKFold
 
+from ..runfiles import write_table
+
 # %% ../../nbs/03_records.ipynb #2a4ebb1e
 EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 
@@ -109,14 +111,15 @@ def split_name(
 # %% ../../nbs/03_records.ipynb #9938feae
 def image_files(
     folder,  # Searched with its subfolders; links to folders are not followed
+    extensions: set | None = None,  # Suffixes in small letters; default those of images
 ) -> list:  # Paths, sorted
-    """List the image files of a folder, each once
+    """List the files of a folder, by default its images, each once
 
     Dead links and folders that cannot be listed are included, and so reported as broken images."""
-    found, unreadable = [], []
+    found, unreadable, extensions = [], [], extensions or image_extensions
     for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
         folders[:] = [d for d in folders if not d.startswith(".")]
-        found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in image_extensions]
+        found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in extensions]
     once: dict[str, Path] = {}
     for file in sorted(found):
         once.setdefault(os.path.realpath(file), file)
@@ -244,7 +247,7 @@ def write_csv(
     file,  # Written without the index
 ):
     "Write a table; puts an apostrophe before cells that a spreadsheet would run as a formula"
-    table.apply(lambda column: column.map(_harmless)).to_csv(file, index=False)
+    write_table(table.apply(lambda column: column.map(_harmless)), file)
 
 # %% ../../nbs/03_records.ipynb #8a9b2a34
 def read_lines(
