@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 # %% ../nbs/08_metrics.ipynb #08c0de5a
@@ -61,12 +62,6 @@ def split_metrics(
     )
 
 # %% ../nbs/08_metrics.ipynb #49803c8e
-def _wilson(k, n, z=1.96):
-    "95 % interval of a share k/n (Wilson, 1927)"
-    middle, half = k + z**2 / 2, z * (k * (n - k) / n + z**2 / 4) ** 0.5
-    return (middle - half) / (n + z**2), (middle + half) / (n + z**2)
-
-
 def _bands(values):
     "Groups as text: numbers with more than ten values as bands of ten, missing values as unknown"
     numbers = pd.to_numeric(values, errors="coerce")
@@ -74,6 +69,11 @@ def _bands(values):
         first = (numbers // 10 * 10).astype("Int64")
         values = first.astype("string") + "-" + (first + 9).astype("string")
     return values.astype("string").fillna("unknown")
+
+
+def _share_with_interval(k, n):
+    "k/n with its 95 % interval (Wilson, 1927)"
+    return (k / n, *binomtest(k, n).proportion_ci(method="wilson")) if n else [math.nan] * 3
 
 
 def subgroup_table(
@@ -86,7 +86,7 @@ def subgroup_table(
         groups = _bands(people[attribute].reset_index(drop=True))
         for group, own in correct.groupby(groups):
             n, k = int(own.notna().sum()), int(own.sum())
-            rows.append((attribute, group, len(own), n, k, *((k / n, *_wilson(k, n)) if n else [math.nan] * 3)))
+            rows.append((attribute, group, len(own), n, k, *_share_with_interval(k, n)))
     return pd.DataFrame(rows, columns="attribute group images found correct accuracy low high".split())
 
 # %% ../nbs/08_metrics.ipynb #c4a1b0e2

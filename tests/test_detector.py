@@ -11,7 +11,7 @@ from small_runs import small_config
 
 from ecan_fastai.cli import ecan_predict
 from ecan_fastai.data import read_face
-from ecan_fastai.detector import FaceFinder, _upright, accuracy_by_group, media_files
+from ecan_fastai.detector import FaceFinder, _batches, _upright, accuracy_by_group, media_files
 from ecan_fastai.inference import Predictor
 from ecan_fastai.runs import start_run
 from ecan_fastai.video import VideoWriter, video_frames
@@ -196,6 +196,19 @@ def test_broken_files_are_named(tmp_path, run):
     for bad in (dict(threshold=1), dict(min_size=5)):
         with pytest.raises(ValueError):
             FaceFinder(**bad)
+
+
+def test_large_frames_go_to_the_detector_in_smaller_batches():
+    def sizes(height, width, n, n_frames=16):
+        frame = np.broadcast_to(np.uint8(0), (height, width, 3))
+        batches = list(_batches([(i, "v", 0.0, frame) for i in range(n)], n_frames))
+        assert [i for batch in batches for i, *_ in batch] == list(range(n))
+        return [len(batch) for batch in batches]
+
+    assert sizes(240, 320, 40) == [16, 16, 8]
+    assert sizes(2000, 3000, 5) == [2, 2, 1]  # 6 of 16.8 million pixels each
+    assert sizes(6000, 8000, 2) == [1, 1]
+    assert sizes(240, 320, 0) == []
 
 
 def test_a_folder_of_photographs_with_a_link_to_itself_is_listed_once(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -231,6 +232,40 @@ def test_a_record_counts_as_a_run_only_of_the_same_data_and_settings(faces, tmp_
     files[1].write_text(json.dumps({**record, "config": {**record["config"], "epochs": 3}}))
     with pytest.raises(ValueError, match="is the record of a run with epochs 3, expected 40"):
         reproduce("affinity", faces, **given)
+
+
+def test_a_record_that_left_broken_images_out_may_have_fewer(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
+    given = dict(seeds=1, out=tmp_path, records=tmp_path / "r", say=lambda s: None)
+    for cfg in experiment_runs("affinity", faces, "folder", skip_broken=True).values():
+        fake_record(tmp_path / "r", cfg, images=dict(train=50, valid=10, test=7))
+    assert list(reproduce("affinity", faces, skip_broken=True, **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
+
+
+def test_a_folder_counts_as_a_run_only_of_the_same_settings_and_data(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
+    resumed = []
+    monkeypatch.setattr(experiments, "resume_run", lambda folder: resumed.append(folder.name))
+    monkeypatch.setattr(experiments, "_save_record", lambda *a: None)
+    ((_, cfg), *_) = planned_runs("affinity", str(faces), 1, "folder")
+    folder = tmp_path / "folder" / run_stem(cfg)
+    folder.mkdir(parents=True)
+
+    def written(**changes):
+        config = {**asdict(cfg), "workers": 5, "data": os.path.relpath(faces), **changes}
+        (folder / "config.json").write_text(json.dumps(dict(config=config)))
+
+    def again():
+        experiments._train_run(cfg, folder, tmp_path / "r.json", lambda s: None)
+
+    written()
+    again()
+    assert resumed == [folder.name]
+    for name, other in dict(l1=0.3, data=str(tmp_path), method="ensc", epochs=3).items():
+        written(**{name: other})
+        with pytest.raises(ValueError, match=f"holds a run with {name} {other}, expected {getattr(cfg, name)}: choose"):
+            again()
+    assert resumed == [folder.name]
 
 
 def test_a_picture_of_runs_needs_their_folders(faces, tmp_path, monkeypatch):

@@ -208,6 +208,22 @@ def test_calibrate_finds_the_temperature_of_labels_drawn_from_softer_probabiliti
     assert np.allclose(after, softened, atol=1e-5) and (after.argmax(1) == before.argmax(1)).all()
 
 
+def test_calibrate_finds_the_smallest_loss_of_the_probabilities_over_all_views(run, faces):
+    predictor, images = Predictor(run, "ten"), test_files(faces)
+    with torch.no_grad():
+        for p in predictor.model.classifier.classifier.parameters():
+            p.mul_(8)
+    labels = [f.parent.name for f in images]
+
+    def loss(temperature):
+        predictor.model.temperature = temperature
+        probs = predictor.probabilities(images)
+        return -np.log(probs[range(len(images)), [predictor.vocab.index(v) for v in labels]]).mean()
+
+    found = predictor.calibrate(images, labels)
+    assert 0.1 < found < 19 and loss(found) < min(loss(found * 1.05), loss(found / 1.05))
+
+
 @pytest.mark.parametrize(
     "n,labels,message",
     [
@@ -485,6 +501,18 @@ def test_ecan_predict_prints_and_writes(faces, run, tmp_path, capsys):
     assert "\x1b" not in (printed := capsys.readouterr().out) and "owned" in printed
     assert "no such image file" in fails(capsys, ecan_predict, "--run", run, tmp_path / "none.png")
     assert "is not the folder of a finished run" in fails(capsys, ecan_predict, "--run", tmp_path, a)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_that_was_changed_after_its_run_is_refused(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / name
+    if name == "config.json":
+        file.write_text(file.read_text().replace('"temperature": ', '"temperature": 1'))
+    else:
+        save_file({k: v + 0.01 if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=f"{name} is not as the run wrote it"):
+        Predictor(tmp_path / "run")
 
 
 def test_ecan_predict_writes_the_name_of_any_file(faces, run, tmp_path):

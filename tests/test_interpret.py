@@ -237,11 +237,13 @@ def naive_heat(maps, gradient):
         ("efficientnet_lite0", 96, "blocks.6", "maps"),
         ("swin_tiny_patch4_window7_224", 224, "layers.3", "channels last"),
         ("vit_tiny_patch16_224", 224, "blocks.11", "tokens"),
+        ("vit_tiny_patch16_224", 224, "blocks.11", "tokens and registers"),
     ],
 )
 def test_grad_cam_is_its_formula_on_the_last_maps_of(arch, size, where, layout):
     torch.manual_seed(0)
-    encoder = timm.create_model(arch, num_classes=0, in_chans=3).eval()
+    more = dict(reg_tokens=4) if "registers" in layout else {}
+    encoder = timm.create_model(arch, num_classes=0, in_chans=3, **more).eval()
     predictor = predictor_of(encoder, encoder.num_features, list("abc"), 3, size)
     image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
     kept = {}
@@ -251,15 +253,15 @@ def test_grad_cam_is_its_formula_on_the_last_maps_of(arch, size, where, layout):
         kept["x"] = x
 
     module = encoder.get_submodule(where)
-    if layout == "tokens":
+    if "tokens" in layout:
         hook = module.register_forward_pre_hook(lambda _, args: keep(args[0]))
     else:
         hook = module.register_forward_hook(lambda _, args, out: keep(out))
     predictor.model.classifier(torch.cat(predictor.model.views(predictor.pixels(image)[None])))[0, 1].backward()
     hook.remove()
     maps, gradient = (t[0].detach().double().numpy() for t in (kept["x"], kept["x"].grad))
-    if layout == "tokens":
-        maps, gradient = (t[1:].T.reshape(-1, 14, 14) for t in (maps, gradient))
+    if "tokens" in layout:
+        maps, gradient = (t[-196:].T.reshape(-1, 14, 14) for t in (maps, gradient))
     elif layout == "channels last":
         maps, gradient = (t.transpose(2, 0, 1) for t in (maps, gradient))
     expected = cv2.resize(naive_heat(maps, gradient), (size, size), interpolation=cv2.INTER_LINEAR)

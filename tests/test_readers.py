@@ -582,6 +582,16 @@ def test_a_box_outside_the_photograph_is_named(tmp_path):
         ValueError, match="left 40, top 0, right 50, bottom 10.: the box lies outside the image of 30x20"
     ):
         read_face(PhotoCrop(tmp_path / "a.png", 40, 0, 50, 10), 1)
+    for box in ((-20, 0, -5, 10), (0, -20, 10, -5)):
+        with pytest.raises(ValueError, match="the box lies outside the image"):
+            read_face(PhotoCrop(tmp_path / "a.png", *box), 1)
+
+
+@pytest.mark.parametrize("blank", ["", "\n", "\n \n\n"])
+def test_rows_of_a_table_have_the_numbers_of_their_lines(tmp_path, blank):
+    (tmp_path / "a.csv").write_text(f"{blank}image,label\na.png,happy\n\nb.png,sad\n")
+    first = blank.count("\n") + 2
+    assert list(read_csv(tmp_path / "a.csv").index) == [first, first + 2]
 
 
 def test_ckplus_folds_hold_every_subject_once(tmp_path):

@@ -3,7 +3,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ecan_fastai.video import FaceTracker, VideoWriter, box_iou, camera_index, draw_faces, is_video, video_frames
+from ecan_fastai.video import (
+    FaceTracker,
+    VideoWriter,
+    box_iou,
+    camera_index,
+    draw_faces,
+    frame_rate,
+    is_video,
+    video_frames,
+)
 
 
 def grey_video(file, n=25, rate=10):
@@ -115,6 +124,28 @@ def test_of_two_frames_in_one_place_the_first_is_written_and_the_last_goes_on(tm
             video.write(second, np.full((48, 64, 3), grey, np.uint8))
     found = [round(f.mean()) for _, f in video_frames(tmp_path / "v.avi", 0)]
     assert found == pytest.approx([50, 50, 50, 50, 120, 120, 200], abs=5)
+
+
+@pytest.mark.parametrize("said", [0, -1, 1000, 90_000, float("nan")])
+def test_a_video_that_does_not_say_its_rate_has_25_frames_a_second(tmp_path, monkeypatch, said):
+    with VideoWriter(tmp_path / "v.avi", 10) as video:
+        for second in (0, 0.2):
+            video.write(second, np.zeros((48, 64, 3), np.uint8))
+
+    class Silent:
+        def __init__(self, file):
+            self.video = capture(file)
+
+        def get(self, prop):
+            return said if prop == cv2.CAP_PROP_FPS else self.video.get(prop)
+
+        def __getattr__(self, name):
+            return getattr(self.video, name)
+
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Silent)
+    assert frame_rate(tmp_path / "v.avi") == 25
+    assert [second for second, _ in video_frames(tmp_path / "v.avi", 0)] == pytest.approx([0, 0.04, 0.08])
 
 
 @pytest.mark.parametrize("suffix", [".avi", ".mp4", ".webm"])
