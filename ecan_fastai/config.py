@@ -216,12 +216,7 @@ class RunConfig:
 
     def resolve(self):
         """Fill in the preset of the kind of data; settings that have no effect with the method become `None`"""
-        if self.kind == "auto" and self.data == "sample":
-            if os.path.exists("sample"):
-                raise ValueError(
-                    "sample means faces that the package draws, but something of this name is here: write ./sample to "
-                    "use it, or --kind sample to draw faces"
-                )
+        if self.kind == "auto" and means_sample(self.data):
             self.kind = "sample"
         if self.kind == "auto":
             raise ValueError(f"the kind of {self.data} is not known: use resolve_config, which recognises it")
@@ -243,6 +238,18 @@ class RunConfig:
             )
         tuned = TUNED[self.kind] if self.preset == "tuned" else {}
         return {**_defaults(self.kind), **tuned, **METHOD_PRESETS.get(self.method, {})}
+
+
+def means_sample(
+    data,  # DATA of a command
+) -> bool:
+    "Whether DATA names the faces that the package draws; raises `ValueError` if it also names something here"
+    if str(data) == "sample" and os.path.exists("sample"):
+        raise ValueError(
+            "sample means faces that the package draws, but something of this name is here: write its full path to use "
+            "it, or --kind sample to draw faces"
+        )
+    return str(data) == "sample"
 
 
 def _defaults(kind):

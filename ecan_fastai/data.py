@@ -375,10 +375,6 @@ class EachView(Transform):
         return b
 
 # %% ../nbs/02_data.ipynb #daaa5513
-def _short(numbers):
-    return ", ".join(f"{v:.3g}" for v in numbers)
-
-
 def _norms(dls):
     return [t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, Normalize)]
 
@@ -390,35 +386,38 @@ def set_stats(
     default: bool = False,  # The weights of a learner may bring other ones
 ):
     "Set the statistics by which loaders normalise images"
-    for norm in _norms(dls):
-        norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
-        norm.by_default = default
+    norm = Normalize(*(torch.tensor(s, device=dls.device).view(1, -1, 1, 1) for s in (mean, std)))
+    norm.by_default = default
+    for dl in dls.loaders:  # a new transform, because loaders of one DataBlock share theirs
+        others = [t for t in dl.after_batch.fs if not isinstance(t, Normalize)]
+        dl.after_batch = Pipeline([*others, norm], split_idx=dl.after_batch.split_idx)
 
 # %% ../nbs/02_data.ipynb #5e77a1e5
+def _short(stats):
+    return " and ".join(f"[{', '.join(f'{v:.3g}' for v in s)}]" for s in stats)
+
+
 def settle_stats(
     dls,  # DataLoaders
-    stats: tuple | None = None,  # (mean, deviation) that the weights of a new learner need, if they need some
+    stats: tuple | None = None,  # (mean, deviation) by which a new learner's weights need images normalised, if any
 ):
     """Normalise images as a new learner needs it, unless its user chose the statistics
 
-    As `vision_learner` does it, loaders without a `Normalize` get one. Raises `ValueError` if an earlier learner on
-    the same loaders has other statistics, because they would change under it."""
-    if stats and not _norms(dls):
-        dls.add_tfms([Normalize.from_stats(*stats)], "after_batch")
+    Loaders without a `Normalize` get one, as with `vision_learner`. Raises `ValueError` if an earlier learner on the
+    same loaders has other statistics, because they would change under it."""
+    norms = _norms(dls)
+    if not all(getattr(norm, "by_default", False) for norm in norms):
+        return
+    now = [s.flatten().tolist() for s in (norms[0].mean, norms[0].std)] if norms else None
+    if stats and (now is None or not np.allclose(now, stats)):
+        if getattr(dls, "settled", False):
+            has = f"has {_short(now)}" if now else "has images that are not normalised"
+            raise ValueError(
+                f"these weights need images normalised by mean and deviation {_short(stats)}, but an earlier learner "
+                f"on the same DataLoaders {has}: make DataLoaders for each learner"
+            )
         set_stats(dls, stats[0], stats[1], default=True)
-    for norm in _norms(dls):
-        if not getattr(norm, "by_default", False):
-            continue
-        now = norm.mean.flatten().tolist(), norm.std.flatten().tolist()
-        if stats and not np.allclose(now, stats):
-            if getattr(norm, "settled", False):
-                raise ValueError(
-                    f"these weights need images of mean {_short(stats[0])} and deviation {_short(stats[1])}, but an "
-                    f"earlier learner on the same DataLoaders has {_short(now[0])} and {_short(now[1])}: make "
-                    "DataLoaders for each learner"
-                )
-            set_stats(dls, stats[0], stats[1], default=True)
-        norm.settled = True
+    dls.settled = True
 
 # %% ../nbs/02_data.ipynb #bdd3876e
 grey_stats = ([0.5], [0.25])

@@ -133,7 +133,7 @@ class FaceFinder:
 def media_files(
     path,  # Photograph, video, folder of them, or `webcam`
 ) -> list:  # Paths
-    "List the photographs and videos of a folder, sorted, or the one file"
+    "List the photographs and videos of a folder, as `image_files` lists images, or the one file"
     if not Path(path).is_dir():
         return [Path(path)]
     files = image_files(path, image_extensions | set(VIDEO_SUFFIXES))

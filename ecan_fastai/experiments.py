@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import ecan_fastai
-from .config import COMMON, UNUSED, RunConfig
+from .config import COMMON, UNUSED, RunConfig, means_sample
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .readers.factory import detect_kind, read_faces
@@ -420,7 +420,7 @@ def run_stem(
 def _kind(data, kind):
     if kind != "auto":
         return kind
-    return "sample" if str(data) == "sample" else detect_kind(data)
+    return "sample" if means_sample(data) else detect_kind(data)
 
 
 def planned_runs(

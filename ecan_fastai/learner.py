@@ -27,7 +27,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, F1Score, accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorMultiCategory, num_distrib, params
-from fastai.vision import learner  # noqa: F401  `show_results` of images
+from fastai.vision.learner import model_meta  # its import also adds `show_results` of images
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -107,7 +107,9 @@ def _first_item(dls):
 def _views(dls):
     """List the views of the first training item, and count the classes
 
-    Raises `ValueError` for targets other than one class per image."""
+    Raises `ValueError` for targets other than one class per image, and for batches of one."""
+    if dls.train.bs < 2:
+        raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
     item = _first_item(dls)
     if len(item) != 2:
         raise ValueError(
@@ -202,11 +204,12 @@ def ecan_learner(
     in_chans, *size = views[0].shape[-3:]
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
-    check_fits(dls, model, views[0], arch)
+    check_fits(model, views[0], arch)
     own_cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), SharesAsLabels()]
     cbs = [*own_cbs, *L(cbs)]
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
-    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
+    stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
+    return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
 
 # %% ../nbs/07_learner.ipynb #a6346018
 def _ecan_loss(loss_func, settings):
@@ -243,24 +246,22 @@ def baseline_learner(
     views, n_classes = _views(dls)
     in_chans, *size = views[0].shape[-3:]
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
-    check_fits(dls, model, views[0], arch)
+    check_fits(model, views[0], arch)
     loss_func, cbs = (
         loss_func or CrossEntropyLossFlat(flatten=False),
         [CropsAsImages(pairs=False), SharesAsLabels(), *L(cbs)],
     )
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
-    return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs)
+    stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
+    return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
 
 # %% ../nbs/07_learner.ipynb #fa975eaa
 def check_fits(
-    dls,  # DataLoaders
     model,  # Takes views
     view,  # One view (channels, height, width), or a stack of crops
     arch,  # As `FaceClassifier.create` takes it, for the message
 ):
-    "Raise `ValueError` early if a model rejects views of this size or number of channels, or batches are too small"
-    if dls.train.bs < 2:
-        raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
+    "Raise `ValueError` early if a model rejects views of this size or number of channels"
     if view.ndim == 4:
         view = view[0]
     try:
@@ -271,24 +272,28 @@ def check_fits(
     model.train()
 
 # %% ../nbs/07_learner.ipynb #8bb1cda8
-def _needed_stats(pretrained, encoder, in_chans):
-    "Mean and deviation of images, for `in_chans` channels, when weights were trained; None if nothing says them"
+def _needed_stats(pretrained, arch, encoder, in_chans):
+    "Mean and deviation by which images were normalised when weights were trained; None if unknown"
     if not pretrained:
         return None
-    cfg = getattr(encoder, "pretrained_cfg", None)
-    stats = weights_stats(pretrained) if pretrained is not True else cfg and (cfg["mean"], cfg["std"])
+    if pretrained is not True:
+        stats = weights_stats(pretrained)
+    elif cfg := getattr(encoder, "pretrained_cfg", None):
+        stats = cfg["mean"], cfg["std"]
+    else:
+        stats = model_meta.get(arch, {}).get("stats")
     if stats is None:
         return None
     return tuple(list(s) if len(s) == in_chans else [sum(s) / len(s)] * in_chans for s in stats)
 
 # %% ../nbs/07_learner.ipynb #984652d1
-def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, in_chans, opt, kwargs):
-    settle_stats(dls, _needed_stats(pretrained, model.encoder, in_chans))
+def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs):
     given = {k: v for k, v in opt.items() if v is not None}
     if "opt_func" not in given:
         given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}
     metrics = face_metrics() if metrics is None else metrics
     learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, splitter=face_splitter, **given, **kwargs)
+    settle_stats(dls, stats)
     if pretrained:
         learn.freeze()
     return learn

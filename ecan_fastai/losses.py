@@ -11,8 +11,9 @@ __all__ = ['CONTRASTS', 'COMPACTS', 'selfcon_loss', 'supcon_loss', 'esc_loss', '
 
 # %% ../nbs/04_losses.ipynb #51326d5d
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -480,26 +481,18 @@ def _check_bank_options(contrast, bank_positives, center_features):
         _check_classes(bank_positives)
 
 # %% ../nbs/04_losses.ipynb #5e77a1e6
-def _warn_unused(l1, l2, compact, temperature, n_groups, bank_positives, center_features, reading):
-    "Warn of options that were given, and that no term of the loss uses"
-    contrastive = dict(
-        temperature=temperature != 0.1,
-        bank_positives=bank_positives is not None,
-        center_features=center_features,
-        anchors_only=reading.anchors_only,
-    )
-    affinity = dict(affinity_reduction=reading.affinity_reduction != "mean")
-    groups = dict(n_groups=n_groups != 5)
+def _warn_unused(l1, l2, compact, options):
+    "Warn of options that differ from their defaults, and that no term of the loss uses"
+    defaults = {**{k: p.default for k, p in signature(ECANLoss).parameters.items()}, **asdict(PaperReading())}
+    of_affinity = ["n_groups", "affinity_reduction"]
     unused = {
-        "l1=0": {} if l1 else contrastive,
-        "l2=0": {} if l2 else dict(**groups, **affinity, normalize_compact=reading.normalize_compact),
-        f"compact={compact!r}": {"mva": {}, "affinity": groups, "center": {**groups, **affinity}}[compact]
-        if l2
-        else {},
+        "l1=0": [] if l1 else ["contrast", "temperature", "bank_positives", "center_features", "anchors_only"],
+        "l2=0": [] if l2 else ["compact", "normalize_compact", *of_affinity],
+        f"compact={compact!r}": dict(mva=[], affinity=of_affinity[:1], center=of_affinity)[compact] if l2 else [],
     }
-    for reason, options in unused.items():
-        if names := [name for name, given in options.items() if given]:
-            warnings.warn(f"{', '.join(names)} has no effect with {reason}")
+    for reason, names in unused.items():
+        if given := [name for name in names if options[name] != defaults[name]]:
+            warnings.warn(f"no effect with {reason}: {', '.join(given)}")
 
 # %% ../nbs/04_losses.ipynb #50eb3be4
 class _CrossEntropy(nn.Module):
@@ -557,7 +550,9 @@ class ECANLoss(_CrossEntropy):
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
         _check_bank_options(contrast, bank_positives, center_features)
         reading = PaperReading() if reading is None else reading
-        _warn_unused(l1, l2, compact, temperature, n_groups, bank_positives, center_features, reading)
+        options = dict(contrast=contrast, compact=compact, n_groups=n_groups, temperature=temperature)
+        options |= dict(bank_positives=bank_positives, center_features=center_features, **asdict(reading))
+        _warn_unused(l1, l2, compact, options)
         self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
         self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
         self.center_features = center_features

@@ -1,5 +1,6 @@
 """Files of a run: written whole or not at all, listed with their SHA-256, by one process at a time."""
 
+import csv
 import hashlib
 import json
 import math
@@ -132,12 +133,12 @@ def read_json(file):
 
 def write_table(table, file, **kwargs):
     "Write a table that `read_table` reads back; names of files keep bytes that are not UTF-8"
-    table.to_csv(file, index=False, errors="surrogateescape", **kwargs)
+    table.to_csv(file, index=False, quoting=csv.QUOTE_NONNUMERIC, errors="surrogateescape", **kwargs)
 
 
 def read_table(file, dtype):
     "Read what `write_table` wrote; text like NA or None stays text"
-    return pd.read_csv(file, dtype=dtype, keep_default_na=False, lineterminator="\n", encoding_errors="surrogateescape")
+    return pd.read_csv(file, dtype=dtype, keep_default_na=False, encoding_errors="surrogateescape")
 
 
 # Locks

@@ -25,7 +25,7 @@ from timm.layers import convert_sync_batchnorm
 
 from ecan_fastai.augment import crop_size
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
-from ecan_fastai.config import UNUSED, RunConfig
+from ecan_fastai.config import UNUSED, RunConfig, means_sample
 from ecan_fastai.data import set_stats
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner
@@ -56,7 +56,7 @@ OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 
 def resolve_config(cfg):
     "Recognise the data of a configuration, then fill in the settings of named weights and the preset of its kind"
-    if cfg.kind == "auto" and cfg.data != "sample":
+    if cfg.kind == "auto" and not means_sample(cfg.data):
         cfg.kind = detect_kind(cfg.data)
     if cfg.pretrained in NAMES:
         for name, value in named_settings(cfg.pretrained).items():
@@ -67,7 +67,6 @@ def resolve_config(cfg):
 
 def run_loaders(cfg, out):
     "Make the DataLoaders of a resolved configuration; sets precision, batch size and workers if not given"
-    _check_small(cfg)
     _settle_precision(cfg)
     if cfg.workers is None:
         cfg.workers = min(16, defaults.cpus)
@@ -139,7 +138,10 @@ def run_learner(cfg, dls, out):
     if cfg.pretrained:
         learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB
     if cfg.small_size:
-        check_fits(dls, learn.model, torch.zeros(cfg.channels, cfg.small_size, cfg.small_size), cfg.arch)
+        try:
+            check_fits(learn.model, torch.zeros(cfg.channels, cfg.small_size, cfg.small_size), cfg.arch)
+        except ValueError as e:
+            raise ValueError(f"small_size {cfg.small_size}: {e}") from e
         learn.add_cb(ProgressiveResize(cfg.small_size, cfg.small_pct))
     return _set_precision(learn, cfg.precision, dls.device)
 
@@ -316,6 +318,7 @@ def _start(cfg, out):
         cfg.data = os.path.abspath(cfg.data)  # so that the run can be resumed from anywhere
     if isinstance(cfg.pretrained, str) and cfg.pretrained not in NAMES:
         cfg.pretrained = os.path.abspath(cfg.pretrained)
+    _check_small(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = _first_process_first(run_loaders, cfg, out)
     learn = run_learner(cfg, dls, out)

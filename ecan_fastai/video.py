@@ -196,6 +196,12 @@ def draw_faces(
     return np.asarray(drawn)
 
 # %% ../nbs/12a_video.ipynb #3a4d9510
+def _n_frames(file):
+    "Count the frames that can be read"
+    video = cv2.VideoCapture(str(file))
+    return sum(1 for _ in iter(video.grab, False))
+
+
 class VideoWriter:
     "Context manager that writes a video frame by frame, each shown until the next one's time; whole or not at all"
 
@@ -226,8 +232,8 @@ class VideoWriter:
         part = part_of(self.file)
         try:
             if error is None:
-                if cv2.VideoCapture(str(part)).get(cv2.CAP_PROP_FRAME_COUNT) != self.n:
-                    raise OSError(f"cannot write {self.file}: frames are missing in it; the disk may be full")
+                if (n := _n_frames(part)) != self.n:  # OpenCV does not say that a disk is full
+                    raise OSError(f"cannot write {self.file}: only {n} of {self.n} frames are in it; is the disk full?")
                 os.replace(part, self.file)
         finally:
             part.unlink(missing_ok=True)
@@ -240,6 +246,8 @@ def write(
     frame: np.ndarray,  # uint8 (height, width, 3); all frames of one size
 ):
     "Write a frame; the frame before is repeated until its time, so that the video keeps the pace of its source"
+    if self.shown is not None and frame.shape != self.shown.shape:
+        raise ValueError(f"expected all frames of shape {self.shown.shape}, got {frame.shape}")
     if self.video is None:
         codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
         self.video = cv2.VideoWriter(str(part_of(self.file)), codec, self.rate, frame.shape[1::-1])

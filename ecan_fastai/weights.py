@@ -80,15 +80,21 @@ def named_settings(
 
 # %% ../nbs/00_weights.ipynb #a20339ba
 def weights_stats(
-    weights: str | Path,  # One of `NAMES`, a run's folder, or a file of weights
-) -> tuple | None:  # (mean, standard deviation), lists with one number per channel; None for files of no run
+    weights: str | Path,  # One of `NAMES`, a run's folder or its model.safetensors, or another file of weights
+) -> tuple | None:  # (mean, standard deviation), lists with one number per channel; None if unknown
     "Return the mean and standard deviation by which images were normalised when weights were trained"
     if weights == "imagenet":
         return [0.5] * 3, [0.5] * 3
     path = shipped_run(weights) if weights in NAMES else Path(weights)
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    about = read_json(config).get("about") if config.is_file() else None
-    return (about["mean"], about["std"]) if about else None
+    config = path.with_name("config.json") if path.name == "model.safetensors" else path / "config.json"
+    if not config.is_file():
+        return None
+    check_file(config)
+    try:
+        about = json.loads(config.read_text())["about"]
+        return about["mean"], about["std"]
+    except (ValueError, LookupError, TypeError):  # another program's config.json
+        return None
 
 # %% ../nbs/00_weights.ipynb #c4527818
 def _shipped_row(name):

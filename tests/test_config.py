@@ -4,7 +4,19 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from ecan_fastai.config import GROUPS, METHODS, PRESETS, TUNED, UNUSED, RunConfig, default_text, help_text
+from ecan_fastai.config import (
+    GROUPS,
+    METHODS,
+    PRESETS,
+    TUNED,
+    UNUSED,
+    RunConfig,
+    default_text,
+    help_text,
+    means_sample,
+)
+from ecan_fastai.experiments import planned_runs
+from ecan_fastai.runs import resolve_config
 
 
 def by_name():
@@ -122,14 +134,17 @@ def test_the_ends_of_the_ranges_are_allowed():
     RunConfig("x", lr=1, label_smoothing=1, n_groups=1, bank_groups=1, valid_pct=0.001, temperature=1e-9)
 
 
-def test_a_folder_called_sample_is_not_passed_over(tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", [True, False])
+def test_data_called_sample_is_not_passed_over(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
+    assert means_sample("sample") and not means_sample("faces")
     assert RunConfig("sample").resolve().kind == "sample"
-    (tmp_path / "sample").mkdir()
-    with pytest.raises(ValueError, match="write ./sample to use it, or --kind sample to draw faces"):
-        RunConfig("sample").resolve()
+    (tmp_path / "sample").symlink_to(tmp_path) if folder else (tmp_path / "sample").write_text("image,label")
+    for resolve in (lambda cfg: cfg.resolve(), resolve_config, lambda cfg: planned_runs("affinity", cfg.data)):
+        with pytest.raises(ValueError, match="write its full path to use it, or --kind sample to draw faces"):
+            resolve(RunConfig("sample"))
     assert RunConfig("sample", "sample").resolve().kind == "sample"
-    assert RunConfig("./sample", "folder").resolve().kind == "folder"
+    assert RunConfig(tmp_path / "sample", "folder").resolve().kind == "folder"
 
 
 def test_paths_become_text(tmp_path):

@@ -8,11 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torchvision
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
-from fastai.data.transforms import Normalize
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import Normalize, get_image_files, parent_label
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -20,15 +22,19 @@ from fastai.metrics import error_rate
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
+from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import nn
+from torchvision.models import resnet18
 
 from ecan_fastai.callbacks import CPUMixedPrecision, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
+from ecan_fastai.data import TwoViewBlock
 from ecan_fastai.learner import *
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import FaceClassifier
+from ecan_fastai.runfiles import write_run_file
 from ecan_fastai.weights import weights_stats
 
 MAKERS = [ecan_learner, baseline_learner]
@@ -583,43 +589,101 @@ def test_weights_of_timm_and_of_a_run_bring_their_statistics(make, monkeypatch, 
         assert np.allclose(stats_of(learn.dls), ([np.mean(own["mean"])], [np.mean(own["std"])]))
 
 
-def test_given_statistics_and_those_of_a_file_without_a_run_stay(make, tmp_path):
+def test_torchvisions_weights_bring_fastais_statistics(make, monkeypatch):
+    state = resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: state)  # no network
+    mean, std = imagenet_stats
+    assert np.allclose(
+        stats_of(make(arch=resnet18, pretrained=True, dls=dict(channels=1)).dls), ([np.mean(mean)], [np.mean(std)])
+    )
+
+
+def test_given_statistics_and_those_of_weights_of_no_run_stay(make, tmp_path):
     folder = run_of(tmp_path / "run", 1, [0.6], [0.2])
     given = dict(batch_tfms=Normalize.from_stats([0.3], [0.7]))
     assert np.allclose(stats_of(make(pretrained=folder, dls=given).dls), ([0.3], [0.7]))
-    (tmp_path / "elsewhere").mkdir()
-    file = shutil.copy(folder / "model.safetensors", tmp_path / "elsewhere" / "model.safetensors")
     default = stats_of(make().dls)
-    assert stats_of(make(pretrained=file).dls) == default
-    (tmp_path / "elsewhere" / "config.json").write_text('{"architecture": "resnet10t"}')  # as a model hub writes it
-    assert stats_of(make(pretrained=tmp_path / "elsewhere").dls) == default
+    shutil.copy(folder / "model.safetensors", folder / "celeb.safetensors")
+    assert stats_of(make(pretrained=folder / "celeb.safetensors").dls) == default
+    (tmp_path / "hub").mkdir()
+    shutil.copy(folder / "model.safetensors", tmp_path / "hub")
+    assert stats_of(make(pretrained=tmp_path / "hub").dls) == default
+    for text in (
+        '{"architecture": "resnet10t"}',
+        "[1]",
+        '{"about": "faces"}',
+        '{"about": {"author": "me"}}',
+        "no json",
+    ):
+        (tmp_path / "hub" / "config.json").write_text(text)  # as others write it
+        for pretrained in (tmp_path / "hub", tmp_path / "hub" / "model.safetensors"):
+            assert stats_of(make(pretrained=pretrained).dls) == default
 
 
-@pytest.mark.parametrize("maker", MAKERS)
-def test_a_learner_does_not_change_what_another_on_its_loaders_sees(make, make_dls, tmp_path, maker):
-    first, folder = make(maker), run_of(tmp_path / "run", 1, [0.6], [0.25])
-    before = stats_of(first.dls)
-    maker(first.dls, "resnet10t")
-    with pytest.raises(ValueError, match="mean 0.6 and deviation 0.25, but an earlier learner .* has 0.5 and 0.25"):
-        maker(first.dls, "resnet10t", pretrained=folder)
-    assert stats_of(first.dls) == before
-    dls = make_dls()
-    for _ in range(2):
-        maker(dls, "resnet10t", pretrained=folder)  # a notebook's cell, run again
-    maker(dls, "resnet10t")
-    assert np.allclose(stats_of(dls), ([0.6], [0.25]))
+def test_a_run_whose_statistics_were_edited_is_refused(make, tmp_path):
+    folder = run_of(tmp_path / "run", 1, [0.6], [0.2])
+    write_run_file(folder / "config.json", lambda f: f.write_text('{"about": {"mean": [0.6], "std": [0.2]}}'))
+    make(pretrained=folder)
+    (folder / "config.json").write_text('{"about": {"mean": [0.5], "std": [0.2]}}')
+    with pytest.raises(ValueError, match="config.json is not as the run wrote it"):
+        make(pretrained=folder)
+
+
+def fastais(faces):
+    return ImageDataLoaders.from_folder(faces, valid_pct=0.3, seed=0, bs=8, num_workers=0, item_tfms=Resize(32))
 
 
 def test_fastais_own_loaders_are_normalised_as_weights_need_it(faces, tmp_path):
-    folder = run_of(tmp_path / "run", 3, *COLOUR)
-    dls = ImageDataLoaders.from_folder(faces, valid_pct=0.3, seed=0, bs=8, num_workers=0, item_tfms=Resize(32))
+    folder, dls = run_of(tmp_path / "run", 3, *COLOUR), fastais(faces)
     plain = dls.valid.one_batch()[0]
     baseline_learner(dls, "resnet10t", pretrained=folder, path=tmp_path)
     assert np.allclose(stats_of(dls), COLOUR)
     mean, std = (torch.tensor(s).view(1, 3, 1, 1) for s in COLOUR)
     assert torch.allclose(dls.valid.one_batch()[0], (plain - mean) / std, atol=1e-6)
-    baseline_learner(dls, "resnet10t", pretrained=folder, path=tmp_path)
-    assert np.allclose(stats_of(dls), COLOUR)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_learner_does_not_change_what_another_on_its_loaders_sees(make_dls, faces, tmp_path, ours):
+    def new():
+        return make_dls(channels=3, n_views=1) if ours else fastais(faces)
+
+    def learner(dls, *pretrained, **kwargs):
+        return baseline_learner(dls, "resnet10t", *pretrained, path=tmp_path, **kwargs)
+
+    a, b = (run_of(tmp_path / name, 3, *stats) for name, stats in (("a", COLOUR), ("b", ([0.6] * 3, [0.25] * 3))))
+    starts = [(False, r"\[0.485, " if ours else "images that are not normalised"), (a, r"\[0.5, 0.4, 0.3\]")]
+    for start, has in starts:
+        dls = new()
+        first = learner(dls, start)
+        before = first.dls.valid.one_batch()[0]
+        with pytest.raises(
+            ValueError, match=r"need .* \[0.6, 0.6, 0.6\] and \[0.25, .*, but an earlier learner .* has " + has
+        ):
+            learner(dls, b)
+        learner(dls)  # takes the images as they are
+        if start:
+            learner(dls, start)  # a notebook's cell, run again
+        assert torch.equal(first.dls.valid.one_batch()[0], before)
+
+
+def test_a_learner_that_could_not_be_made_does_not_hold_its_loaders(make_dls, tmp_path):
+    dls = make_dls()
+    with pytest.raises(TypeError):
+        ecan_learner(dls, "resnet10t", pretrained=run_of(tmp_path / "a", 1, [0.3], [0.2]), no_argument=1)
+    ecan_learner(dls, "resnet10t", pretrained=run_of(tmp_path / "b", 1, [0.6], [0.25]))
+    assert np.allclose(stats_of(dls), ([0.6], [0.25]))
+
+
+def test_loaders_of_one_data_block_do_not_share_statistics(faces, tmp_path):
+    block = DataBlock(
+        (TwoViewBlock(size=32, channels=1, level="none"), CategoryBlock), get_items=get_image_files, get_y=parent_label
+    )
+    one, other = (block.dataloaders(faces, bs=8, num_workers=0) for _ in range(2))
+    before = stats_of(other)
+    ecan_learner(one, "resnet10t", pretrained=run_of(tmp_path / "run", 1, [0.6], [0.2]))
+    assert np.allclose(stats_of(one), ([0.6], [0.2])) and stats_of(other) == before
+    ecan_learner(other, "resnet10t", pretrained=run_of(tmp_path / "more", 1, [0.7], [0.2]))
+    assert np.allclose(stats_of(other), ([0.7], [0.2]))
 
 
 def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):

@@ -106,6 +106,9 @@ def test_a_sample_whose_drawing_was_stopped_is_drawn_again(tmp_path, monkeypatch
         m.setattr(sample.cv2, "imencode", stop)
         with pytest.raises(KeyboardInterrupt):
             sample_faces(tmp_path / "s", n=40)
+    with full_disk(5), pytest.raises(OSError, match=r"cannot write .*sample_faces.part: File too large"):
+        sample_faces(tmp_path / "t", n=40)
+    assert sample_faces(tmp_path / "t", n=40) == tmp_path / "t"
     with full_disk(500), pytest.raises(OSError, match=r"cannot write .*happy_0000.png: File too large"):
         sample_faces(tmp_path / "s", n=40)
     with pytest.raises(ValueError, match="is not empty"):

@@ -1,8 +1,9 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import softmax
 
-from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics
+from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics, subgroup_table
 
 
 def drawn(n=40000, scale=1.0):
@@ -62,3 +63,13 @@ def test_what_is_no_class_index_is_refused(wrong):
     for targets, predicted in (([wrong, wrong], [0, 1]), ([0, 1], [wrong, wrong])):
         with pytest.raises(ValueError, match=f"class indices from 0 to 1, got .*{wrong}"):
             split_metrics(targets, predicted, ["happy", "sad"])
+
+
+def test_the_interval_of_a_group_is_wilsons():
+    "8 of 10: (0.490, 0.943), as in Newcombe (1998), formula 3, with z = 1.96; none of 5 begins at 0"
+    people = pd.DataFrame(dict(side=["left"] * 11 + ["right"] * 5 + ["up"]))
+    table = subgroup_table([1] * 8 + [0] * 2 + [np.nan] + [0] * 5 + [np.nan], people).set_index("group")
+    assert table.loc["left", ["accuracy", "low", "high"]].tolist() == pytest.approx([0.8, 0.4902, 0.9433], abs=5e-5)
+    assert table.loc["left", ["images", "found", "correct"]].tolist() == [11, 10, 8]
+    assert table.loc["right", ["low", "high"]].tolist() == pytest.approx([0, 0.4345], abs=5e-5)
+    assert table.loc["up", ["accuracy", "low", "high"]].isna().all()

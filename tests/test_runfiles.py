@@ -152,6 +152,8 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
         write_table(table, file, **more)
         assert list(read_table(file, dict(image=str))["image"]) == names
         assert read_table(file, dict(image=str)).equals(table)
+        plain = pd.read_csv(file, keep_default_na=False, encoding_errors="surrogateescape")  # as others read it
+        assert plain.equals(table)
 
 
 def test_parts_of_a_killed_process_are_removed_and_nothing_else(tmp_path):

@@ -310,14 +310,15 @@ def test_settings_arrive(faces, tmp_path, options, where):
         (dict(small_size=24, epochs=1), "small_pct 0.75 of the epochs .1. is less than one epoch"),
         (
             dict(small_size=24, method="baseline", arch="vit_tiny_patch16_224", size=224),
-            r"vit_tiny_patch16_224 does not take images of shape \(1, 24, 24\)",
+            r"small_size 24: vit_tiny_patch16_224 does not take images of shape \(1, 24, 24\)",
         ),
     ],
 )
 def test_small_images_that_do_nothing_or_fit_no_model_are_refused_before_training(faces, tmp_path, options, said):
     cfg = config(faces, **options).resolve()
     with pytest.raises(ValueError, match=said):
-        runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)
+        start_run(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -152,11 +152,37 @@ def test_a_video_that_does_not_say_its_rate_has_25_frames_a_second(tmp_path, mon
 def test_a_video_that_a_full_disk_cuts_short_is_an_error_and_the_old_file_stays(tmp_path, full_disk, suffix):
     file, rng = tmp_path / f"v{suffix}", np.random.default_rng(0)
     file.write_text("old")
-    with full_disk(100_000), pytest.raises(OSError, match=f"cannot write {file}: frames are missing"):
+    with full_disk(100_000), pytest.raises(OSError, match=f"cannot write {file}: only .* of 40 frames are in it"):
         with VideoWriter(file, 25) as video:
             for i in range(40):
                 video.write(i / 25, rng.integers(0, 255, (240, 320, 3), dtype=np.uint8))
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("n", [25, 40])
+def test_a_video_that_lost_only_its_end_is_an_error_too(tmp_path, full_disk, n):
+    "The header of a WebM file says how many frames there should be, however many there are"
+    file, rng = tmp_path / "v.webm", np.random.default_rng(0)
+    images = rng.integers(0, 255, (n, 96, 128, 3), dtype=np.uint8)
+
+    def write():
+        with VideoWriter(file, 25) as video:
+            for i, image in enumerate(images):
+                video.write(i / 25, image)
+
+    write()
+    size = file.stat().st_size
+    with full_disk(int(0.9 * size)), pytest.raises(OSError, match=f"of {n} frames are in it; is the disk full"):
+        write()
+    assert file.stat().st_size == size
+
+
+def test_a_frame_of_another_size_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"frames of shape \(48, 64, 3\), got \(48, 60, 3\)"):
+        with VideoWriter(tmp_path / "v.avi", 25) as video:
+            for i, width in enumerate((64, 60)):
+                video.write(i / 25, np.zeros((48, width, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_names_and_values(tmp_path):

@@ -148,3 +148,10 @@ def test_the_card_holds_what_the_records_say():
     for name, m in measured["per_class"].items():
         assert f"| PrivateTest | {name} | {m['n']} | {100 * m['precision']:.2f} | {100 * m['recall']:.2f}" in card
     assert card == (shipped_run() / "card.md").read_text()
+
+
+def test_statistics_of_named_weights():
+    "ImageNet's are those of timm's own weights of this architecture"
+    cfg = timm.get_pretrained_cfg(named_settings("imagenet")["arch"])
+    assert weights_stats("imagenet") == (list(cfg.mean), list(cfg.std)) == ([0.5] * 3, [0.5] * 3)
+    assert weights_stats("fer2013") == weights_stats(shipped_run()) == ([0.5], [0.25])
