@@ -9,6 +9,8 @@ __all__ = ['MomentumUpdate', 'MemoryBankUpdate', 'unfold_crops', 'CropsAsImages'
            'LossPartsRecorder', 'CPUMixedPrecision']
 
 # %% ../nbs/06_callbacks.ipynb #5492425b
+import warnings
+
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
@@ -173,7 +175,11 @@ class ProgressiveResize(Callback):
         self.is_small = False  # whether the fit is in an epoch on small images
 
     def before_train(self):
-        self.is_small = self.epoch < int(self.pct * self.n_epoch)
+        if not (n_small := int(self.pct * self.n_epoch)):
+            warnings.warn(
+                f"ProgressiveResize has no effect: {self.pct} of {self.n_epoch} epochs is less than one epoch"
+            )
+        self.is_small = self.epoch < n_small
 
     def before_batch(self):
         if self.is_small:
@@ -184,6 +190,7 @@ class ProgressiveResize(Callback):
         if isinstance(x, (tuple, list)):
             return tuple(map(self.resize, x))
         if x.shape[-1] <= self.size:
+            warnings.warn(f"ProgressiveResize to {self.size} pixels has no effect on views of {x.shape[-1]}")
             return x
         small = F.interpolate(x.flatten(0, -4), size=(self.size, self.size), mode="bilinear", antialias=True)
         return small.view(*x.shape[:-2], self.size, self.size)
@@ -198,19 +205,28 @@ class LossPartsRecorder(Callback):
         self.batches = []  # parts of the loss of each training batch of the epoch
 
     def before_fit(self):
+        self.names = getattr(self.loss_func, "part_names", [])  # of the whole fit, whatever changes the weights
+        if hasattr(self.learn, "recorder"):
+            self.at = add_columns(self.recorder, self.names)
+
+    def before_train(self):
         if not hasattr(self.loss_func, "part_names"):
             raise ValueError(f"expected an ECANLoss as loss_func, got {type(self.loss_func).__name__}")
-        self.at = add_columns(self.recorder, self.loss_func.part_names)
+        if self.loss_func.reading.key_eval != get_model(self.model).key_eval:
+            raise ValueError("key_eval is read when the model is made: make a new learner with this loss_func")
 
     def before_epoch(self):  # of a fit, and of `validate`
         self.batches = []
 
     def after_loss(self):
-        self.batches.append(torch.stack([self.loss_func.parts[k] for k in self.loss_func.part_names]))
+        parts, missing = self.loss_func.parts, self.learn.loss.new_tensor(torch.nan)
+        self.batches.append(torch.stack([parts.get(k, missing) for k in self.names]))
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
-        if self.batches:  # a batch without a pair of one class has NaN as its cosine
+        if self.batches and hasattr(
+            self.learn, "recorder"
+        ):  # a batch without a pair of one class has NaN as its cosine
             fill_columns(self.recorder, self.at, maybe_gather(torch.stack(self.batches)).nanmean(0).tolist())
         self.batches = []
 
@@ -229,12 +245,21 @@ class CPUMixedPrecision(MixedPrecision):
             raise ValueError(
                 f"CPUMixedPrecision is for a model on the CPU, and this one is on {device}: use learn.to_bf16()"
             )
-        if torch.is_autocast_enabled("cpu"):  # left on by an interrupted fit, with copies of its weights
-            torch.set_autocast_enabled("cpu", False)
-            torch.autocast_decrement_nesting()
-            torch.clear_autocast_cache()
-        self.autocast, self.learn.scaler, self.scales = (
-            torch.autocast("cpu", torch.bfloat16),
-            torch.amp.GradScaler("cpu", enabled=False),
-            [],
-        )
+        self.learn.scaler, self.scales = torch.amp.GradScaler("cpu", enabled=False), []
+
+    def before_batch(self):
+        "Run the next call of the model in autocast, and nothing else: a fit that is interrupted does not leave it on"
+        model, own = self.model, vars(self.model).get("forward")  # of a compiled model
+
+        def forward(*args, **kwargs):
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
+            with torch.autocast("cpu", torch.bfloat16):
+                return model.forward(*args, **kwargs)
+
+        model.forward = forward
+
+    def after_loss(self):  # fastai ends autocast here
+        pass

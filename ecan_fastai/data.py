@@ -273,6 +273,7 @@ class _SeededDL(TfmdDL):
         return getattr(self.dataset, "split_idx", None) == 0
 
     def before_iter(self):
+        self.after_batch = Pipeline(_each_view(self.after_batch))  # some may have been added since
         super().before_iter()
         if self.draws:
             seeds = torch.randint(2**31, (max(1, num_distrib()),))  # one for each process of distributed training

@@ -82,8 +82,9 @@ def fit_cosine(
 # %% ../nbs/07_learner.ipynb #5d0e4aac
 def face_splitter(model):
     "Two parameter groups: encoder; classifier and class centres"
-    head = [p for name, p in model.named_parameters() if not name.startswith(("encoder.", "key_encoder."))]
-    return L(params(model.encoder), head)
+    encoders = [getattr(model, name) for name in ("encoder", "key_encoder") if hasattr(model, name)]
+    theirs = {id(p) for encoder in encoders for p in encoder.parameters()}
+    return L(params(model.encoder), [p for p in model.parameters() if id(p) not in theirs])
 
 # %% ../nbs/07_learner.ipynb #6a44de5d
 def face_metrics():
@@ -108,8 +109,11 @@ def _views(dls):
     """List the views of the first training item, and count the classes
 
     Raises `ValueError` for targets other than one class per image, and for batches of one."""
-    if dls.train.bs < 2:
-        raise ValueError(f"training needs a batch size of at least 2, got {dls.train.bs}")
+    bs = getattr(dls.train, "bs", None)
+    if bs is None:
+        raise ValueError(f"expected fastai's DataLoaders, got loaders of type {type(dls.train).__name__}")
+    if bs < 2:
+        raise ValueError(f"training needs a batch size of at least 2, got {bs}")
     item = _first_item(dls)
     if len(item) != 2:
         raise ValueError(
@@ -139,13 +143,13 @@ class ECANLearner(Learner):
     @delegates(Learner.export)
     def export(self, fname="export.pkl", **kwargs):
         "Export a plain `Learner` over encoder and classifier, without key encoder, bank, centres and callbacks"
+        terms = {k: getattr(self.loss_func, k) for k in ("weight", "label_smoothing") if hasattr(self.loss_func, k)}
+        settings = "path model_dir metrics splitter opt_func lr wd wd_bn_bias moms".split()
         plain = Learner(
             self.dls,
             self.model.inference(),
-            loss_func=CrossEntropyLossFlat(),
-            path=self.path,
-            model_dir=self.model_dir,
-            metrics=self.metrics,
+            CrossEntropyLossFlat(flatten=False, **terms),
+            **{k: getattr(self, k) for k in settings},
         )
         plain.export(fname, **kwargs)
 
@@ -171,6 +175,16 @@ def _check_groups(loss, bank_groups):
             f"n_groups {loss.n_groups} needs {loss.n_groups - 1} older groups, but the bank holds {bank_groups} "
             f"(bank_groups): MVA sees {bank_groups + 1} groups"
         )
+
+# %% ../nbs/07_learner.ipynb #5e77a1e7
+def _with_own(own, cbs):
+    "Put a learner's own callbacks before its user's; raises `ValueError` if both have one of a kind"
+    own, cbs = [*own, SharesAsLabels()], L(cbs)
+    for cb in cbs:
+        kind = cb if isinstance(cb, type) else type(cb)
+        if kind in map(type, own):
+            raise ValueError(f"the learner has its own {kind.__name__}: leave it out of cbs")
+    return [*own, *cbs]
 
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
@@ -205,8 +219,7 @@ def ecan_learner(
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     check_fits(model, views[0], arch)
-    own_cbs = [MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages(), SharesAsLabels()]
-    cbs = [*own_cbs, *L(cbs)]
+    cbs = _with_own([MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages()], cbs)
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
@@ -242,15 +255,14 @@ def baseline_learner(
     **kwargs,
 ) -> Learner:
     "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
+    if isinstance(loss_func, ECANLoss):
+        raise ValueError("ECANLoss is plain cross-entropy on the output of baseline_learner: use ecan_learner for it")
     arch = choose_arch(arch, pretrained)
     views, n_classes = _views(dls)
     in_chans, *size = views[0].shape[-3:]
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     check_fits(model, views[0], arch)
-    loss_func, cbs = (
-        loss_func or CrossEntropyLossFlat(flatten=False),
-        [CropsAsImages(pairs=False), SharesAsLabels(), *L(cbs)],
-    )
+    loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), _with_own([CropsAsImages(pairs=False)], cbs)
     opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)

@@ -481,14 +481,17 @@ def _check_bank_options(contrast, bank_positives, center_features):
         _check_classes(bank_positives)
 
 # %% ../nbs/04_losses.ipynb #5e77a1e6
-def _warn_unused(l1, l2, compact, options):
-    "Warn of options that differ from their defaults, and that no term of the loss uses"
+def _warn_unused(loss):
+    "Warn of options of an `ECANLoss` that differ from their defaults, and that none of its terms uses"
+    names = "contrast compact n_groups bank_positives center_features".split()
+    options = dict(temperature=loss.contrast_loss.temperature, **asdict(loss.reading))
+    options |= {k: getattr(loss, k) for k in names}
     defaults = {**{k: p.default for k, p in signature(ECANLoss).parameters.items()}, **asdict(PaperReading())}
     of_affinity = ["n_groups", "affinity_reduction"]
     unused = {
-        "l1=0": [] if l1 else ["contrast", "temperature", "bank_positives", "center_features", "anchors_only"],
-        "l2=0": [] if l2 else ["compact", "normalize_compact", *of_affinity],
-        f"compact={compact!r}": dict(mva=[], affinity=of_affinity[:1], center=of_affinity)[compact] if l2 else [],
+        "l1=0": [] if loss.l1 else ["contrast", "temperature", "bank_positives", "center_features", "anchors_only"],
+        "l2=0": [] if loss.l2 else ["compact", "normalize_compact", *of_affinity],
+        f"compact={loss.compact!r}": of_affinity[: dict(mva=0, affinity=1, center=2)[loss.compact]] if loss.l2 else [],
     }
     for reason, names in unused.items():
         if given := [name for name in names if options[name] != defaults[name]]:
@@ -549,17 +552,14 @@ class ECANLoss(_CrossEntropy):
         bank_positives = None if bank_positives is None else torch.as_tensor(bank_positives)
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
         _check_bank_options(contrast, bank_positives, center_features)
-        reading = PaperReading() if reading is None else reading
-        options = dict(contrast=contrast, compact=compact, n_groups=n_groups, temperature=temperature)
-        options |= dict(bank_positives=bank_positives, center_features=center_features, **asdict(reading))
-        _warn_unused(l1, l2, compact, options)
         self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
         self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
         self.center_features = center_features
-        self.reading = reading
+        self.reading = PaperReading() if reading is None else reading
         self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=self.reading.anchors_only)
         self.compact_loss = COMPACTS[compact](*(() if compact == "center" else (self.reading.affinity_reduction,)))
         self.parts: dict[str, Tensor] = {}
+        _warn_unused(self)
 
     @property
     def part_names(self):

@@ -98,12 +98,12 @@ def push(
     z: Tensor,  # Key features (n, dim), any floating type
     y: Tensor,  # Labels (n,)
 ):
-    "Write a batch over the oldest rows"
+    "Write a batch over the oldest rows; a feature that is not finite becomes 0, so that it spoils no later step"
     if z.ndim != 2 or z.shape[1] != self.z.shape[1] or y.shape != z.shape[:1]:
         raise ValueError(
             f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
         )
-    z, y = z[-self.size :], y[-self.size :]
+    z, y = z[-self.size :].nan_to_num(0, 0, 0), y[-self.size :]
     start, n = int(self.position), len(z)
     head = min(n, self.size - start)
     with torch.no_grad():
@@ -405,6 +405,9 @@ class _WithKeyEncoder(FaceClassifier):
     @torch.no_grad()
     def keys(self, x: Tensor) -> Tensor:
         "Key features (n, d) of a view (n, channels, height, width), without gradient"
+        if not self.key_eval:  # a callback may have put layers of the encoder into evaluation mode
+            for key, query in zip(self.key_encoder.modules(), self.encoder.modules()):
+                key.training = query.training
         return self.key_encoder(x)
 
     def inference(

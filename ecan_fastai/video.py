@@ -201,7 +201,7 @@ def _n_frames(file):
     video = cv2.VideoCapture(str(file))
     return sum(1 for _ in iter(video.grab, False))
 
-
+# %% ../nbs/12a_video.ipynb #5e77a1e8
 class VideoWriter:
     "Context manager that writes a video frame by frame, each shown until the next one's time; whole or not at all"
 

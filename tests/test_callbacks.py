@@ -15,7 +15,7 @@ from fastai.callback.core import (
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import BnFreeze, GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from ecan_fastai.callbacks import *
-from ecan_fastai.losses import ECANLoss
+from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.model import ECANModel
 
 EVENTS = []
@@ -260,6 +260,141 @@ def test_bfloat16_on_a_cpu_reaches_the_encoders_and_leaves_what_is_kept_in_float
     } == {torch.float32}
     half, full = [l.recorder.losses[0].item() for l in (learn, plain)]
     assert half != full and half == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.parametrize("where", ["before_batch", "forward", "after_pred", "after_loss", "before_step"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CancelBatchException])
+def test_bfloat16_ends_with_the_model_whatever_ends_the_batch(where, error):
+    class Stop(Callback):
+        order = 0 if where == "after_loss" else CPUMixedPrecision.order + 1
+
+        def __call__(self, event):
+            super().__call__(event)
+            if event == where and self.training and self.iter == 1:
+                raise error
+
+    class Autocast(Callback):
+        order = 100
+
+        def after_train(self):
+            seen.append(torch.is_autocast_enabled("cpu"))
+
+    def hook(module, args):
+        if where == "forward" and module.training and learn.iter == 1:
+            raise error
+
+    seen, learn = [], noise_learner(CPUMixedPrecision(), Stop(), Autocast())
+    learn.model.encoder[3].register_forward_pre_hook(hook)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            learn.fit(1, 0.1)
+    else:
+        learn.fit(1, 0.1)
+        assert seen == [False]
+    assert not torch.is_autocast_enabled("cpu")
+    learn.remove_cb(CPUMixedPrecision)
+    x = torch.stack([q for (q, _), _ in learn.dls.train_ds])
+    learn.model.eval()(x)  # what an interrupted batch had begun
+    with torch.no_grad():
+        logits = learn.model.eval()(x)
+        exact = copy.deepcopy(learn.model).double()(x.double())
+    assert torch.allclose(logits.double(), exact, atol=1e-5)
+
+
+def test_a_compiled_model_trains_in_bfloat16_too():
+    learn = noise_learner(CPUMixedPrecision())
+    learn.model = torch.compile(learn.model, backend="eager")
+    learn.fit(1)
+    twin = noise_learner(CPUMixedPrecision())
+    twin.fit(1)
+    assert [row[0] for row in learn.recorder.values] == pytest.approx(
+        [row[0] for row in twin.recorder.values], rel=1e-3
+    )
+
+
+def test_frozen_layers_of_the_encoder_are_frozen_in_the_key_encoder_and_no_others():
+    def losses(*cbs):
+        learn = noise_learner(*cbs)
+        learn.fit(2)
+        return [x.item() for x in learn.recorder.losses]
+
+    assert losses(BnFreeze()) == losses()  # every layer trains, so there is nothing to freeze
+
+    class Evaluates(Callback):
+        def before_batch(self):
+            self.model.encoder[1].eval()
+
+        def after_pred(self):
+            modes.append([self.model.key_encoder[i].training for i in (1, 4)])
+
+    modes = []
+    noise_learner(Evaluates()).fit(1)
+    assert modes[0] == [False, True]
+
+
+def test_a_batch_that_is_not_finite_spoils_no_later_step():
+    class Skip(Callback):
+        order = 0
+
+        def before_batch(self):
+            if self.training and self.iter == 1:
+                self.learn.xb = ((self.x[0], self.x[1] * torch.nan),)
+
+        def after_loss(self):
+            losses.append(self.loss.isfinite().item())
+            if self.training and not self.loss.isfinite():
+                raise CancelBatchException
+
+    losses: list = []
+    learn = noise_learner(Skip())
+    learn.fit(2)
+    trained = losses[:3] + losses[6:9]
+    assert trained == [True, False, True] * 2
+    assert learn.model.bank.z.isfinite().all()
+
+
+def test_weights_of_terms_may_change_in_a_fit():
+    class WarmUp(Callback):
+        def before_batch(self):
+            self.loss_func.l1 = 0.0 if self.epoch == 1 else 0.2
+
+    learn = noise_learner(WarmUp())
+    learn.fit(3)
+    names, rows = list(learn.recorder.metric_names)[1:-1], learn.recorder.values
+    assert {len(row) for row in rows} == {len(names)}
+    ensc, mva = ([row[names.index(name)] for row in rows] for name in ("ensc", "mva"))
+    assert math.isnan(ensc[1]) and ensc[0] > 0 and ensc[2] > 0 and min(mva) > 0
+
+
+def test_a_learner_without_recorder_trains():
+    learn = noise_learner()
+    learn.remove_cb(learn.recorder)
+    learn.fit(1)
+    assert EVENTS[3:] == ["update", "push4"] * 3
+
+
+def test_another_loss_validates_and_does_not_train():
+    learn = noise_learner()
+    expected = learn.validate()[0]
+    learn.loss_func = nn.CrossEntropyLoss()
+    assert learn.validate()[0] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="expected an ECANLoss as loss_func, got CrossEntropyLoss"):
+        learn.fit(1)
+    learn.loss_func = ECANLoss(reading=PaperReading(key_eval=True))
+    with pytest.raises(ValueError, match="key_eval is read when the model is made"):
+        learn.fit(1)
+
+
+@pytest.mark.parametrize(
+    "cb,n_epoch,said",
+    [
+        (ProgressiveResize(16), 1, "no effect: 0.75 of 1 epochs is less than one epoch"),
+        (ProgressiveResize(32, 1), 1, "to 32 pixels has no effect on views of 32"),
+    ],
+)
+def test_small_images_that_change_nothing_warn(cb, n_epoch, said):
+    with pytest.warns(UserWarning, match=said):
+        noise_learner(cb).fit(n_epoch)
 
 
 def test_a_fit_after_an_interrupted_one_trains_in_bfloat16_as_if_alone():

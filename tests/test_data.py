@@ -11,9 +11,9 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
-from fastai.data.transforms import get_image_files, parent_label
+from fastai.data.transforms import Normalize, get_image_files, parent_label
 from fastai.torch_core import TensorCategory, set_seed
-from fastai.vision.augment import FlipItem, RandomCrop
+from fastai.vision.augment import Brightness, Flip, FlipItem, RandomCrop
 from fasttransform import Transform
 from PIL import Image
 
@@ -53,6 +53,18 @@ def test_draws_differ_between_views_items_workers_and_epochs_and_repeat_under_a_
     assert torch.equal(again, q)
     set_seed(4)
     assert not torch.equal(torch.cat([b[0] for b in epoch(dls)]), q)
+
+
+def test_batch_transforms_that_are_added_later_draw_for_each_view(make_dls):
+    dls = make_dls(level="none")
+    (q, k), _ = dls.train.one_batch()
+    assert torch.equal(q, k)
+    dls.add_tfms([Flip(p=0.5, draw=None), Brightness(0.5, p=1)], "after_batch")
+    (q, k), _ = dls.train.one_batch()
+    assert not torch.equal(q, k) and type(q) is FaceImage
+    assert torch.equal(dls.valid.one_batch()[0], dls.valid.one_batch()[0])  # in evaluation they do nothing
+    for dl in dls.loaders:
+        assert sum(isinstance(t, Normalize) for t in dl.after_batch.fs) == 1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_image_files, parent_label
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
@@ -29,7 +30,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 from torch import nn
 from torchvision.models import resnet18
 
-from ecan_fastai.callbacks import CPUMixedPrecision, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
+from ecan_fastai.callbacks import CPUMixedPrecision, CropsAsImages, LossPartsRecorder, MemoryBankUpdate, MomentumUpdate
 from ecan_fastai.data import TwoViewBlock
 from ecan_fastai.learner import *
 from ecan_fastai.losses import ECANLoss, PaperReading
@@ -776,3 +777,56 @@ def test_another_loss_of_an_ecan_learner_is_refused_before_training(make):
     learn.loss_func = CrossEntropyLossFlat()
     with pytest.raises(ValueError, match="expected an ECANLoss as loss_func, got CrossEntropyLossFlat"):
         learn.fit(1)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_an_export_has_the_settings_of_its_learner(maker, make, tmp_path):
+    terms = dict(weight=torch.linspace(0.5, 2, 7), label_smoothing=0.2)
+    loss = ECANLoss(**terms) if maker is ecan_learner else CrossEntropyLossFlat(flatten=False, **terms)
+    learn = make(maker, loss_func=loss, lr=3e-3, wd=0.03, opt_func=Adam, moms=(0.8, 0.7, 0.8))
+    learn.export("e.pkl")
+    again = load(tmp_path / "e.pkl")
+    again.dls = learn.dls
+    with again.no_bar():
+        assert again.validate()[0] == pytest.approx(learn.validate()[0], rel=1e-5)
+    assert (again.lr, again.wd, again.moms, again.opt_func) == (3e-3, 0.03, (0.8, 0.7, 0.8), Adam)
+    again.freeze()
+    trained = {name for name, p in again.model.named_parameters() if p.requires_grad}
+    norms = {
+        f"encoder.{n}.{k}"
+        for n, m in again.model.encoder.named_modules()
+        for k, _ in m.named_parameters(recurse=False)
+        if isinstance(m, nn.BatchNorm2d)
+    }
+    assert trained == norms | {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_compiled_model_is_in_the_same_parameter_groups(maker, make):
+    learn = make(maker)
+    expected = [[id(p) for p in group] for group in learn.splitter(learn.model)]
+    learn.model = torch.compile(learn.model, backend="eager")
+    assert [[id(p) for p in group] for group in learn.splitter(learn.model)] == expected
+    keys = {id(p) for name, p in learn.model.named_parameters() if "key_encoder" in name}
+    assert not keys & {*sum(expected, [])} and len(keys) == (len(expected[0]) if maker is ecan_learner else 0)
+
+
+@pytest.mark.parametrize(
+    "maker,cb,name",
+    [
+        (ecan_learner, MomentumUpdate(0.5), "MomentumUpdate"),
+        (ecan_learner, [MemoryBankUpdate], "MemoryBankUpdate"),
+        (baseline_learner, CropsAsImages(), "CropsAsImages"),
+    ],
+)
+def test_a_second_callback_of_the_learners_own_kind_is_refused(maker, cb, name, make):
+    with pytest.raises(ValueError, match=f"the learner has its own {name}: leave it out of cbs"):
+        make(maker, cbs=cb)
+
+
+def test_what_a_baseline_does_not_use_is_refused(make, make_dls):
+    with pytest.raises(ValueError, match="plain cross-entropy on the output of baseline_learner: use ecan_learner"):
+        make(baseline_learner, loss_func=ECANLoss(l1=0.9))
+    plain = torch.utils.data.DataLoader([(torch.zeros(1, 32, 32), 0)] * 4, batch_size=2)
+    with pytest.raises(ValueError, match="expected fastai's DataLoaders, got loaders of type DataLoader"):
+        baseline_learner(DataLoaders(plain, plain), "resnet10t")

@@ -673,7 +673,10 @@ def test_wrong_input_is_named(call, said):
     "options, said",
     [
         (dict(l1=0, temperature=0.2), "no effect with l1=0: temperature$"),
-        (dict(l1=0, bank_positives=RARE, center_features=True), "no effect with l1=0: bank_positives, center_features$"),
+        (
+            dict(l1=0, bank_positives=RARE, center_features=True),
+            "no effect with l1=0: bank_positives, center_features$",
+        ),
         (dict(l1=0, reading=PaperReading(anchors_only=True)), "no effect with l1=0: anchors_only$"),
         (dict(l1=0, contrast="supcon"), "no effect with l1=0: contrast$"),
         (dict(l2=0, n_groups=3), "no effect with l2=0: n_groups$"),
