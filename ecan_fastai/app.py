@@ -21,11 +21,12 @@ LARGEST_FILE = "20mb"
 LARGEST_SIDE = 1600  # Pixels; larger photographs are scaled down
 MOST_FILES = 200
 MOST_HEATMAPS = 12
+_BOX = ["left", "top", "right", "bottom"]
 KEPT_SECONDS = 120  # Uploads and results are deleted after this time, or when the page is closed
 
 
 def _photo(file):
-    "Read an uploaded photograph, scaled down if it is large"
+    "Read an uploaded photograph, scaled down if it is large; return it and the scale"
     name = Path(file).name
     try:
         image = read_face(file, 3)
@@ -33,8 +34,8 @@ def _photo(file):
         raise ValueError(f"{name} was deleted after {KEPT_SECONDS} seconds, upload it again") from None
     except (ValueError, OSError) as e:
         raise ValueError(str(e).replace(str(file), name)) from None  # without the folder on the server
-    scale = LARGEST_SIDE / max(image.shape[:2])
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image
+    scale = min(1.0, LARGEST_SIDE / max(image.shape[:2]))
+    return (cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image), scale
 
 
 def _rounded(table):
@@ -62,7 +63,7 @@ class FaceApp:
 
     def label(self, file):  # Sentence, image with boxes, table
         "Label the faces of a photograph"
-        image = _photo(file)
+        image, _ = _photo(file)
         faces = self.predictor.predict_faces(image, self.finder)
         table = _rounded(faces[["label", "probability", *self.predictor.columns]])
         table.insert(0, "face", range(1, len(table) + 1))
@@ -70,7 +71,7 @@ class FaceApp:
 
     def heatmaps(self, file):  # Sentence, list of (image, caption)
         "Draw heat maps of where the model looks, on the largest faces of a photograph"
-        crops = [f.image for f in self.finder(_photo(file))]
+        crops = [f.image for f in self.finder(_photo(file)[0])]
         if not crops:
             return _said(0), []
         shown = crops[:MOST_HEATMAPS]
@@ -88,11 +89,12 @@ class FaceApp:
         tables, left_out = [], []
         for file in files:
             try:
-                photo = _photo(file)
+                photo, scale = _photo(file)
             except (ValueError, OSError):
                 left_out.append(Path(file).name)
                 continue
             table = self.predictor.predict_faces(photo, self.finder)
+            table[_BOX] /= scale
             tables.append(table.assign(image=Path(file).name))
         if not tables:
             raise ValueError("None of the files can be read as an image: expected JPEG, PNG or WebP files")
@@ -198,7 +200,10 @@ def launch_app(
     page.kept_files = folder  # deleted with the page
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options: dict = dict(server_name=host, server_port=port, share=False, ssr_mode=False, quiet=True, footer_links=[])
-    _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
+    try:
+        _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
+    except OSError as e:
+        raise OSError(f"port {port} is in use: choose another one (--port)" if port else f"no free port: {e}") from e
     print(f"ecan_app: open {url} in a browser, stop with Ctrl+C", flush=True)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside, it deletes its files too

@@ -90,7 +90,7 @@ class DataReport:
         splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
         rows = [
             (name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum()))
-            for name, own in self.pairs.groupby(splits, sort=False)
+            for name, own in self.pairs.groupby(np.array(splits), sort=False)
         ]
         return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "different labels"])
 

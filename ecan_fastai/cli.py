@@ -293,7 +293,7 @@ def ecan_predict(args=None):
         if given.heatmaps:
             _write_heatmaps(predictor, list(readable[:16]), given.heatmaps)
         if given.by:
-            _print_groups(table, files, given.by, predictor.vocab)
+            _print_groups(table, files, given.by, predictor.vocab, given.faces)
         if len(readable) < len(files):
             p.exit(1, f"{p.prog}: {len(files) - len(readable)} of {len(files)} files are left out\n")
 
@@ -312,11 +312,14 @@ def _found_faces(predictor, given):
     return files, readable, table
 
 
-def _print_groups(table, files, people, vocab):
+def _print_groups(table, files, people, vocab, faces):
     from ecan_fastai.detector import accuracy_by_group
 
     groups = accuracy_by_group(table, files, people, vocab)
-    print("\nAccuracy by group, with the 95 % interval from low to high; found: images in which a face was found")
+    if not faces:
+        groups = groups.drop(columns="found")
+    found = "; found: images in which a face was found" if faces else ""
+    print(f"\nAccuracy by group, with the 95 % interval from low to high{found}")
     print(groups.to_string(index=False, float_format="{:.3f}".format))
 
 

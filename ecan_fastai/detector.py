@@ -19,7 +19,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.transforms import image_extensions
 from fastcore.basics import patch
 from PIL import Image
 
@@ -27,7 +26,7 @@ from .data import read_face
 from .inference import Predictor, image_list, shared_classes
 from .metrics import subgroup_table
 from .progress import progress
-from .readers.records import image_files, read_csv
+from .readers.records import IMAGE_SUFFIXES, image_files, read_csv
 from .runfiles import write_whole
 from ecan_fastai.video import (
     VIDEO_SUFFIXES,
@@ -136,7 +135,7 @@ def media_files(
     "List the photographs and videos of a folder, as `image_files` lists images, or the one file"
     if not Path(path).is_dir():
         return [Path(path)]
-    files = image_files(path, image_extensions | set(VIDEO_SUFFIXES))
+    files = image_files(path, IMAGE_SUFFIXES | set(VIDEO_SUFFIXES))
     if not files:
         raise ValueError(f"no images or videos found under {path}")
     return files
@@ -194,7 +193,7 @@ def _annotator(file, items, every):
     if is_video(items[0]):
         writer = VideoWriter(file, 1 / every if every else frame_rate(items[0]))
         return (lambda second, image, table: writer.write(second, draw_faces(image, table))), writer
-    if Path(file).suffix.lower() not in image_extensions:
+    if Path(file).suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"annotated: expected the name of an image file for a photograph, got {file}")
 
     def write(_, image, table):
@@ -271,6 +270,9 @@ def accuracy_by_group(
 ) -> pd.DataFrame:  # As `subgroup_table` returns it
     "Measure accuracy by group of people; warns if files are left out, raises `ValueError` if none is left"
     people = people if isinstance(people, pd.DataFrame) else read_csv(people)
+    attributes = people.drop(columns=[people.columns[0], "label"], errors="ignore")
+    if not len(attributes.columns):
+        raise ValueError("the table of people has no column to group by, beside the names of files and `label`")
     rows = _rows_of_people(files, people)
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]
     if not known:
@@ -283,5 +285,4 @@ def accuracy_by_group(
         warnings.warn(f"{left_out} of {len(files)} files are left out: no row in the table, or no class of the model")
     predicted = table.groupby("image")["label"].first()
     correct = [predicted[f] == label if f in predicted else math.nan for f, _, label in labelled]
-    attributes = people.drop(columns=[people.columns[0], "label"], errors="ignore")
     return subgroup_table(correct, attributes.iloc[[row for _, row, _ in labelled]])

@@ -9,6 +9,7 @@ __all__ = ['class_indices', 'per_class_table', 'split_metrics', 'subgroup_table'
 
 # %% ../nbs/08_metrics.ipynb #215a2d79
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,12 @@ def _bands(values):
     return values.astype("string").fillna("unknown")
 
 
+def _place(group):
+    "Key that sorts groups by the number with which they begin, those without one last"
+    number = re.match(r"-?\d+(\.\d+)?", group)
+    return number is None, float(number[0]) if number else 0, group
+
+
 def _share_with_interval(k, n):
     "k/n with its 95 % interval (Wilson, 1927)"
     return (k / n, *binomtest(k, n).proportion_ci(method="wilson")) if n else [math.nan] * 3
@@ -84,7 +91,7 @@ def subgroup_table(
     correct, rows = pd.Series(list(correct), dtype=float), []
     for attribute in people:
         groups = _bands(people[attribute].reset_index(drop=True))
-        for group, own in correct.groupby(groups):
+        for group, own in sorted(correct.groupby(groups), key=lambda pair: _place(pair[0])):
             n, k = int(own.notna().sum()), int(own.sum())
             rows.append((attribute, group, len(own), n, k, *_share_with_interval(k, n)))
     return pd.DataFrame(rows, columns="attribute group images found correct accuracy low high".split())

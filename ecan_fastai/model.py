@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .layers import speed_up_small_maps
 from .runfiles import check_file
-from .weights import NAMES, named_settings, named_weights
+from .weights import NAMES, named_weights, weights_settings
 
 # %% ../nbs/05_model.ipynb #30b47bc1
 class _BankBuffers(nn.Module):
@@ -242,9 +242,9 @@ def choose_arch(
     arch,  # As `FaceClassifier.create` takes it, or None
     pretrained,  # As `FaceClassifier.create` takes it
 ):
-    "Return the architecture to build: the given one, the named weights' own, or ResNet-18"
-    own = named_settings(pretrained)["arch"] if pretrained in NAMES else None
-    if own and arch not in (None, own):
+    "Return the architecture to build: the given one, that of named weights or of a run, or ResNet-18"
+    own = weights_settings(pretrained).get("arch") if isinstance(pretrained, (str, Path)) else None
+    if pretrained in NAMES and arch not in (None, own):
         raise ValueError(
             f"the weights {pretrained} are of {own}, and not of {arch_name(arch)}: leave the architecture out"
         )

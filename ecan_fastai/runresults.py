@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import num_distrib
+from fastai.torch_core import get_model, num_distrib
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import uses_five_crops
@@ -133,7 +133,10 @@ def _calibrate(outputs, metrics):
     "Fit a temperature on valid if training has not seen it, and note the calibration errors of other splits"
     if "valid" not in outputs:
         return {}
-    temperature = round(fit_temperature(*outputs["valid"][:2]), 4)
+    logits, targets, _ = outputs["valid"]
+    temperature = round(fit_temperature(logits, targets), 4)
+    if (logits.argmax(-1).numpy() == targets).all() or not 0.051 < temperature < 19.9:
+        return {}  # a few images fit any temperature, the ends of the range best
     for name, (logits, targets, _) in outputs.items():
         if name != "valid":
             errors = [calibration_error((logits / t).softmax(-1).numpy(), targets) for t in (1, temperature)]
@@ -209,6 +212,9 @@ def write_results(
     # save_file would make the file readable by its owner alone
     write_run_file(out / "model.safetensors", lambda f: f.write_bytes(safetensors.torch.save(weights)))
     learn.remove_cbs([MixedPrecision, ChannelsLast])
+    with torch.no_grad():  # so that the probabilities of the exported learner are calibrated, too
+        for p in get_model(learn.model).classifier.parameters():
+            p.div_(calibration.get("temperature", 1))
     write_run_file(out / "export.pkl", lambda f: learn.export(f.resolve()))
     record = _record(cfg, history, metrics, out)
     write_run_file(out / "card.md", lambda f: f.write_text(model_card(read_json(out / "config.json"), record)))

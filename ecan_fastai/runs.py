@@ -45,7 +45,7 @@ from ecan_fastai.runfiles import (
 from ecan_fastai.runresults import environment, note_environment, write_json, write_results
 from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTests
 from ecan_fastai.sample import sample_faces
-from ecan_fastai.weights import NAMES, named_settings
+from ecan_fastai.weights import NAMES, weights_settings
 
 # What a learner does not choose by itself: its default is the paper's optimizer
 OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
@@ -55,11 +55,11 @@ OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 
 
 def resolve_config(cfg):
-    "Recognise the data of a configuration, then fill in the settings of named weights and the preset of its kind"
+    "Recognise the data of a configuration, then fill in the settings of its first weights and the preset of its kind"
     if cfg.kind == "auto" and not means_sample(cfg.data):
         cfg.kind = detect_kind(cfg.data)
-    if cfg.pretrained in NAMES:
-        for name, value in named_settings(cfg.pretrained).items():
+    if isinstance(cfg.pretrained, str):
+        for name, value in weights_settings(cfg.pretrained).items():
             if getattr(cfg, name) is None:
                 setattr(cfg, name, value)
     return cfg.resolve()

@@ -69,6 +69,15 @@ def test_a_photograph_of_any_kind_is_labelled_as_by_the_predictor(app, predictor
     assert (drawn != image).any()
 
 
+def test_boxes_to_download_are_in_pixels_of_the_photograph(app, uploads):
+    large = read_face(uploads / "large.jpg")
+    assert max(large.shape) > LARGEST_SIDE
+    *_, csv = app.label_files([str(uploads / "large.jpg")])
+    (face,) = app.finder(large)
+    row, box = pd.read_csv(csv).iloc[0], ["left", "top", "right", "bottom"]
+    assert np.allclose(row[box].to_numpy(float), [getattr(face, k) for k in box], atol=0.02 * max(large.shape))
+
+
 @pytest.mark.slow
 def test_a_table_to_download_runs_no_formula(app, uploads, tmp_path):
     file = tmp_path / "=1+1.jpg"

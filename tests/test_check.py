@@ -143,3 +143,9 @@ def test_a_class_may_be_called_all_and_have_dollars_in_its_name(tmp_path):
     report = check_data(tmp_path)
     assert report.counts["all"].tolist() == [2, 2, 4]
     show_pairs(report).canvas.draw()
+
+
+def test_a_single_pair_is_named_by_its_splits(tmp_path):
+    file = next(sample_faces(tmp_path / "f", n=40).rglob("happy*.png"))
+    (tmp_path / "t.csv").write_text(f"image,label,split\n{file},happy,train\n{file},happy,test\n")
+    assert check_data(tmp_path / "t.csv").summary().values.tolist() == [["test and train", 1, 0, 0]]

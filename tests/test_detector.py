@@ -198,6 +198,13 @@ def test_broken_files_are_named(tmp_path, run):
             FaceFinder(**bad)
 
 
+def test_a_table_of_people_needs_a_column_to_group_by():
+    people = pd.DataFrame(dict(file=["a.png"], label=["happy"]))
+    table = pd.DataFrame(dict(image=["a.png"], label=["happy"]))
+    with pytest.raises(ValueError, match="the table of people has no column to group by"):
+        accuracy_by_group(table, ["a.png"], people, ["happy", "sad"])
+
+
 def test_large_frames_go_to_the_detector_in_smaller_batches():
     def sizes(height, width, n, n_frames=16):
         frame = np.broadcast_to(np.uint8(0), (height, width, 3))
@@ -335,8 +342,8 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     said = capsys.readouterr().out
     table = Predictor(run).predict(images[:8])
     right = sum(label == Path(f).parent.name for f, label in zip(table["image"], table["label"]))
-    counts = [line.split()[2:5] for line in said.splitlines() if line.split()[:1] == ["age"]]
-    assert sum(int(n) for n, _, _ in counts) == 8 and sum(int(k) for _, _, k in counts) == right
+    counts = [line.split()[2:4] for line in said.splitlines() if line.split()[:1] == ["age"]]
+    assert sum(int(n) for n, _ in counts) == 8 and sum(int(k) for _, k in counts) == right and "found" not in said
     assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100
 
 

@@ -1,6 +1,8 @@
 import hashlib
 import inspect
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -884,3 +886,15 @@ def test_a_share_to_hold_out_is_told_to_have_no_effect_beside_a_valid_split(face
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         folder_dls(faces, valid="test")
+
+
+def test_images_are_found_without_the_systems_table_of_types(tmp_path):
+    for suffix in ("webp", "jfif", "png", "JPG", "avif", "jp2", "txt"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"x")
+    code = (
+        "import mimetypes; mimetypes.knownfiles = []\n"
+        "from ecan_fastai.readers.records import image_files; import sys\n"
+        "print(sorted(f.suffix for f in image_files(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == str([".JPG", ".avif", ".jfif", ".jp2", ".png", ".webp"]), done.stderr

@@ -73,3 +73,11 @@ def test_the_interval_of_a_group_is_wilsons():
     assert table.loc["left", ["images", "found", "correct"]].tolist() == [11, 10, 8]
     assert table.loc["right", ["low", "high"]].tolist() == pytest.approx([0, 0.4345], abs=5e-5)
     assert table.loc["up", ["accuracy", "low", "high"]].isna().all()
+
+
+def test_groups_of_numbers_are_in_their_order():
+    ages = pd.DataFrame(dict(age=[12, 5, 67, 25.5, np.nan], who=["b", "a", "c", "a", "b"]))
+    table = subgroup_table([1] * 5, ages)
+    assert table["group"].tolist() == ["5.0", "12.0", "25.5", "67.0", "unknown", "a", "b", "c"]
+    wide = pd.DataFrame(dict(age=[*range(0, 120, 10), 105]))
+    assert subgroup_table([1] * 13, wide)["group"].tolist() == [f"{n}-{n + 9}" for n in range(0, 120, 10)]

@@ -57,7 +57,42 @@ def test_a_run_is_calibrated_on_valid_and_its_card_says_so(faces, tmp_path):
     rows = [predictor.vocab.index(v) for v in valid["label"]]
     assert fit_temperature(np.log(valid[predictor.columns].clip(1e-5)), rows) == pytest.approx(1, rel=0.02)
     card = (run / "card.md").read_text()
-    assert "fitted on valid" in card and f"{100 * measured['accuracy']:.2f}" in card
+    assert f"fitted on valid ({len(valid)} images)" in card and f"{100 * measured['accuracy']:.2f}" in card
+
+
+def logits_of(right, scale=1.0):
+    "Logits of two classes, as many as `right`, and the targets"
+    targets = np.arange(len(right)) % 2
+    sure = scale * (2 * np.array(right) - 1)
+    return torch.tensor(np.stack([np.where(targets == 0, sure, 0), np.where(targets == 1, sure, 0)], 1)), targets
+
+
+@pytest.mark.parametrize(
+    "right,scale,fitted",
+    [
+        ([True] * 30 + [False] * 10, 2.0, True),
+        ([True] * 4, 2.0, False),  # all right: any lower temperature is better
+        ([False] * 3 + [True], 2.0, False),  # mostly wrong: the highest one is
+        ([True] * 99 + [False], 0.5, True),
+    ],
+)
+def test_a_temperature_at_an_end_of_its_range_is_no_calibration(right, scale, fitted):
+    logits, targets = logits_of(right, scale)
+    metrics: dict = dict(valid={}, test={})
+    found = runresults._calibrate(dict(valid=(logits, targets, None), test=(logits, targets, None)), metrics)
+    assert bool(found) == fitted == ("calibrated_error" in metrics["test"])
+    if fitted:
+        assert found["calibrated_on"] == "valid" and 0.06 < found["temperature"] < 19
+
+
+def test_a_run_starts_with_the_settings_of_the_run_whose_weights_it_takes(run, faces):
+    first = json.loads((run / "config.json").read_text())["config"]
+    for pretrained in (run, run / "model.safetensors"):
+        cfg = runs.resolve_config(RunConfig(str(faces), "folder", "baseline", pretrained=pretrained))
+        for name in ("arch", "size", "channels", "recipe"):
+            assert getattr(cfg, name) == first[name] != getattr(RunConfig("x", "folder").resolve(), name)
+    cfg = runs.resolve_config(RunConfig(str(faces), "folder", "baseline", pretrained=run, size=40))
+    assert (cfg.size, cfg.channels) == (40, 1)
 
 
 @pytest.mark.slow
@@ -129,10 +164,9 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
     model = FaceClassifier.create("resnet10t", 7, 1)
     model.load_state_dict(load_file(out / "model.safetensors"))
     plain = load_learner(out / "export.pkl")
-    for a, b in zip(model.state_dict().values(), plain.model.state_dict().values()):
+    for a, b in zip(model.encoder.state_dict().values(), plain.model.encoder.state_dict().values()):
         assert torch.equal(a, b)
-    calibrated = plain.predict(table.image[0])[2].log().div(about["about"]["temperature"]).softmax(-1)
-    assert np.allclose(calibrated, probs[0], atol=1e-4)
+    assert np.allclose(plain.predict(table.image[0])[2], probs[0], atol=1e-4)  # calibrated, too
 
 
 @pytest.mark.slow

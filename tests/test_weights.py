@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,9 +14,18 @@ from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.model import FaceClassifier
 from ecan_fastai.readers.records import Face
+from ecan_fastai.runfiles import read_json
 from ecan_fastai.runs import resolve_config
 from ecan_fastai.sample import draw_face
-from ecan_fastai.weights import NAMES, available, model_card, named_settings, named_weights, shipped_run, weights_stats
+from ecan_fastai.weights import (
+    NAMES,
+    available,
+    model_card,
+    named_weights,
+    shipped_run,
+    weights_settings,
+    weights_stats,
+)
 
 VOCAB = ["happy", "sad"]
 
@@ -68,7 +78,7 @@ def test_an_encoder_starts_from_named_weights(name):
 
 def standing_out(weights):
     "Median distance, in standard deviations, of a layer's channel means from the means that its normalisation keeps"
-    model = timm.create_model(named_settings("imagenet")["arch"])
+    model = timm.create_model(weights_settings("imagenet")["arch"])
     model.load_state_dict(weights)
     coarse = torch.randn(4, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     gaps = []
@@ -152,6 +162,28 @@ def test_the_card_holds_what_the_records_say():
 
 def test_statistics_of_named_weights():
     "ImageNet's are those of timm's own weights of this architecture"
-    cfg = timm.get_pretrained_cfg(named_settings("imagenet")["arch"])
+    cfg = timm.get_pretrained_cfg(weights_settings("imagenet")["arch"])
     assert weights_stats("imagenet") == (list(cfg.mean), list(cfg.std)) == ([0.5] * 3, [0.5] * 3)
     assert weights_stats("fer2013") == weights_stats(shipped_run()) == ([0.5], [0.25])
+
+
+def test_a_card_shows_the_classes_of_valid_where_there_is_no_other_split_and_any_name_of_a_class():
+    written = read_json(shipped_run() / "config.json")
+    measured = read_json(shipped_run() / "metrics.json")
+    split = next(iter(measured["splits"].values()))
+    split = {**split, "per_class": {"a|b": next(iter(split["per_class"].values()))}}
+    one = model_card(written, {**measured, "splits": dict(valid=split)})
+    assert "| valid | a\\|b | " in one
+    two = model_card(written, {**measured, "splits": dict(valid=split, valid_b=split)})
+    assert "| valid | a" not in two and "| valid_b | a\\|b | " in two
+    table = one.partition("## By class")[2].strip().splitlines()[1:]
+    assert len({re.sub(r"\\\|", "", line).count("|") for line in table if line}) == 1
+
+
+def test_settings_of_weights():
+    assert (
+        weights_settings("fer2013")
+        == weights_settings(shipped_run())
+        == dict(arch="resnet18_cifar", size=48, channels=1, recipe="fer2013")
+    )
+    assert weights_settings("some.pth") == {} and weights_stats("some.pth") is None
