@@ -224,9 +224,8 @@ class LossPartsRecorder(Callback):
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
-        if self.batches and hasattr(
-            self.learn, "recorder"
-        ):  # a batch without a pair of one class has NaN as its cosine
+        if self.batches and hasattr(self.learn, "recorder"):
+            # a batch without a pair of one class has NaN as its cosine
             fill_columns(self.recorder, self.at, maybe_gather(torch.stack(self.batches)).nanmean(0).tolist())
         self.batches = []
 

@@ -78,7 +78,7 @@ def _written(weights):
     check_file(config)
     try:
         written = json.loads(config.read_text())
-        return {part: dict(written[part]) for part in ("config", "about")}
+        return {part: dict(written[part]) for part in ("config", "about") if part in written}
     except (ValueError, LookupError, TypeError):  # another program's config.json
         return {}
 
