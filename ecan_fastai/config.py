@@ -74,8 +74,8 @@ class RunConfig:
     )
     pretrained: str | bool = _setting(
         "method",
-        "start from timm's weights (write DATA before it), or with PATH from named weights (fer2013, imagenet), a run "
-        "folder or a checkpoint",
+        "start from timm's weights (write DATA before it), or with PATH from named weights (fer2013, imagenet) or a "
+        "run folder, with their arch, size, channels and recipe, or from a checkpoint",
         False,
     )
     epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)
