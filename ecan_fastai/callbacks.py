@@ -175,7 +175,7 @@ class ProgressiveResize(Callback):
         self.is_small = False  # whether the fit is in an epoch on small images
 
     def before_train(self):
-        if not (n_small := int(self.pct * self.n_epoch)):
+        if not (n_small := int(self.pct * self.n_epoch)) and not hasattr(self.learn, "lr_finder"):
             warnings.warn(
                 f"ProgressiveResize has no effect: {self.pct} of {self.n_epoch} epochs is less than one epoch"
             )
@@ -219,7 +219,7 @@ class LossPartsRecorder(Callback):
         self.batches = []
 
     def after_loss(self):
-        parts, missing = self.loss_func.parts, self.learn.loss.new_tensor(torch.nan)
+        parts, missing = self.loss_func.parts, self.learn.loss.new_full((), torch.nan)
         self.batches.append(torch.stack([parts.get(k, missing) for k in self.names]))
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 

@@ -386,12 +386,10 @@ def set_stats(
     std,  # Standard deviation of each channel
     default: bool = False,  # The weights of a learner may bring other ones
 ):
-    "Set the statistics by which loaders normalise images"
-    norm = Normalize(*(torch.tensor(s, device=dls.device).view(1, -1, 1, 1) for s in (mean, std)))
-    norm.by_default = default
-    for dl in dls.loaders:  # a new transform, because loaders of one DataBlock share theirs
-        others = [t for t in dl.after_batch.fs if not isinstance(t, Normalize)]
-        dl.after_batch = Pipeline([*others, norm], split_idx=dl.after_batch.split_idx)
+    "Set the statistics by which loaders, and those that `test_dl` has made from them, normalise images"
+    for norm in _norms(dls):
+        norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
+        norm.by_default = default
 
 # %% ../nbs/02_data.ipynb #5e77a1e5
 def _short(stats):
@@ -404,21 +402,24 @@ def settle_stats(
 ):
     """Normalise images as a new learner needs it, unless its user chose the statistics
 
-    Loaders without a `Normalize` get one, as with `vision_learner`. Raises `ValueError` if an earlier learner on the
-    same loaders has other statistics, because they would change under it."""
+    Loaders without a `Normalize` get one, as with `vision_learner`. Raises `ValueError` if an earlier learner has other
+    statistics on the same `Normalize`, which the loaders of one `DataBlock` share: they would change under it."""
     norms = _norms(dls)
     if not all(getattr(norm, "by_default", False) for norm in norms):
         return
     now = [s.flatten().tolist() for s in (norms[0].mean, norms[0].std)] if norms else None
     if stats and (now is None or not np.allclose(now, stats)):
-        if getattr(dls, "settled", False):
+        if getattr(norms[0] if norms else dls, "settled", False):
             has = f"has {_short(now)}" if now else "has images that are not normalised"
             raise ValueError(
                 f"these weights need images normalised by mean and deviation {_short(stats)}, but an earlier learner "
-                f"on the same DataLoaders {has}: make DataLoaders for each learner"
+                f"on the same DataLoaders or DataBlock {has}: make new ones for this learner"
             )
+        if not norms:
+            dls.add_tfms([Normalize.from_stats(*stats, cuda=dls.device.type == "cuda")], "after_batch")
         set_stats(dls, stats[0], stats[1], default=True)
-    dls.settled = True
+    for holder in _norms(dls) or [dls]:
+        holder.settled = True
 
 # %% ../nbs/02_data.ipynb #bdd3876e
 grey_stats = ([0.5], [0.25])

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -395,6 +396,14 @@ def test_another_loss_validates_and_does_not_train():
 def test_small_images_that_change_nothing_warn(cb, n_epoch, said):
     with pytest.warns(UserWarning, match=said):
         noise_learner(cb).fit(n_epoch)
+
+
+def test_a_search_for_the_rate_does_not_say_that_small_images_have_no_effect():
+    learn = noise_learner(ProgressiveResize(16), n=60)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        learn.lr_find(num_it=12, show_plot=False)  # within one epoch
+    assert not any("no effect" in str(w.message) for w in said)
 
 
 def test_a_fit_after_an_interrupted_one_trains_in_bfloat16_as_if_alone():

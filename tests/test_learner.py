@@ -675,16 +675,22 @@ def test_a_learner_that_could_not_be_made_does_not_hold_its_loaders(make_dls, tm
     assert np.allclose(stats_of(dls), ([0.6], [0.25]))
 
 
-def test_loaders_of_one_data_block_do_not_share_statistics(faces, tmp_path):
+def test_loaders_of_one_data_block_are_not_changed_under_a_learner(faces, tmp_path):
     block = DataBlock(
         (TwoViewBlock(size=32, channels=1, level="none"), CategoryBlock), get_items=get_image_files, get_y=parent_label
     )
     one, other = (block.dataloaders(faces, bs=8, num_workers=0) for _ in range(2))
-    before = stats_of(other)
-    ecan_learner(one, "resnet10t", pretrained=run_of(tmp_path / "run", 1, [0.6], [0.2]))
-    assert np.allclose(stats_of(one), ([0.6], [0.2])) and stats_of(other) == before
-    ecan_learner(other, "resnet10t", pretrained=run_of(tmp_path / "more", 1, [0.7], [0.2]))
-    assert np.allclose(stats_of(other), ([0.7], [0.2]))
+    before = stats_of(ecan_learner(one, "resnet10t").dls)
+    with pytest.raises(ValueError, match="on the same DataLoaders or DataBlock has .* make new ones"):
+        ecan_learner(other, "resnet10t", pretrained=run_of(tmp_path / "run", 1, [0.6], [0.2]))
+    assert stats_of(one) == before
+
+
+def test_a_test_loader_made_before_the_learner_has_its_statistics(make_dls, faces, tmp_path):
+    dls, files = make_dls(), get_image_files(faces)[:8]
+    early = dls.test_dl(files)
+    learn = ecan_learner(dls, "resnet10t", pretrained=run_of(tmp_path / "run", 1, [0.3], [0.1]), path=tmp_path)
+    assert torch.equal(early.one_batch()[0], learn.dls.test_dl(files).one_batch()[0])
 
 
 def test_without_a_network_the_message_names_the_way_out(make, monkeypatch):
