@@ -188,7 +188,7 @@ def main():
     about = "milliseconds, in brackets times cross-entropy; memory is what a step takes above what it starts with"
     header = ["", *[f"batch {bs}" for bs in given.bs]]
     body = table(header, rows_of(columns, memory, given.bs))
-    name = "step" if given.arch == "resnet18" else f"step-{given.arch}"
+    name = "-".join(["step"] + [s for s in (given.arch, given.precision) if s not in ("resnet18", "fp32")])
     report(
         "step",
         "Step: ECAN against cross-entropy",

@@ -402,8 +402,11 @@ def settle_stats(
 ):
     """Normalise images as a new learner needs it, unless its user chose the statistics
 
-    Loaders without a `Normalize` get one, as with `vision_learner`. Raises `ValueError` if an earlier learner has other
-    statistics on the same `Normalize`, which the loaders of one `DataBlock` share: they would change under it."""
+    Loaders without a `Normalize` get one, as with `vision_learner`; loaders that cannot have one, like fastai's plain
+    `DataLoader`, stay as they are. Raises `ValueError` if an earlier learner has other statistics on the same
+    `Normalize`, which the loaders of one `DataBlock` share: they would change under it."""
+    if not all(isinstance(getattr(dl, "after_batch", None), Pipeline) for dl in dls.loaders):
+        return
     norms = _norms(dls)
     if not all(getattr(norm, "by_default", False) for norm in norms):
         return
