@@ -19,14 +19,14 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import Adam
-from fastai.torch_core import default_device, defaults, num_distrib, rank_distrib, set_seed
+from fastai.torch_core import default_device, num_distrib, rank_distrib, set_seed
 from fastcore.foundation import L
 from timm.layers import convert_sync_batchnorm
 
 from ecan_fastai.augment import crop_size
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
 from ecan_fastai.config import UNUSED, RunConfig, means_sample
-from ecan_fastai.data import set_stats
+from ecan_fastai.data import default_workers, set_stats
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner
 from ecan_fastai.loaders import ExpressionDataLoaders
@@ -69,7 +69,7 @@ def run_loaders(cfg, out):
     "Make the DataLoaders of a resolved configuration; sets precision, batch size and workers if not given"
     _settle_precision(cfg)
     if cfg.workers is None:
-        cfg.workers = min(16, defaults.cpus)
+        cfg.workers = default_workers()
     kwargs = dict(
         size=cfg.size,
         channels=cfg.channels,

@@ -12,12 +12,12 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize, get_image_files, parent_label
-from fastai.torch_core import TensorCategory, set_seed
+from fastai.torch_core import TensorCategory, defaults, set_seed
 from fastai.vision.augment import Brightness, Flip, FlipItem, RandomCrop
 from fasttransform import Transform
 from PIL import Image
 
-from ecan_fastai.data import FaceImage, TwoView, TwoViewBlock, read_face
+from ecan_fastai.data import FaceImage, TwoView, TwoViewBlock, default_workers, read_face
 
 
 def batch_of_one_picture(make_dls, workers):
@@ -193,6 +193,22 @@ def test_a_skipped_item_makes_its_batch_smaller(make_dls):
 
     dls.train.create_item = skip_fives
     assert sum(len(y) for _, y in dls.train) + len(skipped) == 16 * len(dls.train) and skipped
+
+
+@pytest.mark.parametrize(
+    "cpus, device, expected",
+    [(1, "cpu", 0), (2, "cpu", 0), (4, "cpu", 4), (64, "cpu", 16), (2, "cuda", 2), (64, "cuda", 16), (2, None, 0)],
+)
+def test_two_cores_have_no_loader_processes_beside_the_training_on_them(monkeypatch, cpus, device, expected):
+    monkeypatch.setattr(defaults, "cpus", cpus)
+    monkeypatch.setattr("ecan_fastai.data.default_device", lambda: torch.device("cpu"))
+    assert default_workers(device) == expected
+
+
+def test_workers_that_are_not_given_are_the_default(make_dls, monkeypatch):
+    monkeypatch.setattr("ecan_fastai.data.default_workers", lambda device: 3)
+    assert {dl.fake_l.num_workers for dl in make_dls(num_workers=None)} == {3}
+    assert {dl.fake_l.num_workers for dl in make_dls(num_workers=1)} == {1}
 
 
 def test_training_gives_pairs_and_evaluation_one_view(make_dls):
