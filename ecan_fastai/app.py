@@ -152,7 +152,8 @@ def build_app(
         gr.Markdown(
             "# Facial expressions\nUpload or paste a photograph, or take one with the camera: each face is found and "
             "labelled. Photographs stay on the computer that runs this page and are deleted after a few minutes. A "
-            "label says what a face looks like to a model, not what a person feels."
+            "label says what a face looks like to a model, not what a person feels. Faces are sought in photographs "
+            f"reduced to {LARGEST_SIDE:,} pixels."
         )
         with gr.Tab("One photograph"):
             with gr.Row():

@@ -81,10 +81,12 @@ def printable(text):
 
 
 def _script(f):
-    "Decorate a console script: print `UserWarning`s in one line and hide other warnings"
+    "Decorate a console script: print `UserWarning`s in one line, hide other warnings and what OpenCV prints"
 
     @wraps(f)
     def _inner(args=None):
+        os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, category, *_, **__: (

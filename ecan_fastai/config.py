@@ -182,7 +182,9 @@ class RunConfig:
         ("auto", "fp32", "fp16", "bf16"),
     )
     workers: int | None = _setting(
-        "run", "loader processes; if not given, one per core, at most 16, and none on a CPU of two cores", valid=_NOT_NEGATIVE
+        "run",
+        "loader processes; if not given, one per core, at most 16, and none on a CPU of two cores",
+        valid=_NOT_NEGATIVE,
     )
     watch_tests: bool = _setting(
         "evaluation",

@@ -36,7 +36,7 @@ from fastai.torch_core import (
 )
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import get_grid
-from fastcore.basics import fastuple, store_attr
+from fastcore.basics import fastuple, patch, store_attr
 from fastcore.foundation import L
 from fasttransform import Pipeline, Transform, compose_tfms
 from PIL import Image, ImageOps
@@ -275,12 +275,11 @@ def _seeded(seed):
 def default_workers(
     device: "str | torch.device | None" = None,  # Device that trains; default fastai's
 ) -> int:
-    """Number of loader processes if none is given: one per core, at most 16, as in fastai, but none on a CPU of two cores
+    """Number of loader processes if none is given: none on a CPU of two cores, else fastai's one per core, at most 16
 
     There the training steps need both cores, and an epoch with loader processes takes 1.2 to 1.5 times as long."""
     on_cpu = torch.device(device or default_device()).type == "cpu"
     return 0 if on_cpu and defaults.cpus <= 2 else min(16, defaults.cpus)
-
 
 # %% ../nbs/02_data.ipynb #67e80e98
 class _SeededDL(TfmdDL):
@@ -318,15 +317,17 @@ class _SeededDL(TfmdDL):
                 batch = self.do_batch([o for o in map(self.do_item, idxs) if o is not None])
             yield batch
 
-    def seed(
-        self,
-        seed: int,  # Seed of a batch
-    ):
-        "Seed the augmentation"
-        tfms = [tfm for tl in getattr(self.dataset, "tls", []) for tfm in tl.tfms.fs]
-        for tfm in tfms:
-            if isinstance(tfm, FaceTransform):
-                tfm.seed(seed)
+# %% ../nbs/02_data.ipynb #5d7e0c1b
+@patch
+def seed(
+    self: _SeededDL,
+    seed: int,  # Seed of a batch
+):
+    "Seed the augmentation"
+    tfms = [tfm for tl in getattr(self.dataset, "tls", []) for tfm in tl.tfms.fs]
+    for tfm in tfms:
+        if isinstance(tfm, FaceTransform):
+            tfm.seed(seed)
 
 # %% ../nbs/02_data.ipynb #eb7ee644
 class TwoViewDL(_SeededDL):

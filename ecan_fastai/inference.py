@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side
 from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
-from .loaders import broken_faces
+from .loaders import broken_faces, without_broken
 from .metrics import fit_temperature, per_class_table, split_metrics
 from .model import ECANModel, FaceClassifier
 from .progress import progress
@@ -487,8 +487,7 @@ def evaluate(
         if s not in names:
             raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
     faces = [f for f in faces if f.split in chosen]
-    if skip_broken:
-        faces = [faces[i] for i in self.readable([f.image for f in faces])]
+    faces = without_broken(faces, self.channels, skip_broken=skip_broken)
     shared = shared_classes(self.vocab, {f.label for f in faces})
     known = [f for f in faces if f.label in shared]
     result = dict(

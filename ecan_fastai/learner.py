@@ -123,6 +123,11 @@ def _views(dls):
     x, y = item
     if not hasattr(dls, "vocab") or isinstance(y, TensorMultiCategory):
         raise ValueError(f"expected one class an image (CategoryBlock), got a target of type {type(y).__name__}")
+    if isinstance(x, tuple) and not isinstance(dls.train, TwoViewDL):
+        warnings.warn(
+            f"{type(dls.train).__name__} gives pairs of views for training, but fastai cannot show or predict with it: "
+            "use the loaders of TwoViewBlock itself, with dls.train.item_weights to weight the items"
+        )
     return (list(x) if isinstance(x, tuple) else [x]), len(dls.vocab)
 
 # %% ../nbs/07_learner.ipynb #8cff0f2f
@@ -202,6 +207,7 @@ def ecan_learner(
     loss_func: ECANLoss | None = None,  # Replaces l1, l2, n_groups, temperature and reading
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
     cbs: "Callback | list | None" = None,  # Further callbacks
+    splitter: "Callable | None" = None,  # Default: encoder, then head (`face_splitter`)
     opt_func: "Callable | None" = None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
     lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
     wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
@@ -220,7 +226,7 @@ def ecan_learner(
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     check_fits(model, views[0], arch)
     cbs = _with_own([MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages()], cbs)
-    opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
+    opt = dict(splitter=splitter, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
 
@@ -247,6 +253,7 @@ def baseline_learner(
     loss_func: "Callable | None" = None,  # Default: cross-entropy
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
     cbs: "Callback | list | None" = None,  # Further callbacks
+    splitter: "Callable | None" = None,  # Default: encoder, then head (`face_splitter`)
     opt_func: "Callable | None" = None,  # Default: the paper's SGD (`paper_opt`), with its lr, wd, wd_bn_bias and moms
     lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
     wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
@@ -263,7 +270,7 @@ def baseline_learner(
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     check_fits(model, views[0], arch)
     loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), _with_own([CropsAsImages(pairs=False)], cbs)
-    opt = dict(opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
+    opt = dict(splitter=splitter, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
 
@@ -304,7 +311,8 @@ def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, k
     if "opt_func" not in given:
         given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}
     metrics = face_metrics() if metrics is None else metrics
-    learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, splitter=face_splitter, **given, **kwargs)
+    given = {"splitter": face_splitter, **given}
+    learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, **given, **kwargs)
     settle_stats(dls, stats)
     if pretrained:
         learn.freeze()

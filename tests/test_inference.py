@@ -100,7 +100,8 @@ def test_broken_images_may_be_left_out_of_an_evaluation(run, faces, tmp_path, ca
     n = len(test_files(faces))
     with pytest.raises(SystemExit):
         ecan_evaluate(["--run", str(run), str(data)])
-    assert "broken.png" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "broken.png" in said and "--skip-broken" in said
     ecan_evaluate(["--run", str(run), str(data), "--skip-broken", "--out", str(tmp_path / "e.json")])
     said = capsys.readouterr()
     assert "broken.png" in said.err and "the data has no test split" in said.err

@@ -11,10 +11,12 @@ import torch
 import torchvision
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
+from fastai.callback.data import WeightedDL  # adds weighted_dataloaders
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import SuggestionMethod
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize, get_image_files, parent_label
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
@@ -74,9 +76,6 @@ def test_paper_optimizer_is_torchs_sgd():
     nets[1].load_state_dict(nets[0].state_dict())
     x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
     data = torch.utils.data.TensorDataset(x, y)
-    from fastai.data.core import DataLoaders
-    from fastai.data.load import DataLoader
-
     dls = DataLoaders(*[DataLoader(list(data), bs=16) for _ in range(2)])
     learn = Learner(dls, nets[0], loss_func=CrossEntropyLossFlat(), **paper_opt)
     with learn.no_bar(), learn.no_logging():
@@ -768,6 +767,40 @@ def test_a_baseline_mixes_images_also_of_loaders_with_two_views(make_dls, tmp_pa
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
     assert np.isfinite(learn.recorder.losses).all()
+
+
+def test_plain_loaders_of_fastai_have_no_transforms_to_settle(tmp_path):
+    items = [(torch.randn(1, 32, 32), torch.tensor(i % 2)) for i in range(8)]
+    dls = DataLoaders(*[DataLoader(items, bs=4) for _ in range(2)])
+    dls.vocab = ["happy", "sad"]
+    learn = baseline_learner(dls, "resnet10t", path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert learn.recorder.values[0][-1] >= 0
+
+
+def test_loaders_of_another_type_are_warned_of_and_item_weights_take_their_place(faces, tmp_path):
+    block = DataBlock((TwoViewBlock(size=32, channels=1), CategoryBlock), get_items=get_image_files, get_y=parent_label)
+    options = dict(bs=8, num_workers=0, device="cpu")
+    with pytest.warns(
+        UserWarning, match=f"{WeightedDL.__name__} gives pairs of views for training, but .* dls.train.item_weights"
+    ):
+        ecan_learner(block.weighted_dataloaders(faces, wgts=np.ones(1000), **options), "resnet10t", bank_groups=4)
+    dls = block.dataloaders(faces, **options)
+    dls.train.item_weights = [f.parent.name == "happy" for f in dls.train_ds.items]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        learn = ecan_learner(dls, "resnet10t", bank_groups=4, path=tmp_path)
+    assert {dls.vocab[i] for _, y in dls.train for i in y} == {"happy"}
+    assert learn.predict(dls.train_ds.items[0])[0] in dls.vocab
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_a_splitter_of_ones_own(maker, make):
+    def head_first(model):
+        return face_splitter(model)[::-1]
+
+    assert make(maker, splitter=head_first).splitter is head_first and make(maker).splitter is face_splitter
 
 
 def test_more_groups_than_the_bank_holds_are_warned_of(make):
