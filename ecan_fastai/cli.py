@@ -213,7 +213,9 @@ def _predict_parser():
         help="with --faces: time between the frames of a video that are labelled, 0 for every frame; default 1, or 0 "
         "with --annotated",
     )
-    p.add_argument("--seconds", type=float, metavar="N", help="with --faces: stop after N seconds of video or `webcam`")
+    p.add_argument(
+        "--seconds", type=float, metavar="N", help="with --faces: stop after N seconds of video; required for `webcam`"
+    )
     p.add_argument(
         "--smoothing",
         type=float,

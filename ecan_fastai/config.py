@@ -74,8 +74,8 @@ class RunConfig:
     )
     pretrained: str | bool = _setting(
         "method",
-        "start from timm's weights (write DATA before it), or with PATH from named weights (fer2013, imagenet) or a "
-        "run folder, with their arch, size, channels and recipe, or from a checkpoint",
+        "start from timm's weights (write DATA before it), or with PATH from fer2013 or a run folder (with arch, size, "
+        "channels and recipe), from imagenet (with arch and channels), or from a checkpoint",
         False,
     )
     epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)
