@@ -192,8 +192,7 @@ class ProgressiveResize(Callback):
         if x.shape[-1] <= self.size:
             warnings.warn(f"ProgressiveResize to {self.size} pixels has no effect on views of {x.shape[-1]}")
             return x
-        small = F.interpolate(x.flatten(0, -4), size=(self.size, self.size), mode="bilinear", antialias=True)
-        return small.view(*x.shape[:-2], self.size, self.size)
+        return F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True)
 
 # %% ../nbs/06_callbacks.ipynb #5abea93d
 class LossPartsRecorder(Callback):

@@ -23,10 +23,10 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .data import read_face
-from .inference import Predictor, image_list, shared_classes
+from .inference import Predictor, find_images, image_list, shared_classes
 from .metrics import subgroup_table
 from .progress import progress
-from .readers.records import IMAGE_SUFFIXES, image_files, read_csv
+from .readers.records import IMAGE_SUFFIXES, read_csv
 from .runfiles import write_whole
 from ecan_fastai.video import (
     VIDEO_SUFFIXES,
@@ -133,12 +133,7 @@ def media_files(
     path,  # Photograph, video, folder of them, or `webcam`
 ) -> list:  # Paths
     "List the photographs and videos of a folder, as `image_files` lists images, or the one file"
-    if not Path(path).is_dir():
-        return [Path(path)]
-    files = image_files(path, IMAGE_SUFFIXES | set(VIDEO_SUFFIXES))
-    if not files:
-        raise ValueError(f"no images or videos found under {path}")
-    return files
+    return find_images(path, IMAGE_SUFFIXES | set(VIDEO_SUFFIXES), "images or videos")
 
 # %% ../nbs/12_detector.ipynb #b6321b06
 def readable_media(

@@ -24,10 +24,13 @@ import ecan_fastai
 from .config import COMMON, UNUSED, RunConfig, means_sample
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
+from .loaders import without_broken
 from .readers.factory import detect_kind, read_faces
 from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
 from .runs import read_config, resolve_config, resume_run, start_run
+from .runstate import Diverged
 from .sample import sample_faces
+from .weights import weights_settings
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
@@ -327,17 +330,17 @@ def _first_test(splits):
 
 # %% ../nbs/13_experiments.ipynb #e30912f9
 def _vocab(folder):
-    return json.loads((folder / "config.json").read_text())["about"]["vocab"]
+    return read_json(folder / "config.json")["about"]["vocab"]
 
 # %% ../nbs/13_experiments.ipynb #e1bce65c
 def _predictions(folder, split):
-    return read_table(folder / f"predictions_{split}.csv", dtype=dict(image=str, label=str, predicted=str))
+    check_file(file := folder / f"predictions_{split}.csv")
+    return read_table(file, dtype=dict(image=str, label=str, predicted=str))
 
 # %% ../nbs/13_experiments.ipynb #2e0cb7ee
 def _tsne(folders, faces, split):
-    first = next(iter(folders.values()))
-    vocab, measured = _vocab(first), set(_predictions(first, split)["image"])
-    faces = [f for f in faces if f.split == split and str(f) in measured]  # a run may have skipped broken images
+    vocab = _vocab(next(iter(folders.values())))
+    faces = without_broken([f for f in faces if f.split == split], skip_broken=True)  # as the runs may have
     fig = plot_tsne(
         {label: Predictor(f).features([x.image for x in faces]) for label, f in folders.items()},
         [vocab.index(x.label) for x in faces],
@@ -435,6 +438,8 @@ def planned_runs(
         raise ValueError(f"expected at least one seed, got {seeds}")
     if "seed" in settings:
         raise ValueError("seeds are counted from 0: give their number as seeds")
+    if not _experiment(name)["runs"] and (settings or seeds > 1):
+        raise ValueError(f"{name} has no runs: settings and seeds have no effect")
     kind = _kind(data, kind)
     return [run for seed in range(seeds) for run in experiment_runs(name, data, kind, seed=seed, **settings).items()]
 
@@ -451,10 +456,10 @@ def _train_run(cfg, folder, record, say):
         _save_record(folder, record)
 
 
-def _make_runs(runs, make):
+def _make_runs(runs, make, say):
     """Make the runs that no other process is training; return those left to other processes
 
-    Runs in use are tried again until a pass over them makes none."""
+    Runs in use are tried again until a pass over them makes none. One that diverges does not hold up the others."""
     pending = list(runs)
     while True:
         left = []
@@ -463,6 +468,10 @@ def _make_runs(runs, make):
                 make(cfg)
             except InUse:
                 left.append(cfg)
+            except Diverged as e:
+                if len(runs) == 1:
+                    raise
+                say(f"{run_stem(cfg)}: {e}")
         if len(left) in (0, len(pending)):
             return left
         pending = left
@@ -521,6 +530,13 @@ def _write_figure(name, results, kind, faces, folders, file, say):
         say(f"written: {file}")
 
 # %% ../nbs/13_experiments.ipynb #3ab875cb
+def _with_weights(exp, settings):
+    "Add the settings that the weights at a path bring: records name their file, which no longer leads to them"
+    start, varied = settings.get("pretrained"), {k for s in exp["runs"].values() for k in s}
+    brought = weights_settings(start) if isinstance(start, str) else {}
+    return {k: v for k, v in brought.items() if k not in varied} | settings
+
+
 def _chosen(name, runs, only):
     "Return the configurations of all runs, or only of the one named `only`"
     chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
@@ -558,9 +574,9 @@ def reproduce(
         else:
             _train_run(cfg, folder, record, say)
 
-    for cfg in _make_runs(chosen, make):
+    for cfg in _make_runs(chosen, make, say):
         say(f"{run_stem(cfg)}: left to another process, which is training it")
-    given = {k: _name(v) for k, v in settings.items() if k not in _FREE}
+    given = {k: _name(v) for k, v in _with_weights(exp, settings).items() if k not in _FREE}
     stem = _safe([name, kind, *_settings(given)])
     out.mkdir(parents=True, exist_ok=True)
     with lock_run(out / stem, timeout=-1):

@@ -38,7 +38,7 @@ from .metrics import fit_temperature, per_class_table, split_metrics
 from .model import ECANModel, FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
-from .readers.records import Face, check_names, expression_name, image_files
+from .readers.records import IMAGE_SUFFIXES, Face, check_names, expression_name, image_files
 from .runfiles import check_file, write_whole
 from .weights import shipped_run
 
@@ -300,8 +300,9 @@ def _act_in_evaluation(batch_tfms, views):
 
 def _learner_transforms(dls):
     "`FaceTransform` and `Normalize` of a learner's loaders; raises `ValueError` for those that a run cannot describe"
-    tfm = next((t for tl in dls.train_ds.tls for t in tl.tfms.fs if isinstance(t, FaceTransform)), None)
-    norm = next((t for t in dls.after_batch.fs if isinstance(t, Normalize)), None)
+    tfms = [t for tl in getattr(dls.train_ds, "tls", []) for t in tl.tfms.fs]
+    tfm = next((t for t in tfms if isinstance(t, FaceTransform) and hasattr(t, "views")), None)
+    norm = next((t for t in getattr(dls.after_batch, "fs", []) if isinstance(t, Normalize)), None)
     if tfm is None or norm is None:
         raise ValueError(
             "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
@@ -416,13 +417,15 @@ def predict(
 # %% ../nbs/10_inference.ipynb #32fb300b
 def find_images(
     path,  # Image file, or folder of images
+    suffixes=IMAGE_SUFFIXES,  # Of the files to list
+    what: str = "images",  # What they are, for the message
 ) -> list:  # Paths
     "The images of a folder, sorted, or the one file"
     if not Path(path).is_dir():
         return [Path(path)]
-    files = image_files(path)
+    files = image_files(path, suffixes)
     if not files:
-        raise ValueError(f"no images found under {path}")
+        raise ValueError(f"no {what} found under {path}")
     return files
 
 # %% ../nbs/10_inference.ipynb #1875bb56

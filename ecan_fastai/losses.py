@@ -493,6 +493,8 @@ def _warn_unused(loss):
         "l2=0": [] if loss.l2 else ["compact", "normalize_compact", *of_affinity],
         f"compact={loss.compact!r}": of_affinity[: dict(mva=0, affinity=1, center=2)[loss.compact]] if loss.l2 else [],
     }
+    if loss.l1 == 1:
+        warnings.warn("l1=1 leaves no weight for cross-entropy: the classifier is not trained")
     for reason, names in unused.items():
         if given := [name for name in names if options[name] != defaults[name]]:
             warnings.warn(f"no effect with {reason}: {', '.join(given)}")
@@ -553,7 +555,7 @@ class ECANLoss(_CrossEntropy):
         _check_terms(l1, l2, n_groups, contrast, compact, label_smoothing)
         _check_bank_options(contrast, bank_positives, center_features)
         self.register_buffer("bank_positives", bank_positives, persistent=False)  # a setting, not state
-        self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, n_groups, contrast, compact
+        self.l1, self.l2, self.n_groups, self.contrast, self.compact = l1, l2, int(n_groups), contrast, compact
         self.center_features = center_features
         self.reading = PaperReading() if reading is None else reading
         self.contrast_loss = CONTRASTS[contrast](temperature, anchors_only=self.reading.anchors_only)

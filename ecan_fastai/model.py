@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import is_model_in_modules, register_model
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .layers import speed_up_small_maps
 from .runfiles import check_file
@@ -307,8 +308,13 @@ def _encoder(arch, in_chans, pretrained, size):
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
     is_module = isinstance(arch, nn.Module)
-    if callable(arch) and not is_module and getattr(arch, "__module__", "").startswith("timm."):
-        arch = arch_name(arch)
+    if (
+        callable(arch)
+        and not is_module
+        and timm.is_model(name := arch_name(arch))
+        and timm.model_entrypoint(name) is arch
+    ):
+        arch = name
     if isinstance(arch, nn.Module):
         if pretrained is True:
             raise ValueError(
@@ -326,7 +332,8 @@ def _encoder(arch, in_chans, pretrained, size):
         )
     if pretrained and pretrained is not True:
         print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
-    d = getattr(encoder, "head_hidden_size", None) or _features(encoder, in_chans, size).shape[1]
+    d = getattr(encoder, "head_hidden_size", None) if isinstance(arch, str) else None  # a module may have its own head
+    d = d or _features(encoder, in_chans, size).shape[1]
     return speed_up_small_maps(encoder), d
 
 # %% ../nbs/05_model.ipynb #e12eeca1
@@ -483,5 +490,4 @@ def update_keys(
 ):
     "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
     keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
-    with torch.no_grad():
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
+    get_ema_multi_avg_fn(momentum)(keys, queries, None)

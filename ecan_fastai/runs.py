@@ -340,8 +340,9 @@ def resume_run(
     out,  # Folder of a run that was interrupted
     data=None,  # New path of the same data, if it was moved
 ) -> dict | None:  # Record written to `metrics.json`; None in processes of ranks other than 0
-    """Resume a run from its last finished epoch, with the same result as without the stop; raises `ValueError` if its
-    data, settings or files have changed"""
+    """Resume a run from its last finished epoch; raises `ValueError` if its data, settings or files have changed
+
+    In one process the result is the same as without the stop."""
     out = Path(out)
     with _alone(out):
         return _resume(out, data)
@@ -363,6 +364,11 @@ def _resume(out, data):
     if moved:
         written["config"]["data"] = cfg.data
         write_json(out / "config.json", written)
+    before, now = written["environment"].get("processes", 1), max(1, num_distrib())
+    if before != now:
+        warnings.warn(
+            f"the run began in {before} processes and goes on in {now}: a step has {now / before:g} times the images"
+        )
     if not rank_distrib():
         note_environment(dls, out)
     set_stats(dls, written["about"]["mean"], written["about"]["std"])

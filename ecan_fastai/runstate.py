@@ -4,6 +4,7 @@ stop a run that diverges."""
 import math
 import random
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +113,19 @@ class RunState(Callback):
 # The other parts
 
 
+class Diverged(ValueError):
+    "The training loss of a run is not finite"
+
+
 class StopOnDivergence(Callback):
-    "Raise `ValueError` after an epoch whose training loss is not finite, before it is saved"
+    "Raise `Diverged` after an epoch whose training loss is not finite, before it is saved"
 
     order = RunState.order
 
     def after_train(self):
         loss = float(self.recorder.smooth_loss.value)
         if not math.isfinite(loss):
-            raise ValueError(
+            raise Diverged(
                 f"the training loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
                 f"the run's folder holds the epochs before it"
             )
@@ -144,6 +149,8 @@ class WatchTests(Callback):
 
     def before_fit(self):
         self.splits = [name for name in self.dls.split_names[2:] if len(self.dls[name].dataset)]
+        if not self.splits:
+            warnings.warn("watch_tests has no effect: the data has no test split")
         self.at = add_columns(self.recorder, [f"{name}_accuracy" for name in self.splits])
 
     def after_validate(self):

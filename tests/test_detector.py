@@ -130,9 +130,8 @@ def test_faces_of_photos_and_videos_are_labelled_as_cut_out(photo, finder, run, 
     none = predictor.predict_faces(tmp_path / "b.png", finder)
     assert len(none) == 0 and list(none.columns) == list(table.columns)
     twice = predictor.predict_faces([tmp_path / "c.avi"] * 2, finder)  # each time a video of its own
-    assert twice.iloc[:2].equals(twice.iloc[2:].reset_index(drop=True)) and twice.iloc[:2].equals(
-        table.iloc[1:].reset_index(drop=True)
-    )
+    for other in (twice.iloc[2:], table.iloc[1:]):  # in batches of other sizes, so not to the last digit
+        pd.testing.assert_frame_equal(twice.iloc[:2], other.reset_index(drop=True), rtol=0, atol=1e-4)
 
 
 def test_ecan_predict_with_faces(photo, run, tmp_path, capsys):

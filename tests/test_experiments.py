@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
+from ecan_fastai.runstate import Diverged
+from ecan_fastai.weights import shipped_run
 
 
 def quick_args(faces, out, *more):
@@ -431,6 +434,30 @@ def test_one_run_alone(tmp_path, monkeypatch):
         reproduce("affinity", "x", 2, tmp_path, "folder", only="ecan")
 
 
+def test_runs_that_start_from_a_run_of_ones_own_are_found_again(tmp_path, monkeypatch):
+    "The weights bring arch, size, channels and recipe, and the records name their folder alone"
+    started = fake_run(monkeypatch)
+    mine = shutil.copytree(shipped_run(), tmp_path / "mine")
+    table = reproduce("affinity", "x", 1, tmp_path, "folder", say=lambda s: None, pretrained=str(mine))
+    assert list(table.index) == ["mean", "sum"] and "arch=resnet18_cifar" in started[0].name
+    ((_, results, *_),) = recorded_experiments(tmp_path / "records")
+    assert set(results["label"]) == {"mean", "sum"}
+
+
+def test_a_run_that_diverges_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    def diverge(folder):
+        if "sum" not in folder.name:
+            raise Diverged("the training loss became nan")
+
+    fake_run(monkeypatch, diverge)
+    said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
+    table = reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append)
+    assert list(table.index) == ["sum"] and f"{stems[0]}: the training loss became nan" in said
+    monkeypatch.setattr(experiments, "resume_run", diverge)
+    with pytest.raises(Diverged):
+        reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append, only=stems[0])
+
+
 def test_a_figure_waits_for_its_runs(tmp_path, monkeypatch, faces):
     fake_run(monkeypatch)
     said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("figure7", faces, 1, "folder")]
@@ -485,7 +512,8 @@ def two_rows(name, monkeypatch):
 @pytest.mark.slow
 def test_figure_5_maps_every_test_face_in_a_panel_a_loss(faces, tmp_path, figures, monkeypatch):
     two_rows("figure5", monkeypatch)
-    reproduce("figure5", faces, out=tmp_path, **SMALL)
+    monkeypatch.chdir(faces.parent)
+    reproduce("figure5", faces.name, out=tmp_path, **SMALL)
     panels, n = figures[0].axes, len(list((faces / "test").rglob("*.png")))
     assert [ax.get_title() for ax in panels] == ["cross-entropy", "center"] and all(
         sum(len(c.get_offsets()) for c in ax.collections) == n for ax in panels
@@ -594,6 +622,11 @@ def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
         (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"),
         (["table3", "--data", "sample", "--set", "epochs=many"], "epochs must be a number"),
         (["table3", "--data", "sample", "--set", "train_all=1"], "true or false"),
+        (
+            ["figure6", "--data", "sample", "--set", "epochs=8"],
+            "figure6 has no runs: settings and seeds have no effect",
+        ),
+        (["figure6", "--data", "sample", "--seeds", "2"], "figure6 has no runs: settings and seeds have no effect"),
     ],
 )
 def test_what_is_wrong_is_said(args, said, tmp_path, capsys):

@@ -109,11 +109,14 @@ def test_broken_images_may_be_left_out_of_an_evaluation(run, faces, tmp_path, ca
 
 
 def test_other_loaders_are_refused(faces):
-    from fastai.vision.all import ImageDataLoaders, Learner, Resize, nn
+    from fastai.vision.all import DataLoader, DataLoaders, ImageDataLoaders, Learner, Resize, nn
 
     dls = ImageDataLoaders.from_folder(faces, item_tfms=Resize(32), num_workers=0, bs=4, valid_pct=0.2)
     with pytest.raises(ValueError, match="needs DataLoaders built on TwoViewBlock"):
         Predictor.from_learner(Learner(dls, nn.Identity(), loss_func=nn.MSELoss()))
+    plain = DataLoaders(*[DataLoader([(torch.randn(1, 32, 32), 0)] * 4, bs=4)] * 2)
+    with pytest.raises(ValueError, match="needs DataLoaders built on TwoViewBlock"):
+        Predictor.from_learner(Learner(plain, nn.Identity(), loss_func=nn.MSELoss()))
 
 
 def test_every_form_of_a_picture_gives_the_same(faces, run):

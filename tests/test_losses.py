@@ -703,6 +703,16 @@ def test_an_option_that_changes_nothing_warns(options, said):
     assert loss(out, y) == plain(out, y)
 
 
+def test_a_loss_without_cross_entropy_warns():
+    with pytest.warns(UserWarning, match="l1=1 leaves no weight for cross-entropy: the classifier is not trained$"):
+        ECANLoss(l1=1)
+
+
+def test_a_whole_number_of_groups_may_be_a_float():
+    out, y = output()
+    assert ECANLoss(n_groups=2.0)(out, y) == ECANLoss(n_groups=2)(out, y)
+
+
 @pytest.mark.parametrize(
     "options",
     [

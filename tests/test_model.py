@@ -3,12 +3,13 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecan_fastai.losses import ECANLoss
-from ecan_fastai.model import ECANModel, FaceClassifier, MemoryBank
+from ecan_fastai.model import ECANModel, FaceClassifier, MemoryBank, resnet18_half
 
 
 def tiny(**kwargs):
@@ -211,6 +212,17 @@ def test_other_backbones(arch, size):
     model = ECANModel(arch, n_classes=4, in_chans=3, bank_size=4)
     out = model((torch.randn(2, 3, size, size), torch.randn(2, 3, size, size)))
     assert out["logits"].shape == (2, 4) and out["z_q"].shape == out["z_k"].shape == (2, model.centers.shape[1])
+
+
+def test_a_module_with_a_head_has_the_width_of_its_head():
+    model = FaceClassifier.create(timm.create_model("resnet10t", num_classes=16), 7, 3)
+    assert model.classifier.in_features == 16 and model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", [resnet18_half, timm.models.resnet18])
+def test_a_registered_function_is_the_same_as_its_name(arch):
+    by_function, by_name = (FaceClassifier.create(a, 7, 1).state_dict() for a in (arch, arch.__name__))
+    assert {k: v.shape for k, v in by_function.items()} == {k: v.shape for k, v in by_name.items()}
 
 
 @pytest.mark.parametrize(

@@ -781,6 +781,14 @@ def run(interrupted_run, tmp_path):
     return Path(shutil.copytree(interrupted_run, tmp_path / "run"))
 
 
+def test_another_number_of_processes_is_warned_of(run, monkeypatch):
+    monkeypatch.setattr(runs, "num_distrib", lambda: 2)
+    monkeypatch.setattr(runs, "_first_process_first", lambda load, *args: load(*args))
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    with pytest.warns(UserWarning, match="began in 1 processes and goes on in 2: a step has 2 times the images"):
+        resume_run(run)
+
+
 @pytest.mark.parametrize("name", ["config.json", "checkpoint.pth", "data.csv.gz"])
 def test_a_changed_file_is_refused_by_name(run, capsys, name):
     flip(run / name)

@@ -103,6 +103,13 @@ def test_watched_tests_are_columns_of_the_recorder(learn, tmp_path):
     assert names[-2:] == ["test_accuracy", "time"]
 
 
+def test_watching_tests_needs_some(learn, tmp_path):
+    learn = learn()
+    learn.dls.split_names = learn.dls.split_names[:2]
+    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match="watch_tests has no effect"):
+        learn.fit(1, cbs=[RunState(tmp_path, {}), WatchTests()])
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_looking_at_a_split_moves_no_generator_and_keeps_the_mode(learn, training):
     learn = learn()
