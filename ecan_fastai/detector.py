@@ -47,7 +47,7 @@ class FoundFace:
     top: float
     right: float
     bottom: float
-    found: float  # Detector's probability that it is a face
+    score: float  # Detector's probability that it is a face
     angle: float  # Clockwise tilt of the line through the eyes in degrees, which the cut-out face does not have
     image: np.ndarray  # uint8 (side, side, 3)
 
@@ -176,7 +176,7 @@ def _batches(frames, n_frames):
         yield batch
 
 # %% ../nbs/12_detector.ipynb #8be8a19f
-_WHERE = ["image", "second", "track", "left", "top", "right", "bottom", "found"]
+_WHERE = ["image", "second", "track", "left", "top", "right", "bottom", "score"]
 
 
 def _annotator(file, items, every):
@@ -208,7 +208,7 @@ def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
         if not math.isnan(second):
             tracker = trackers.setdefault(i, FaceTracker(smoothing))
             tracks, frame_probs = tracker.update(second, boxes, frame_probs)
-        where = [(name, second, track, *box, f.found) for track, box, f in zip(tracks, boxes, faces)]
+        where = [(name, second, track, *box, f.score) for track, box, f in zip(tracks, boxes, faces)]
         table = pd.DataFrame(where, columns=_WHERE).astype({"track": "Int64"})
         table["label"] = [predictor.vocab[k] for k in frame_probs.argmax(1)]
         table["probability"] = frame_probs.max(1)
@@ -226,7 +226,7 @@ def predict_faces(
     smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
-) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, found, label, probability, p_<class> of each
+) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
     "Find and label the faces in photographs and videos, one row per face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
     for name, value in dict(every=every, seconds=seconds, smoothing=smoothing).items():

@@ -52,7 +52,7 @@ def video(path, frames, rate=10):
 def test_a_face_is_found_where_it_is(photo, finder):
     (face,) = finder(photo)
     assert (
-        face.found > 0.99
+        face.score > 0.99
         and 45 < face.left < 85
         and 90 < face.top < 130
         and 225 < face.right < 265
@@ -249,7 +249,7 @@ def test_several_images_give_what_each_gives_alone(photo, finder):
     assert [len(faces) for faces in together] == [1, 0, 2, 1, 0, 1]
     for a, b in zip(sum(together, []), sum(alone, [])):
         assert np.allclose([a.left, a.top, a.right, a.bottom], [b.left, b.top, b.right, b.bottom], atol=0.01)
-        assert a.found == pytest.approx(b.found, abs=1e-4) and np.abs(a.image.astype(int) - b.image).max() <= 2
+        assert a.score == pytest.approx(b.score, abs=1e-4) and np.abs(a.image.astype(int) - b.image).max() <= 2
 
 
 def moving(photo, n=12):
