@@ -156,6 +156,8 @@ def without_broken(
             f"{len(broken)} of {len(faces)} images cannot be used, skip_broken=True (--skip-broken) leaves them out: "
             f"{shown}"
         )
+    if len(broken) == len(faces):
+        raise ValueError(f"none of the {len(faces)} images can be used: {shown}")
     warnings.warn(f"going on without {len(broken)} of {len(faces)} images: {shown}")
     return [f for i, f in enumerate(faces) if i not in broken]
 

@@ -106,6 +106,11 @@ def test_broken_images_may_be_left_out_of_an_evaluation(run, faces, tmp_path, ca
     said = capsys.readouterr()
     assert "broken.png" in said.err and "the data has no test split" in said.err
     assert json.loads((tmp_path / "e.json").read_text())["splits"]["train"]["n"] == n
+    (tmp_path / "none" / "happy").mkdir(parents=True)
+    (tmp_path / "none" / "happy" / "broken.png").write_text("no image")
+    with pytest.raises(SystemExit):
+        ecan_evaluate(["--run", str(run), str(tmp_path / "none"), "--skip-broken"])
+    assert "none of the 1 images can be used: cannot decode" in capsys.readouterr().err
 
 
 def test_other_loaders_are_refused(faces):
