@@ -57,7 +57,7 @@ class FaceApp:
     def __init__(
         self,
         predictor: Predictor,  # Model that labels the faces
-        finder=None,  # Default `FaceFinder()`
+        finder=None,  # Default `FaceFinder(device=predictor.device)`
     ):
         self.predictor, self.finder = predictor, finder or FaceFinder(device=predictor.device)
 
@@ -143,7 +143,7 @@ def _uploaded_file(payload):
 
 def build_app(
     predictor: Predictor,  # Model that labels the faces
-    finder=None,  # Default `FaceFinder()`
+    finder=None,  # Default `FaceFinder(device=predictor.device)`
 ):  # gradio.Blocks, to `launch`
     "Build the page; raises `ImportError` without the extra `app`"
     gr, app = _gradio(), FaceApp(predictor, finder)
@@ -191,9 +191,11 @@ def launch_app(
     predictor: Predictor,  # Model that labels the faces
     host: str = "127.0.0.1",  # Address to listen on; the default is for this computer alone
     port: int | None = None,  # Default: the first free one from 7860 on
-    wait: bool = True,  # Return when the page is closed, not at once
+    wait: bool = True,  # Block until the server is stopped (Ctrl+C or SIGTERM); False: return at once
 ):  # gradio.Blocks, running
-    "Serve the page; refuses uploads over 20 MB, deletes them after minutes, and sends nothing anywhere"
+    """Serve the page; raises `OSError` if the port is in use, `ImportError` without the extra `app`
+
+    Refuses uploads over 20 MB, deletes uploads and results after two to three minutes, and sends nothing anywhere."""
     folder = tempfile.TemporaryDirectory(prefix="ecan_app_")
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     gr = _gradio()

@@ -96,7 +96,9 @@ class RandomShift(A.ImageOnlyTransform):
 
 # %% ../nbs/01_augment.ipynb #5a7e1c2d
 class RandomRotate(A.Rotate):
-    "`A.Rotate` for images only: the same draws and pixels in a quarter of the time"
+    """`A.Rotate` for images only: the same draws and pixels in a quarter of the time
+
+    Bilinear, with black borders. Takes `limit` in degrees and `p`; other arguments of `A.Rotate` have no effect."""
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]
@@ -153,20 +155,22 @@ def seed_pipeline(
     pipeline,  # From `train_pipeline`
     seed: int,  # Same seed, same draws
 ):
-    "Seed a pipeline; all its transforms draw from one stream, and so independently"
+    "Seed a pipeline; all its transforms draw from one stream of random numbers, so that no two draw alike"
     pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
 # %% ../nbs/01_augment.ipynb #89d20aa8
 def train_pipeline(
     level: str = "strong",  # One of "none", "weak", "strong" (Table 1)
     recipe: str = "rafdb",  # "rafdb" or "fer2013": the column of Table 1
-    size: int = 224,  # Side in pixels to which images are resized
+    size: int = 224,  # Side in pixels, 8 to 4096, of the views; under FiveCrop they have 5/6 of it
     channels: int = 3,  # Channels of the images, 1 (grey) or 3 (RGB)
     all_crops: bool = False,  # Return all five crops of FiveCrop instead of a random one
 ) -> "A.Compose | AllCrops":  # Called as `pipeline(image=...)["image"]` for uint8 arrays (height, width, channels)
     """Return the training augmentation of Table 1
 
-    Raises `ValueError` for an unknown level or recipe, and for `all_crops` without FiveCrop."""
+    Table 1 only names the augmentations; their strengths and order are this package's. Greyscale is left out for one
+    channel. Views have the side `crop_size(level, recipe, size)`. Raises `ValueError` for an unknown level or recipe,
+    for a size out of range, and for `all_crops` without FiveCrop."""
     _check(level, recipe, size)
     if all_crops and not uses_five_crops(level, recipe):
         raise ValueError(
@@ -210,10 +214,12 @@ def eval_boxes(
 def eval_pipelines(
     level: str = "strong",  # The level used in training
     recipe: str = "rafdb",  # The recipe used in training
-    size: int = 224,  # Side in pixels to which images are resized
+    size: int = 224,  # Side in pixels, 8 to 4096, of the views; under FiveCrop they have 5/6 of it
     crops: str = "center",  # "center", "flip" (centre and its mirror image), "five" (and corners) or "ten"
 ) -> list:  # One deterministic pipeline per view
-    "Return the pipelines of the evaluation views; raises `ValueError` for an unknown `crops`"
+    """Return the pipelines of the evaluation views; raises `ValueError` for an unknown level, recipe or `crops`
+
+    An image is resized to the side `image_side`, and views of the side `crop_size` are cut from it."""
     side, whole = crop_size(level, recipe, size), image_side(level, recipe, size, crops)
     return [
         A.Compose([A.Resize(whole, whole), *[A.HorizontalFlip(p=1)] * mirrored, A.Crop(x, y, x + side, y + side)])

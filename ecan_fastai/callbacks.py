@@ -55,9 +55,11 @@ def _check_pair(x):
             "(TwoViewBlock)"
         )
 
-
+# %% ../nbs/06_callbacks.ipynb #5d7e0c1c
 class MemoryBankUpdate(Callback):
-    "Fill the memory bank before the first update and push the keys of every training batch (Eq. 2)"
+    """Fill an empty memory bank before the first training batch; push the keys of every training batch (Eq. 2)
+
+    Raises `ValueError` for loaders without two views, and for callbacks that mix images, such as `MixUp`."""
 
     run_valid = False
 
@@ -148,7 +150,7 @@ class CropsAsImages(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #06c0de5a
 class SharesAsLabels(Callback):
-    "Measure on the class with the largest share where the targets are shares, as in a pass over training images"
+    "Replace targets that are class shares by the class with the largest share, after the loss, for the metrics"
 
     def after_loss(self):
         if getattr(self.y, "ndim", 1) == 2:
@@ -196,7 +198,10 @@ class ProgressiveResize(Callback):
 
 # %% ../nbs/06_callbacks.ipynb #5abea93d
 class LossPartsRecorder(Callback):
-    "Record each epoch's mean of every part of `ECANLoss`, and of MVA's alpha, over all processes"
+    """Record each epoch's mean of every entry of `ECANLoss.parts` over the training batches of all processes
+
+    After the loss, sets `learn.pred` to the logits, so that metrics can read training batches. Raises `ValueError` if
+    `loss_func` is not an `ECANLoss`, or if its `key_eval` differs from the model's."""
 
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
 

@@ -74,8 +74,9 @@ class RunConfig:
     )
     pretrained: str | bool = _setting(
         "method",
-        "start from timm's weights (write DATA before it), or with PATH from fer2013 or a run folder (with arch, size, "
-        "channels and recipe), from imagenet (with arch and channels), or from a checkpoint",
+        "weights to start from: timm's (no PATH, and DATA before the option), or PATH: fer2013, imagenet, a run folder "
+        "or a checkpoint. fer2013 and a run folder also give arch, size, channels and recipe, imagenet arch and "
+        "channels, where these are not given",
         False,
     )
     epochs: int | None = _setting("optimizer", "number of epochs", valid=_COUNT)

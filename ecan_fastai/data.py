@@ -79,6 +79,7 @@ class PhotoCrop:
         return f"{self.file} (left {self.left}, top {self.top}, right {self.right}, bottom {self.bottom})"
 
     def read(self, channels):
+        "Return the box, uint8 (height, width, channels); raises `ValueError` if it lies outside the image"
         img = read_face(self.file, channels)
         face = img[max(0, self.top) : max(0, self.bottom), max(0, self.left) : max(0, self.right)]
         if not face.size:
@@ -147,7 +148,7 @@ def _decode(x, channels):
 
 # %% ../nbs/02_data.ipynb #ba18a693
 def read_face(
-    x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 array (h, w[, 1|3]) or tensor (1|3, h, w)
+    x,  # Path, `PhotoCrop`, bytes of a file, PIL image, uint8 RGB array (h, w[, 1|3]) or tensor (1|3, h, w)
     channels: int = 3,  # 1: grey, 3: RGB
 ) -> np.ndarray:  # uint8 (height, width, channels)
     """Decode an image with OpenCV
@@ -275,9 +276,9 @@ def _seeded(seed):
 def default_workers(
     device: "str | torch.device | None" = None,  # Device that trains; default fastai's
 ) -> int:
-    """Number of loader processes if none is given: none on a CPU of two cores, else fastai's one per core, at most 16
+    """Number of loader processes if none is given: 0 on a CPU of at most two cores, else one per core, at most 16
 
-    There the training steps need both cores, and an epoch with loader processes takes 1.2 to 1.5 times as long."""
+    On two cores, loader processes slow the training steps: an epoch takes 1.2 to 1.5 times as long."""
     on_cpu = torch.device(device or default_device()).type == "cpu"
     return 0 if on_cpu and defaults.cpus <= 2 else min(16, defaults.cpus)
 
@@ -425,11 +426,11 @@ def settle_stats(
     dls,  # DataLoaders
     stats: tuple | None = None,  # (mean, deviation) by which a new learner's weights need images normalised, if any
 ):
-    """Normalise images as a new learner needs it, unless its user chose the statistics
+    """Normalise images by the statistics of a new learner's weights, unless the user chose others
 
-    Loaders without a `Normalize` get one, as with `vision_learner`; loaders that cannot have one, like fastai's plain
-    `DataLoader`, stay as they are. Raises `ValueError` if an earlier learner has other statistics on the same
-    `Normalize`, which the loaders of one `DataBlock` share: they would change under it."""
+    Loaders without a `Normalize` get one, as with `vision_learner`. Loaders that cannot have one, like fastai's plain
+    `DataLoader`, stay as they are. The loaders of one `DataBlock` share their `Normalize`: raises `ValueError` if an
+    earlier learner on it needs other statistics."""
     if not all(isinstance(getattr(dl, "after_batch", None), Pipeline) for dl in dls.loaders):
         return
     norms = _norms(dls)
@@ -456,15 +457,17 @@ grey_stats = ([0.5], [0.25])
 def TwoViewBlock(
     level: str = "strong",  # Augmentation level of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
-    size: int = 224,  # Side in pixels to which images are resized
+    size: int = 224,  # Side in pixels, 8 to 4096, of the views; under FiveCrop they have 5/6 of it
     channels: int = 3,  # 1: grey, 3: RGB
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop (a view is then a stack of five)
     eval_crops: str = "center",  # Evaluation: "center", or the mean over "flip", "five" or "ten"
-    stats: tuple | None = None,  # Mean and deviation of each channel; default ImageNet's for RGB, (0.5, 0.25) for grey
+    stats: tuple | None = None,  # (mean, deviation), lists over channels; default ImageNet's (RGB), 0.5 and 0.25 (grey)
     item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before augmentation
 ) -> TransformBlock:
-    "Block of two augmented views in training and one view otherwise"
+    """Block of two augmented views in training and one view otherwise
+
+    Without `stats`, a learner with pretrained weights sets the statistics of these weights."""
     tfm = FaceTransform(
         train_pipeline(level, recipe, size, channels, all_crops),
         eval_pipelines(level, recipe, size, eval_crops),
@@ -489,6 +492,7 @@ def _grid(x, samples, max_n, nrows=None, ncols=None, figsize=None):
 # %% ../nbs/02_data.ipynb #cfaac5fd
 @dispatch  # type: ignore[no-redef]
 def show_batch(x: TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show pairs of views with their labels"
     if ctxs is None:
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     return get_show_batch_func(object)(x, y, samples, ctxs=ctxs, max_n=max_n, **kwargs)
@@ -496,6 +500,7 @@ def show_batch(x: TwoView, y, samples, ctxs=None, max_n=9, nrows=None, ncols=Non
 # %% ../nbs/02_data.ipynb #f224be42
 @dispatch  # type: ignore[no-redef]
 def show_results(x: TwoView, y, samples, outs, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
+    "Show first views with true and predicted label, green if equal, else red"
     if ctxs is None:
         ctxs = _grid(x, samples, max_n, nrows, ncols, figsize)
     for s, o, ctx in zip(samples, outs, ctxs):

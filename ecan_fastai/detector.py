@@ -48,8 +48,8 @@ class FoundFace:
     right: float
     bottom: float
     score: float  # Detector's probability that it is a face
-    angle: float  # Clockwise tilt of the line through the eyes in degrees, which the cut-out face does not have
-    image: np.ndarray  # uint8 (side, side, 3)
+    angle: float  # Degrees by which the line through the eyes was tilted clockwise, before `image` was made upright
+    image: np.ndarray  # uint8 RGB (side, side, 3)
 
 # %% ../nbs/12_detector.ipynb #663bd2a3
 def _upright(img, box, eyes, margin):
@@ -117,7 +117,7 @@ class FaceFinder:
 
     def find(
         self,
-        images,  # uint8 (height, width, 3) each; successive images of one size are detected as a batch
+        images,  # uint8 RGB (height, width, 3) each; successive images of one size are detected as a batch
     ) -> list:  # List of `FoundFace` for each image
         "Find the faces of several images"
         return [faces for _, group in groupby(images, key=np.shape) for faces in self._find_in_one_size(list(group))]
@@ -219,7 +219,7 @@ def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
 def predict_faces(
     self: Predictor,
     x,  # Photograph, video, folder of them, `webcam`, or list
-    finder: "FaceFinder | None" = None,  # Default `FaceFinder()`
+    finder: "FaceFinder | None" = None,  # Default `FaceFinder(device=self.device)`
     every: float | None = None,  # Seconds between the frames of a video, 0 for all; default 1, with `annotated` 0
     bs: int = 64,  # Faces at a time
     seconds: float | None = None,  # Stop after this many seconds of each video; required for a camera
@@ -260,10 +260,14 @@ def _rows_of_people(files, people):
 def accuracy_by_group(
     table: pd.DataFrame,  # As `Predictor.predict_faces` or `Predictor.predict` returns it
     files,  # All photographs that were given to the model
-    people,  # csv file or DataFrame: file name, then one column per attribute, optionally `label`
+    people,  # csv file or DataFrame: file name with or without suffix, a column per attribute, optionally `label`
     vocab,  # Class names of the model
 ) -> pd.DataFrame:  # As `subgroup_table` returns it
-    "Measure accuracy by group of people; warns if files are left out, raises `ValueError` if none is left"
+    """Measure accuracy by group of people, from the first face (the largest) of each photograph
+
+    The true class is the column `label`, or else the name of the file's folder. Several files may belong to a person.
+    Warns if files are left out. Raises `ValueError` if none is left, if a person has several rows, or if there is no
+    column to group by."""
     people = people if isinstance(people, pd.DataFrame) else read_csv(people)
     attributes = people.drop(columns=[people.columns[0], "label"], errors="ignore")
     if not len(attributes.columns):

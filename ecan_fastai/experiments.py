@@ -160,8 +160,8 @@ def experiment_results(
     records,  # Folder of records, as `reproduce` writes it
     kind: str,  # Kind of the data
     **settings,  # Settings that the runs were made with
-) -> pd.DataFrame:  # label, seed, split, and a column for each measure (shares, 0 to 1)
-    "Read all recorded runs of an experiment, one row per run and split"
+) -> pd.DataFrame:  # label, seed, split, commits, and a column for each measure (shares, 0 to 1)
+    "Read all recorded runs of an experiment, one row per run and split, without splits seen in training"
     rows, first = [], None
     for label, cfg in experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).items():
         for file in sorted((Path(records) / kind).glob(f"{run_name(cfg)}-seed*.json")):
@@ -208,7 +208,7 @@ def experiment_table(
     name: str,  # Name of the experiment
     results: pd.DataFrame,  # From `experiment_results`
     kind: str,  # Kind of the data
-) -> pd.DataFrame:  # One row per label; a column for each measure of each split, and for the paper's numbers
+) -> pd.DataFrame:  # One row per label with a result; texts in percent: mean ± standard deviation (number of seeds)
     "Tabulate the results of an experiment beside the paper's numbers"
     exp = _experiment(name)
     measures = [*exp["measures"], *[m for m in list(_NAMES)[3:] if m in results and m not in exp["measures"]]]
@@ -365,7 +365,7 @@ def experiment_figure(
     kind: str,  # Kind of the data
     faces: list | None = None,  # `Face` records, for class counts and t-SNE
     folders: dict | None = None,  # From label to the run's folder, for confusion matrices and t-SNE
-):  # Figure, or None if the experiment has none, or needs faces that were not given
+):  # Figure, or None if the experiment has none, or if the results or faces that it needs are missing
     "Draw the figure of an experiment: a sweep from its results, any other from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
@@ -556,9 +556,9 @@ def reproduce(
     only: str | None = None,  # Make only the run with this `run_stem`
     **settings,  # Of `RunConfig`, for all runs
 ) -> pd.DataFrame:  # The table
-    """Make the missing runs of an experiment, then its table and figure
+    """Make the missing runs of an experiment, then its table (Markdown, CSV) and figure (PNG) from all finished runs
 
-    Table (Markdown, CSV) and figure (PNG) show all finished runs. A run that another process trains is left to it."""
+    Confusion matrices and t-SNE show seed 0. A run that another process trains is left to it."""
     exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)

@@ -250,7 +250,7 @@ def _to_device(model, device):
 
 # %% ../nbs/10_inference.ipynb #98a9c774
 class Predictor:
-    "The model of a run's folder or of a learner, ready to use"
+    "The model of a run's folder or of a learner; raises `FileNotFoundError`, or `ValueError` if a file is broken"
 
     # methods defined below, declared here for type checkers
     pixels: Callable[..., Tensor]
@@ -368,7 +368,10 @@ def probabilities(
     bs: int | None = None,  # Images at a time; default by the size of the views
     num_workers: int = 0,  # Processes that read images, used if there are many
 ) -> np.ndarray:  # (n, n_classes)
-    "Calibrated probabilities of the classes, in the order of `vocab`"
+    """Return the probabilities of the classes in the order of `vocab`: mean logits over the temperature, softmax
+
+    The temperature is 1, so the probabilities are not calibrated, for a model from a learner (until `calibrate`) and
+    for a run without a usable valid split."""
     return (self.logits(x, bs, num_workers).mean(1) / self.model.temperature).softmax(-1).numpy()
 
 # %% ../nbs/10_inference.ipynb #a690860f
@@ -479,8 +482,11 @@ def evaluate(
     kind: str = "auto",  # Kind of the data
     splits: str | list | None = None,  # Default all but train and valid, or all if there are no others
     skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
-) -> dict:  # classes, left_out, unseen, crops, and splits with the metrics of each
-    "Measure a model on labelled faces"
+) -> dict:  # classes, left_out, unseen, crops, and splits: of each, what `split_metrics` returns, and per_class
+    """Measure a model on labelled faces
+
+    Images of classes that the model does not have are left out and counted in left_out. Predictions are over all of
+    its classes. Raises `ValueError` for an unknown split, no shared class, or images that cannot be read."""
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
     if splits is None:
@@ -548,7 +554,11 @@ def export(
     self: Predictor,
     file,  # Name ending in .onnx (needs the `onnx` extra) or .pt2
 ) -> Path:  # `file`
-    "Write the model, with its views and its normalisation, for another runtime"
+    """Write `model` (views, normalisation and temperature included) for another runtime
+
+    It maps uint8 images (n, channels, side, side), already resized, to probabilities (n, n_classes). In ONNX these are
+    `pixels` and `probabilities`, with labels, side and channels as metadata. Raises `ValueError` for another ending,
+    and `ImportError` without the extra `onnx`."""
     file = Path(file)
     if file.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")

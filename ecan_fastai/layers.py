@@ -116,7 +116,7 @@ def speed_up_small_maps(
 def fast_precision(
     device: str | torch.device = "cpu",  # Device of the model
 ) -> str:  # "bf16" or "fp32"
-    "Return the precision in which a device trains fastest: bfloat16 if it is native, else float32"
+    "Return the precision to train in: bf16 if the device computes bfloat16 natively, else fp32; never fp16"
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if torch.device(device).type != "cpu":

@@ -195,7 +195,7 @@ def _with_own(own, cbs):
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def ecan_learner(
     dls,  # DataLoaders with two views in training, `ExpressionDataLoaders` for instance
-    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default resnet18
+    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default: see above
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     l1: float | None = None,  # Share of ENSC in the loss; default 0.2
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
@@ -204,7 +204,7 @@ def ecan_learner(
     momentum: float = 0.999,  # m of the key encoder, which averages over about 1/(1-m) steps
     bank_groups: int = 16,  # K: number of batches that the memory bank holds
     reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
-    loss_func: ECANLoss | None = None,  # Replaces l1, l2, n_groups, temperature and reading
+    loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading, which are then refused
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
     cbs: "Callback | list | None" = None,  # Further callbacks
     splitter: "Callable | None" = None,  # Default: encoder, then head (`face_splitter`)
@@ -215,7 +215,9 @@ def ecan_learner(
     moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
 ) -> "ECANLearner":
-    "Learner for the Extra-Contrast Affinity Network, by default with the paper's optimizer (`paper_opt`)"
+    """Learner for the Extra-Contrast Affinity Network; `arch` is by default that of `pretrained`, or else resnet18
+
+    Raises `ValueError` without two views, and if `arch` rejects the images."""
     arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
     views, n_classes = _two_views(dls)
@@ -248,7 +250,7 @@ def _ecan_loss(loss_func, settings):
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
 def baseline_learner(
     dls,  # DataLoaders; only the first of two views is used
-    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default resnet18
+    arch: "str | Callable | torch.nn.Module | None" = None,  # timm name, function, or module; default: see above
     pretrained: bool | str | Path = False,  # True, a name of weights, a run's folder, a checkpoint; freezes the encoder
     loss_func: "Callable | None" = None,  # Default: cross-entropy
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1
@@ -261,7 +263,10 @@ def baseline_learner(
     moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
 ) -> Learner:
-    "Learner for the same backbone with cross-entropy alone, by default with the paper's optimizer"
+    """Learner for the same backbone with cross-entropy or another loss, by default with the paper's optimizer
+
+    `arch` is by default that of `pretrained`, or else resnet18. Raises `ValueError` for targets other than one class
+    per image, for images that `arch` rejects, and for an `ECANLoss`."""
     if isinstance(loss_func, ECANLoss):
         raise ValueError("ECANLoss is plain cross-entropy on the output of baseline_learner: use ecan_learner for it")
     arch = choose_arch(arch, pretrained)

@@ -146,7 +146,7 @@ def without_broken(
     size: int | None = None,  # Side that every image must have, or None
     skip_broken: bool = False,  # Leave the broken ones out, with a warning
 ) -> list:  # Records whose images can be used
-    "Check every image; raises `ValueError` that names the broken ones, unless they are to be left out"
+    "Check every image; raises `ValueError` naming broken ones unless `skip_broken`, and always if all are broken"
     broken = broken_faces(faces, channels, size)
     if not broken:
         return faces
@@ -286,14 +286,14 @@ def _loaders(
     faces: list,  # `Face` records
     path: str | Path = ".",  # Where a Learner saves its models
     bs: int | None = None,  # Batch size; default 256, less for small data
-    size: int = 224,  # Side in pixels to which images are resized
+    size: int = 224,  # Side in pixels, 8 to 4096, of the views; under FiveCrop they have 5/6 of it
     channels: int = 3,  # 1: grey, 3: RGB
     level: str = "strong",  # Augmentation of Table 1: "none", "weak", "strong"
     recipe: str = "rafdb",  # Column of Table 1: "rafdb" or "fer2013"
     n_views: int = 2,  # Views in training: 2 for ECAN, 1 for the baseline
     all_crops: bool = False,  # Train on all five crops of FiveCrop instead of a random one
     eval_crops: str = "center",  # Evaluate on the "center" view, or on the mean over "flip", "five" or "ten"
-    valid: str = "valid",  # Name of the split to validate on
+    valid: str = "valid",  # Split to validate on; its loader is then named `valid`
     valid_pct: float = _VALID_PCT,  # Share of train to hold out if the data has no valid split
     seed: int = 42,  # Seed of that share
     train_all: bool = False,  # Train on the valid split too, which is then called valid_seen
@@ -303,7 +303,7 @@ def _loaders(
     soft_labels: bool = False,  # Train on the shares of annotators' votes (FER+); evaluation uses the label
     balanced: bool = False,  # Sample every class equally often in training, with replacement
     item_tfms: "Callable | list | None" = None,  # fastai transforms of the decoded image, before all others
-    batch_tfms: "Callable | list | None" = None,  # fastai transforms of a batch, applied to each view separately
+    batch_tfms: "Callable | list | None" = None,  # fastai transforms of each view; a `Normalize` sets the statistics
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs, (*_LOADER_OPTIONS, *inspect.signature(_loaders).parameters))
@@ -361,7 +361,10 @@ def from_faces(
     faces: list,  # `Face` records
     **kwargs,
 ):
-    "From `Face` records; all other constructors call it"
+    """Make the loaders of `Face` records, after decoding every image once; all other constructors call it
+
+    Raises `ValueError` for unusable labels, splits, images or settings, and `TypeError` for an unknown argument or an
+    item that is not a `Face`."""
     return _loaders(cls, faces, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #5f4fd6ae
@@ -387,7 +390,7 @@ def class_counts(self: ExpressionDataLoaders):
 def class_weights(self: ExpressionDataLoaders):
     """Weight n/(C n_c) of each class (C,), scikit-learn's "balanced"
 
-    The mean over the training faces is 1. A class without a training face has weight 0."""
+    The mean over the training faces is 1 if every class has one. A class without a training face has weight 0."""
     counts = self.class_counts()
     return np.divide(counts.sum() / len(counts), counts, out=np.zeros(len(counts)), where=counts > 0)
 
@@ -452,7 +455,7 @@ def _published(kind):
 @_published("fer2013")
 def from_fer2013(
     cls: ExpressionDataLoaders,
-    path,  # The folder form, a csv file, or a folder with `fer2013.csv` or `icml_face_data.csv` in it
+    path,  # csv file, folder with `fer2013.csv` or `icml_face_data.csv`, or folder with train/ and test/ class folders
     **kwargs,
 ):
     "FER2013: splits train, valid, PublicTest, PrivateTest"
@@ -474,8 +477,8 @@ def from_rafdb(
 @_published("ferplus")
 def from_ferplus(
     cls: ExpressionDataLoaders,
-    path,  # Folder of FER+, or of FER2013's folder form
-    votes: str | Path | None = None,  # Table of votes on FER2013's folders; default `ferplus_votes.csv` in `path`
+    path,  # As `ferplus_faces` takes it
+    votes: str | Path | None = None,  # Table of votes on train/ and test/; default `ferplus_votes.csv` in `path`
     **kwargs,
 ):
     "FER+: splits train, valid, PublicTest, PrivateTest; eight classes"
@@ -499,7 +502,7 @@ def from_affectnet(
 def from_expw(
     cls: ExpressionDataLoaders,
     path,  # Folder of ExpW
-    fold: int = 0,  # Index of the tenth of the photographs that is the test split
+    fold: int = 0,  # Which tenth of the photographs is the test split, 0 to 9; the next one is valid
     **kwargs,
 ):
     "ExpW: splits train, valid, test by photograph"
@@ -511,7 +514,7 @@ def from_expw(
 def from_ckplus(
     cls: ExpressionDataLoaders,
     path,  # The folder CK+48, or one with it inside
-    fold: int = 0,  # Index of the tenth of the subjects that is the test split
+    fold: int = 0,  # Which tenth of the subjects is the test split, 0 to 9; the next one is valid
     **kwargs,
 ):
     "CK+48: splits train, valid, test by subject"

@@ -216,7 +216,7 @@ def selfcon_loss(
     z_q: Tensor,  # Features of the first views (N, d)
     z_k: Tensor,  # Features of the second views (N, d)
     temperature: float = 0.1,  # Temperature, above 0
-) -> Tensor:  # Scalar, mean over the 2N views
+) -> Tensor:  # Scalar, mean over the 2N views (the paper sums over them)
     "Self-supervised contrastive loss (Eq. 3) on L2-normalised features"
     if z_q.shape != z_k.shape or z_q.ndim != 2:
         raise ValueError(f"expected two views of the same shape (n, d), got {tuple(z_q.shape)} and {tuple(z_k.shape)}")
@@ -231,7 +231,7 @@ def supcon_loss(
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise the rows first
     anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
-) -> Tensor:  # Scalar, mean over the anchors that have a positive
+) -> Tensor:  # Scalar, mean over the anchors that have a positive (the paper sums over them); 0 if none has
     "Supervised contrastive loss (Eq. 4)"
     _check_rows(z, y)
     return _contrast(z, y, temperature, normalize, anchors_only=anchors_only)
@@ -246,7 +246,7 @@ def esc_loss(
     normalize: bool = True,  # L2-normalise all rows first
     anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
     center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
-) -> Tensor:  # Scalar, mean over the anchors that have a positive
+) -> Tensor:  # Scalar, mean over the anchors that have a positive (the paper sums over them); 0 if none has
     "Supervised contrastive loss with every bank entry as an extra negative (Eq. 5)"
     _check_rows(z, y)
     return _contrast(z, y, temperature, normalize, bank_z, anchors_only=anchors_only, center=center)
@@ -268,11 +268,14 @@ def ensc_loss(
     bank_y: Tensor,  # Their labels (B,)
     temperature: float = 0.1,  # Temperature, above 0
     normalize: bool = True,  # L2-normalise all rows first
-    bank_positives: Tensor | None = None,  # Classes (C,) whose bank entries are positives too; the paper has none
+    bank_positives: Tensor | None = None,  # bool (C,), True: bank entries of the class are positives; not in the paper
     anchors_only: bool = False,  # Gradient through the anchors only; the value is the same
     center: Tensor | None = None,  # Constant (d,), subtracted from all rows before normalising; the paper has none
-) -> Tensor:  # Scalar, mean over the anchors that have a positive
-    "Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)"
+) -> Tensor:  # Scalar, mean over the anchors that have a positive (the paper sums over them); 0 if none has
+    """Extra negative supervised contrastive loss: bank entries of other classes join the denominator (Eq. 6)
+
+    The paper's z_a + z_mn is read as the union of both sets. Raises `ValueError` for shapes that do not fit, and
+    `RuntimeError` in a backward pass with `create_graph`, because there is no second derivative."""
     _check_rows(z, y)
     _check_rows(bank_z, bank_y, "bank_z")
     if bank_positives is not None:
@@ -331,7 +334,10 @@ def affinity_loss(
     centers: Tensor,  # Class centres (C, d), C at least 2
     reduction: str = "mean",  # "mean" divides by m, "sum" is the literal equation
 ) -> Tensor:  # Scalar
-    "Affinity loss (Eq. 8): squared distances to the centres over the variance between the centres"
+    """Affinity loss (Eq. 8): squared distances of features to their class centre, over the centres' variance
+
+    The variance is unbiased over classes and summed over dimensions, as in DAN's released code. Raises `ValueError`
+    for fewer than 2 classes, an unknown reduction, and shapes that do not fit."""
     _check_centers(x, y, centers)
     _check_reduction(reduction)
     if len(centers) < 2:
@@ -369,7 +375,7 @@ def mva_loss(
 
 # %% ../nbs/04_losses.ipynb #00287d09
 class SupConLoss(nn.Module):
-    "Module form of `supcon_loss` (Eq. 4)"
+    "Module form of `supcon_loss` (Eq. 4), called with z (M, d) and y (M,)"
 
     def __init__(
         self,
@@ -389,14 +395,16 @@ class SupConLoss(nn.Module):
 
 # %% ../nbs/04_losses.ipynb #d2cabf74
 class ESCLoss(SupConLoss):
-    "Module form of `esc_loss` (Eq. 5)"
+    "Module form of `esc_loss` (Eq. 5), called with z (M, d), y (M,), bank_z (B, d) and optionally center (d,)"
 
     def forward(self, z, y, bank_z, center=None):
         return esc_loss(z, y, bank_z, self.temperature, self.normalize, self.anchors_only, center)
 
 # %% ../nbs/04_losses.ipynb #b64d7e6b
 class ENSCLoss(SupConLoss):
-    "Module form of `ensc_loss` (Eq. 6)"
+    """Module form of `ensc_loss` (Eq. 6)
+
+    Called with z (M, d), y (M,), bank_z (B, d), bank_y (B,), and optionally bank_positives (C,) and center (d,)."""
 
     def forward(self, z, y, bank_z, bank_y, bank_positives=None, center=None):
         settings = self.temperature, self.normalize, bank_positives, self.anchors_only
@@ -404,14 +412,14 @@ class ENSCLoss(SupConLoss):
 
 # %% ../nbs/04_losses.ipynb #9fe594bc
 class CenterLoss(nn.Module):
-    "Module form of `center_loss` (Eq. 7)"
+    "Module form of `center_loss` (Eq. 7), called with x (m, d), y (m,) and centers (C, d)"
 
     def forward(self, x, y, centers):
         return center_loss(x, y, centers)
 
 # %% ../nbs/04_losses.ipynb #be6f473e
 class AffinityLoss(nn.Module):
-    "Module form of `affinity_loss` (Eq. 8)"
+    "Module form of `affinity_loss` (Eq. 8), called with x (m, d), y (m,) and centers (C, d)"
 
     def __init__(
         self,
@@ -429,7 +437,9 @@ class AffinityLoss(nn.Module):
 
 # %% ../nbs/04_losses.ipynb #6ae1e124
 class MVALoss(AffinityLoss):
-    "Module form of `mva_loss` (Eq. 9 and 10); `alpha` holds the weight of its last call"
+    """Module form of `mva_loss` (Eq. 9 and 10); `alpha` holds the weight of its last call
+
+    Called with x (n, d), y (n,), centers (C, d), groups (V-1, n, d) and group_labels (V-1, n)."""
 
     alpha: Tensor | None = None
 
@@ -517,9 +527,11 @@ class _CrossEntropy(nn.Module):
         )
 
     def activation(self, out: Tensor):
+        "Return probabilities (n, C) from logits (n, C)"
         return out.float().softmax(-1)
 
     def decodes(self, out: Tensor):
+        "Return class indices (n,) from logits or probabilities (n, C)"
         return out.argmax(-1)
 
 # %% ../nbs/04_losses.ipynb #b36b31de
@@ -537,17 +549,17 @@ class ECANLoss(_CrossEntropy):
     def __init__(
         self,
         l1: float = 0.2,  # Share of the contrastive loss, 0 to 1
-        l2: float = 0.7,  # Weight of the compactness loss
-        n_groups: int = 5,  # V: feature groups of MVA, the current one included
-        temperature: float = 0.1,  # Temperature of the contrastive loss
+        l2: float = 0.7,  # Weight of the compactness loss, 0 or more
+        n_groups: int = 5,  # V: feature groups of MVA, from 1, the current one included; fewer if the bank holds fewer
+        temperature: float = 0.1,  # Temperature of the contrastive loss, above 0; the paper does not give it
         contrast: str = "ensc",  # "ensc" (Eq. 6), "esc" (Eq. 5) or "supcon" (Eq. 4)
-        compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7)
+        compact: str = "mva",  # "mva" (Eq. 10), "affinity" (Eq. 8) or "center" (Eq. 7; l2 scales z's gradient only)
         reading: "PaperReading | None" = None,  # How the paper is read where it leaves a choice
         weight: "Tensor | list | None" = None,  # Weight of each class in cross-entropy (C,); default 1
         label_smoothing: float = 0.0,  # Label smoothing of the cross-entropy, 0 to 1, as in torch
-        bank_positives: "Tensor | list | None" = None,  # Classes (C,) whose bank entries are positives; default none
+        bank_positives: "Tensor | list | None" = None,  # bool (C,), True: bank entries of the class are positives
         center_features: bool = False,  # Subtract the bank's mean feature from all features of the contrastive loss
-        reduction: str = "mean",  # "mean", "sum" or "none" over the images of a batch
+        reduction: str = "mean",  # Over a batch's images: "mean", "none", or "sum" (batch terms once an image)
     ):
         _check_reduction(reduction, ("mean", "sum", "none"))
         super().__init__(weight, label_smoothing, reduction)
@@ -565,7 +577,7 @@ class ECANLoss(_CrossEntropy):
 
     @property
     def part_names(self):
-        "Names of `parts`: terms with a weight above 0, MVA's alpha, mean cosines within and between classes"
+        "Names of `parts`: ce, terms with a weight above 0, MVA's alpha, mean cosines within and between classes"
         return _part_names(self.l1, self.l2, self.contrast, self.compact)
 
 # %% ../nbs/04_losses.ipynb #bd934e62

@@ -51,8 +51,8 @@ def split_metrics(
 ) -> dict:  # accuracy, average_accuracy, macro_f1 (shares, 0 to 1), n
     """Compute accuracy, average accuracy and macro-F1
 
-    Average accuracy is the mean recall, the diagonal of the confusion matrix; it and macro-F1 are over the classes
-    that occur."""
+    Average accuracy is the mean of the classes' recalls, the diagonal of the confusion matrix in shares (Section
+    4.4.3). It and macro-F1 leave out classes without an image in `targets`."""
     table = per_class_table(targets, predicted, vocab)
     table = table[table.n > 0]
     return dict(
@@ -86,8 +86,11 @@ def _share_with_interval(k, n):
 def subgroup_table(
     correct,  # (n,) 1 if the prediction is right, 0 if wrong, NaN if no face was found
     people: pd.DataFrame,  # (n rows) a column per attribute, such as age
-) -> pd.DataFrame:  # attribute, group, images, found, correct, accuracy, low, high
-    "Count right predictions by group of people, a row each; accuracy is over the images with a prediction"
+) -> pd.DataFrame:  # attribute, group, images, found, correct (numbers), accuracy, low, high (shares, 0 to 1)
+    """Count right predictions by group of people, a row each; accuracy is over the images with a prediction
+
+    Columns with more than ten different numbers, such as ages, are grouped in bands of ten; a missing value is group
+    unknown. low and high bound the 95 % interval of accuracy (Wilson, 1927)."""
     correct, rows = pd.Series(list(correct), dtype=float), []
     for attribute in people:
         groups = _bands(people[attribute].reset_index(drop=True))
@@ -102,7 +105,9 @@ def calibration_error(
     targets,  # Class indices (n,)
     n_bins: int = 15,  # Bins of equal width over the largest probability
 ) -> float:  # 0 to 1
-    "Return the expected calibration error (ECE): the mean gap between confidence and accuracy over the bins"
+    """Return the expected calibration error (ECE; Guo et al., 2017)
+
+    It is the gap between mean confidence and accuracy in each bin, weighted by the bin's share of the images."""
     probabilities = np.asarray(probabilities)
     confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(targets)
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)

@@ -99,7 +99,10 @@ def push(
     z: Tensor,  # Key features (n, dim), any floating type
     y: Tensor,  # Labels (n,)
 ):
-    "Write a batch over the oldest rows; a feature that is not finite becomes 0, so that it spoils no later step"
+    """Write a batch over the oldest rows (Eq. 2); of a batch larger than the bank, the last rows stay
+
+    Each value that is not finite is stored as 0, so that it spoils no later step. Raises `ValueError` for shapes that
+    do not fit."""
     if z.ndim != 2 or z.shape[1] != self.z.shape[1] or y.shape != z.shape[:1]:
         raise ValueError(
             f"expected features (n, {self.z.shape[1]}) and labels (n,), got {tuple(z.shape)} and {tuple(y.shape)}"
@@ -193,9 +196,10 @@ def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
 ) -> str:  # How many tensors matched, and what was left out
-    """Load an encoder's weights from a file; wrappers and prefixes are found, the head is left out
+    """Load an encoder's weights in place; wrappers, prefixes of names and the head of the file are skipped
 
-    Raises `ValueError` if fewer than half of its tensors match, or if the file holds a deeper network."""
+    Raises `FileNotFoundError`, and `ValueError` if fewer than half of the encoder's tensors match, if the file holds a
+    deeper network, or if it cannot be read."""
     tensors, state = encoder.state_dict(), _read_weights(path)
     prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
@@ -379,13 +383,15 @@ class FaceClassifier(nn.Module):
 @patch(cls_method=True)
 def create(
     cls: FaceClassifier,
-    arch: "str | Callable | nn.Module | None" = None,  # timm name, function, or encoder module; default resnet18
+    arch: "str | Callable | nn.Module | None" = None,  # timm name, function, or encoder module; default: see above
     n_classes: int = 7,  # Number of expressions
     in_chans: int = 3,  # 1 or 3
     pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
     size: tuple = (64, 64),  # Height and width of the blank image that tests an encoder that timm did not build
 ):
-    "Build from an architecture"
+    """Build from an architecture; without `arch`, that of `pretrained` if it names weights or a run, else resnet18
+
+    Raises `ValueError` for an unknown architecture, or one that rejects images of this kind."""
     encoder, d = _encoder(arch, in_chans, pretrained, size)
     return cls(encoder, nn.Linear(d, n_classes))
 
@@ -449,7 +455,7 @@ class ECANModel(_WithKeyEncoder):
 
     def __init__(
         self,
-        arch: "str | Callable | nn.Module" = "resnet18",  # timm name, function, or encoder module; for both encoders
+        arch: "str | Callable | nn.Module | None" = None,  # As `FaceClassifier.create` takes it; for both encoders
         n_classes: int = 7,  # Number of expressions
         in_chans: int = 3,  # 1 or 3
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
@@ -488,6 +494,6 @@ def update_keys(
     self: ECANModel,
     momentum: float,  # m, in [0, 1)
 ):
-    "Move the key encoder's parameters: theta_k <- m theta_k + (1-m) theta_q (Eq. 1)"
+    "Move the key encoder: theta_k <- m theta_k + (1-m) theta_q (Eq. 1); with `key_eval`, its running statistics too"
     keys, queries = (_moved_by_momentum(e, self.key_eval) for e in (self.key_encoder, self.encoder))
     get_ema_multi_avg_fn(momentum)(keys, queries, None)

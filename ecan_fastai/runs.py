@@ -55,7 +55,9 @@ OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 
 
 def resolve_config(cfg):
-    "Recognise the data of a configuration, then fill in the settings of its first weights and the preset of its kind"
+    """Fill in the settings that are not given, in place, and return the configuration
+
+    Recognises the kind from the data; the weights of `pretrained` give their settings, the preset all others."""
     if cfg.kind == "auto" and not means_sample(cfg.data):
         cfg.kind = detect_kind(cfg.data)
     if isinstance(cfg.pretrained, str):
@@ -288,10 +290,13 @@ def _alone(out):
 
 
 def start_run(
-    cfg,  # `RunConfig`
+    cfg,  # `RunConfig`; changed in place: settings that are not given are filled in
     out,  # Folder of the run, new or empty
 ) -> dict | None:  # Record written to `metrics.json`; None in processes of ranks other than 0
-    "Train, evaluate and write a new run; raises `ValueError` if the folder is not empty"
+    """Train, evaluate and write a new run
+
+    Raises `ValueError` if a setting does not fit, if the folder is not empty, if another process uses it (`InUse`), or
+    if the training loss is not finite (`Diverged`)."""
     out = Path(out)
     with _alone(out):
         if not rank_distrib():

@@ -76,7 +76,7 @@ def video_frames(
     every: float = 1.0,  # Seconds between frames; 0 for every frame
     seconds: float | None = None,  # Stop after this many seconds; required for a camera
 ) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
-    "Yield frames of a video at regular intervals; raises `ValueError` for a file that is not a video"
+    "Yield frames of a video at regular intervals; raises `FileNotFoundError`, or `ValueError` if it is no video"
     if not every >= 0:
         raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
     if seconds is not None and not seconds > 0:
@@ -136,7 +136,7 @@ class FaceTracker:
         self,
         smoothing: float = 0.5,  # Time constant of the exponential moving average in seconds; 0 for none
         min_iou: float = 0.3,  # Least overlap of a face's box with its last one
-        forget: float = 1.0,  # Seconds without a match after which a track ends, at the earliest after one frame
+        forget: float = 1.0,  # A track ends after this many seconds without a match, but not before the next frame
     ):
         if not smoothing >= 0:
             raise ValueError(f"smoothing: expected a time of 0 or more seconds, got {smoothing}")
@@ -178,7 +178,7 @@ def _font(size):
 
 
 def draw_faces(
-    image: np.ndarray,  # uint8 (height, width, 3)
+    image: np.ndarray,  # uint8 RGB (height, width, 3)
     faces,  # Rows of `Predictor.predict_faces` for this image: a table
 ) -> np.ndarray:  # uint8 (height, width, 3), a copy
     "Draw the box of each face with its track number, label and probability"
@@ -203,7 +203,9 @@ def _n_frames(file):
 
 # %% ../nbs/12a_video.ipynb #5e77a1e8
 class VideoWriter:
-    "Context manager that writes a video frame by frame, each shown until the next one's time; whole or not at all"
+    """Context manager that writes a video, frame by frame; a frame is shown until the time of the next one
+
+    If an error ends the block, no file is written and an existing one stays as it was."""
 
     codecs = {".avi": "MJPG", ".mp4": "mp4v", ".webm": "VP80"}
 
@@ -243,7 +245,7 @@ class VideoWriter:
 def write(
     self: VideoWriter,
     second: float,  # Time of the frame
-    frame: np.ndarray,  # uint8 (height, width, 3); all frames of one size
+    frame: np.ndarray,  # uint8 RGB (height, width, 3); all frames of one size
 ):
     "Write a frame; the frame before is repeated until its time, so that the video keeps the pace of its source"
     if self.shown is not None and frame.shape != self.shown.shape:

@@ -6,10 +6,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecan_fastai.losses import ECANLoss
 from ecan_fastai.model import ECANModel, FaceClassifier, MemoryBank, resnet18_half
+from ecan_fastai.weights import shipped_run
 
 
 def tiny(**kwargs):
@@ -212,6 +214,13 @@ def test_other_backbones(arch, size):
     model = ECANModel(arch, n_classes=4, in_chans=3, bank_size=4)
     out = model((torch.randn(2, 3, size, size), torch.randn(2, 3, size, size)))
     assert out["logits"].shape == (2, 4) and out["z_q"].shape == out["z_k"].shape == (2, model.centers.shape[1])
+
+
+def test_named_weights_bring_their_architecture_to_both_encoders():
+    model = ECANModel(n_classes=7, in_chans=1, bank_size=4, pretrained="fer2013")
+    shipped = load_file(shipped_run() / "model.safetensors")
+    for encoder in (model.encoder, model.key_encoder):
+        assert torch.equal(encoder.state_dict()["conv1.weight"], shipped["encoder.conv1.weight"].float())
 
 
 def test_a_module_with_a_head_has_the_width_of_its_head():

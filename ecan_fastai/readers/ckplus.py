@@ -37,7 +37,7 @@ def is_ckplus(
 # %% ../../nbs/03g_ckplus.ipynb #fa1f7111
 def ckplus_faces(
     path,  # The folder CK+48, or the one that holds it
-    fold: int = 0,  # Which tenth of the subjects is the test split
+    fold: int = 0,  # Which tenth of the subjects is the test split, 0 to 9; the next one is valid
 ) -> list:  # `Face` records of train, valid and test
     "Read the faces of CK+48 (published: 981), split by subject"
     path = first_existing(existing_folder(path), "CK+48")

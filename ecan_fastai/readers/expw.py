@@ -54,7 +54,7 @@ def _expw_line(line, where, photos):
 # %% ../../nbs/03f_expw.ipynb #e235fb30
 def expw_faces(
     path,  # Folder with `label.lst` and `image/origin/`
-    fold: int = 0,  # Which tenth of the photographs is the test split
+    fold: int = 0,  # Which tenth of the photographs is the test split, 0 to 9; the next one is valid
 ) -> list:  # `Face` records of train, valid and test
     "Read the faces of ExpW (published: 91,793); warns if the counts differ from the published ones"
     path = existing_folder(path)

@@ -90,7 +90,7 @@ def read_fer2013_csv(
 
 # %% ../../nbs/03b_fer2013_files.ipynb #653eb818
 def fer2013_faces(
-    path,  # Folder form, csv file, or folder with the csv file in it
+    path,  # csv file, folder with `fer2013.csv` or `icml_face_data.csv`, or folder with train/ and test/ class folders
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest
     "Read the faces of FER2013; warns if the counts differ from the published ones"
     path = Path(path)

@@ -136,8 +136,8 @@ def _ferplus_folders(path):
 
 # %% ../../nbs/03d_ferplus.ipynb #8105f336
 def ferplus_faces(
-    path,  # Folder of one of the three forms
-    votes: str | Path | None = None,  # Table of votes on the folder form; default `ferplus_votes.csv` in `path`
+    path,  # Folder with fer2013new.csv and fer2013.csv, with FER2013Train/, or with FER2013's train/ and test/
+    votes: str | Path | None = None,  # Table of votes on train/ and test/; default `ferplus_votes.csv` in `path`
 ) -> list:  # `Face` records of train, PublicTest and PrivateTest, with votes
     "Read the faces of FER+ whose votes have a majority"
     path = existing_folder(path)

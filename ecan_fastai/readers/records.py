@@ -34,8 +34,9 @@ EXPRESSIONS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"
 class Face:
     """A labelled image
 
-    `image` is anything that `read_face` takes, `name` is shown in messages, and `shares` are the shares of votes for
-    each class where people voted."""
+    `image` is anything that `read_face` takes, `label` its class, `split` its split, and `name` is shown in messages.
+    `shares` are the shares of people's votes, one for each class in the order of the vocabulary, with the sum 1;
+    empty without votes."""
 
     image: Any
     label: str
@@ -212,7 +213,7 @@ def read_csv(
     header: bool = True,  # Whether the first line names the columns
     n_lines: int | None = None,  # Lines to read; default all
 ) -> pd.DataFrame:  # Cells as text, empty ones missing, indexed by line number in the file
-    "Read a table; raises `ValueError` if it cannot be read, or if a column is missing or duplicated"
+    "Read a table; raises `FileNotFoundError`, or `ValueError` if it is no table or a column is missing or repeated"
     if not Path(csv).is_file():
         raise FileNotFoundError(f"no such file: {csv}")
     text = dict(dtype=str, keep_default_na=False, na_values=[""])
