@@ -531,7 +531,7 @@ def _write_figure(name, results, kind, faces, folders, file, say):
 
 # %% ../nbs/13_experiments.ipynb #3ab875cb
 def _with_weights(exp, settings):
-    "Add the settings that the weights at a path bring: records name their file, which no longer leads to them"
+    "Add the settings that weights bring, because a record holds only the name of their file"
     start, varied = settings.get("pretrained"), {k for s in exp["runs"].values() for k in s}
     brought = weights_settings(start) if isinstance(start, str) else {}
     return {k: v for k, v in brought.items() if k not in varied} | settings

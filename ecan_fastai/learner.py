@@ -171,8 +171,11 @@ class ECANLearner(Learner):
         return PrettyString(text)
 
 # %% ../nbs/07_learner.ipynb #07c0de5a
+_BANK_GROUPS = 16
+
+
 def _check_groups(loss, bank_groups):
-    "Raise `ValueError` for an empty bank, and warn if MVA asks for more groups than there are"
+    "Raise `ValueError` for an empty bank, and warn if MVA asks for more groups than there are, or if nothing reads it"
     if bank_groups < 1:
         raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
     if loss.l2 and loss.compact == "mva" and loss.n_groups > bank_groups + 1:
@@ -180,6 +183,10 @@ def _check_groups(loss, bank_groups):
             f"n_groups {loss.n_groups} needs {loss.n_groups - 1} older groups, but the bank holds {bank_groups} "
             f"(bank_groups): MVA sees {bank_groups + 1} groups"
         )
+    by_contrast = loss.l1 and loss.contrast != "supcon"
+    by_compact = loss.l2 and loss.compact == "mva" and loss.n_groups > 1
+    if bank_groups not in (1, _BANK_GROUPS) and not (by_contrast or by_compact):
+        warnings.warn("bank_groups has no effect: no term of the loss reads the bank")
 
 # %% ../nbs/07_learner.ipynb #5e77a1e7
 def _with_own(own, cbs):
@@ -202,7 +209,7 @@ def ecan_learner(
     n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
     temperature: float | None = None,  # Temperature of ENSC; default 0.1
     momentum: float = 0.999,  # m of the key encoder, which averages over about 1/(1-m) steps
-    bank_groups: int = 16,  # K: number of batches that the memory bank holds
+    bank_groups: int = _BANK_GROUPS,  # K: number of batches that the memory bank holds
     reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
     loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading, which are then refused
     metrics: "Callable | list | None" = None,  # Default: accuracy, average accuracy, macro-F1

@@ -372,7 +372,7 @@ def _resume(out, data):
     before, now = written["environment"].get("processes", 1), max(1, num_distrib())
     if before != now:
         warnings.warn(
-            f"the run began in {before} processes and goes on in {now}: a step has {now / before:g} times the images"
+            f"processes of the run: {before} at its start, {now} now, so a step has {now / before:g} times the images"
         )
     if not rank_distrib():
         note_environment(dls, out)

@@ -811,6 +811,26 @@ def test_more_groups_than_the_bank_holds_are_warned_of(make):
         make(n_groups=3, bank_groups=2)
 
 
+@pytest.mark.parametrize(
+    "settings, unread",
+    [
+        (dict(contrast="supcon", compact="center"), True),
+        (dict(l1=0, n_groups=1), True),
+        (dict(l1=0, l2=0), True),
+        (dict(contrast="supcon", compact="mva"), False),
+        (dict(contrast="esc", compact="center"), False),
+    ],
+)
+def test_a_size_of_a_bank_that_no_term_reads_is_warned_of(make, settings, unread):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make(loss_func=ECANLoss(**settings), bank_groups=8)
+        make(loss_func=ECANLoss(**settings), bank_groups=1 if unread else 16)
+    assert [str(w.message) for w in seen if "no term of the loss reads" in str(w.message)] == [
+        "bank_groups has no effect: no term of the loss reads the bank"
+    ] * unread
+
+
 def test_another_loss_of_an_ecan_learner_is_refused_before_training(make):
     learn = make()
     learn.loss_func = CrossEntropyLossFlat()

@@ -785,7 +785,9 @@ def test_another_number_of_processes_is_warned_of(run, monkeypatch):
     monkeypatch.setattr(runs, "num_distrib", lambda: 2)
     monkeypatch.setattr(runs, "_first_process_first", lambda load, *args: load(*args))
     monkeypatch.setattr(runs, "_train", lambda *args: None)
-    with pytest.warns(UserWarning, match="began in 1 processes and goes on in 2: a step has 2 times the images"):
+    with pytest.warns(
+        UserWarning, match="processes of the run: 1 at its start, 2 now, so a step has 2 times the images"
+    ):
         resume_run(run)
 
 
