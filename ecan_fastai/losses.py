@@ -49,8 +49,8 @@ def _check_temperature(temperature):
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
-    "Choose the bank rows in a chunk: 2 MiB of similarities fit a CPU's cache; a GPU gets more work in each call"
-    return max(1, 2 ** (19 if z.device.type == "cpu" else 21) // max(z.shape))
+    "Choose the bank rows in a chunk: 2 MiB of similarities fit a CPU's cache, 32 MiB give a GPU enough work"
+    return max(1, 2 ** (19 if z.device.type == "cpu" else 23) // max(z.shape))
 
 # %% ../nbs/04_losses.ipynb #9052548c
 @dataclass
@@ -308,7 +308,7 @@ def _check_centers(x, y, centers):
 
 # %% ../nbs/04_losses.ipynb #6e7f6a83
 def _square_distances(x, y, centers):
-    return (x - centers[y]).pow(2).sum(-1)
+    return (x - F.embedding(y, centers)).pow(2).sum(-1)
 
 # %% ../nbs/04_losses.ipynb #4691c513
 @_full_precision
@@ -326,6 +326,11 @@ def _check_reduction(reduction, known=("mean", "sum")):
     if reduction not in known:
         raise ValueError(f"reduction must be {' or '.join(map(repr, known))}, got {reduction!r}")
 
+# %% ../nbs/04_losses.ipynb #a3c91f07
+def _affinities(x, y, centers, reduction):
+    "Affinity losses (...) of groups of features (..., m, d) with labels (..., m)"
+    return getattr(_square_distances(x, y, centers), reduction)(-1) / centers.var(0).sum()
+
 # %% ../nbs/04_losses.ipynb #d6097e1b
 @_full_precision
 def affinity_loss(
@@ -342,7 +347,7 @@ def affinity_loss(
     _check_reduction(reduction)
     if len(centers) < 2:
         raise ValueError(f"the variance between class centres needs at least 2 classes, got {len(centers)}")
-    return getattr(_square_distances(x, y, centers), reduction)() / centers.var(0).sum()
+    return _affinities(x, y, centers, reduction)
 
 # %% ../nbs/04_losses.ipynb #79b7cd97
 @_full_precision
@@ -353,12 +358,18 @@ def mva_weight(
     return 1 + losses.detach().var(unbiased=False)
 
 # %% ../nbs/04_losses.ipynb #cc252693
+@_full_precision
 def _weighted_affinity(x, y, centers, groups, group_labels, reduction):
     "Multi-view affinity loss and its alpha; the older groups only affect alpha, and carry no gradient"
     current = affinity_loss(x, y, centers, reduction)
+    if groups.shape[2:] != x.shape[1:] or groups.shape[:2] != group_labels.shape:
+        raise ValueError(
+            f"expected groups of shape (V-1, n, {x.shape[1]}) and as many labels (V-1, n), got {tuple(groups.shape)} "
+            f"and {tuple(group_labels.shape)}"
+        )
     with torch.no_grad():
-        older = [affinity_loss(*group, centers, reduction) for group in zip(groups, group_labels)]
-    alpha = mva_weight(torch.stack([current, *older]))
+        older = _affinities(groups, group_labels, centers, reduction)
+    alpha = mva_weight(torch.cat([current[None], older]))
     return alpha * current, alpha
 
 # %% ../nbs/04_losses.ipynb #3a2c91f2
