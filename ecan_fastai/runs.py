@@ -25,10 +25,10 @@ from timm.layers import convert_sync_batchnorm
 
 from ecan_fastai.augment import crop_size
 from ecan_fastai.callbacks import CPUMixedPrecision, ProgressiveResize
-from ecan_fastai.config import UNUSED, RunConfig, means_sample
+from ecan_fastai.config import TUNED_LR, UNUSED, RunConfig, means_sample
 from ecan_fastai.data import default_workers, set_stats
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
-from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner
+from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner, images_per_step
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.readers.factory import detect_kind
@@ -123,7 +123,10 @@ def _check_small(cfg):
 def run_learner(cfg, dls, out):
     "Make the learner of a resolved configuration, and note its learning rate and weight decay in the configuration"
     given = {k: v for k in ("lr", "wd") if (v := getattr(cfg, k)) is not None}
-    kwargs = {**OPTIMIZERS[cfg.opt], **given, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+    own = OPTIMIZERS[cfg.opt]
+    if (cfg.preset, cfg.opt) == ("tuned", "paper"):
+        own = {"lr": TUNED_LR * images_per_step(dls) / 256}
+    kwargs = {**own, **given, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any():
         warnings.warn(
             "balance positives changes nothing: no class has less than three quarters of the average number of faces"

@@ -542,6 +542,17 @@ def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
     assert cfg.bs == dls.bs == 8 and cfg.lr == pytest.approx(0.1 * 8 / 256) and cfg.wd == 5e-4
 
 
+@pytest.mark.parametrize(
+    "settings,lr",
+    [({}, 0.3 * 8 / 256), (dict(opt="adam"), 2e-3), (dict(lr=0.05), 0.05), (dict(preset="paper"), 0.1 / 32)],
+)
+def test_the_rate_of_the_tuned_preset(faces, tmp_path, settings, lr):
+    loaders = runs.run_loaders(config(faces, bs=8).resolve(), tmp_path)
+    cfg = config(faces, **{**dict(opt="paper", preset="tuned", kind="fer2013"), **settings}).resolve()
+    runs.run_learner(cfg, loaders, tmp_path)
+    assert cfg.lr == pytest.approx(lr)
+
+
 def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
     import timm
 

@@ -6,7 +6,6 @@ import pytest
 from ecan_fastai.video import (
     FaceTracker,
     VideoWriter,
-    box_iou,
     camera_index,
     draw_faces,
     frame_rate,
@@ -58,20 +57,6 @@ def test_names_of_cameras_and_videos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "webcam").mkdir()
     assert camera_index("webcam") is None  # a folder of that name is a folder
-
-
-def test_overlap_is_scikit_images_definition_by_counting_pixels():
-    rng = np.random.default_rng(0)
-    a, b = (np.sort(rng.integers(0, 20, (8, 2, 2)), axis=1).reshape(8, 4) for _ in range(2))
-
-    def pixels(left, top, right, bottom):
-        return {(x, y) for x in range(left, right) for y in range(top, bottom)}
-
-    for i, p in enumerate(a):
-        for j, q in enumerate(b):
-            both, either = pixels(*p) & pixels(*q), pixels(*p) | pixels(*q)
-            assert box_iou(a, b)[i, j] == pytest.approx(len(both) / max(1, len(either)))
-    assert box_iou(np.empty((0, 4)), b).shape == (0, 8)
 
 
 def box(x, side=100):
