@@ -110,7 +110,9 @@ def video_frames(
 # %% ../nbs/12a_video.ipynb #3ab1c5de
 def _match(boxes, tracks, min_iou):
     "Match boxes to tracks, from the largest overlap down; return the track of each box by its index"
-    boxes, last = (torch.tensor(np.reshape(b, (-1, 4)), dtype=torch.float64) for b in (boxes, [t["box"] for t in tracks]))
+    boxes, last = (
+        torch.tensor(np.reshape(b, (-1, 4)), dtype=torch.float64) for b in (boxes, [t["box"] for t in tracks])
+    )
     iou = box_iou(boxes, last).numpy()
     matched: dict = {}
     for k in np.argsort(-iou, axis=None, kind="stable"):
