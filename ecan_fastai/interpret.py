@@ -226,7 +226,8 @@ def plot_sweep(
     ax.set_xticks(range(len(values)), [f"{v:g}" if isinstance(v, (float, np.floating)) else str(v) for v in values])
     ax.set_xlabel(label or setting)
     ax.set_ylabel(f"{', '.join(names.values())} (%)", fontsize=9)
-    ax.legend(fontsize=8)
+    ax.margins(y=0.25)  # room for the legend
+    ax.legend(fontsize=8, loc="upper center", ncols=2)
     return ax
 
 # %% ../nbs/08_interpret.ipynb #c535fc07
