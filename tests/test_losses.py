@@ -655,6 +655,16 @@ def test_every_parameter_of_the_model_is_in_the_graph_without_compactness():
             ),
             r"center of shape \(2,\)",
         ),
+        (
+            lambda: mva_loss(
+                torch.zeros(3, 2),
+                torch.zeros(3, dtype=torch.long),
+                torch.zeros(2, 2),
+                torch.zeros(4, 3, 2),
+                torch.zeros(3, 3, dtype=torch.long),
+            ),
+            r"groups of shape \(V-1, n, 2\) and as many labels",
+        ),
         (lambda: PaperReading(affinity_reduction="max"), "reduction must be .mean. or .sum., got .max."),
         (lambda: ECANLoss(l1=2), "between 0 and 1"),
         (lambda: ECANLoss(l2=-1), "negative"),
