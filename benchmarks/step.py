@@ -14,7 +14,7 @@ from fastai.data.core import DataLoaders
 from benchmarks.common import alternate, arguments, parser, peak_memory, report, table
 from ecan_fastai.callbacks import CPUMixedPrecision
 from ecan_fastai.layers import channels_last_is_faster, fast_precision
-from ecan_fastai.learner import baseline_learner, ecan_learner, paper_opt
+from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.losses import ECANLoss
 
 CE, ECAN, KEYS, EMA = "cross-entropy", "ECAN", "key encoder's forward pass", "EMA (foreach)"
@@ -62,7 +62,7 @@ def autocast(given, precision):
 def plain(model, loss, x, y, given, precision, after=lambda out: None):
     "A step in a loop of one's own"
     params = [p for p in model.parameters() if p.requires_grad]
-    opt = paper_opt["opt_func"](params, lr=1e-3, wd=5e-4)
+    opt = torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(torch.device(given.device).type, enabled=precision == "fp16")
 
     def f():

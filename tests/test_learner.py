@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import warnings
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +23,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import error_rate
-from fastai.optimizer import Adam
+from fastai.optimizer import SGD, Adam
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import imagenet_stats
@@ -87,6 +88,30 @@ def test_paper_optimizer_is_torchs_sgd():
             opt.step(), opt.zero_grad()
     for a, b in zip(*[n.parameters() for n in nets]):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("wd_bn_bias", [True, False])
+def test_foreach_sgd_equals_fastais(make, wd_bn_bias):
+    "Two groups, a schedule, a fit that goes on: the same weights and the same state to the last bit"
+    ends = []
+    for opt_func in (ForeachSGD, partial(SGD, mom=0.9, decouple_wd=False)):
+        learn = make(opt_func=opt_func, lr=0.05, wd=0.01, wd_bn_bias=wd_bn_bias)
+        learn.fit_one_cycle(1, slice(0.01, 0.1))
+        learn.fit(1, 0.02)
+        state = learn.opt.state_dict()["state"]
+        ends.append([*learn.model.state_dict().values(), *[v for s in state for v in s.values() if torch.is_tensor(v)]])
+    assert len(ends[0]) == len(ends[1]) and all(torch.equal(a, b) for a, b in zip(*ends))
+
+
+def test_parameters_frozen_after_a_fit_stay(make):
+    learn = make(baseline_learner, train_bn=False)
+    learn.fit(1, 0.01)
+    learn.freeze()
+    before = [p.detach().clone() for p in learn.model.encoder.parameters()]
+    classifier = learn.model.classifier.weight.detach().clone()
+    learn.fit(1, 0.01)
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.encoder.parameters()))
+    assert not torch.equal(classifier, learn.model.classifier.weight)
 
 
 def test_one_cycle_leaves_the_papers_momentum_alone(make):
