@@ -37,7 +37,6 @@ from fastai.torch_core import (
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import get_grid
 from fastcore.basics import fastuple, patch, store_attr
-from fastcore.foundation import L
 from fasttransform import Pipeline, Transform, compose_tfms
 from PIL import Image, ImageOps
 from plum import dispatch
@@ -167,8 +166,10 @@ def read_face(
         x = np.array(ImageOps.exif_transpose(x).convert("L" if channels == 1 else "RGB"))
     elif isinstance(x, torch.Tensor):
         x = x.detach().cpu().numpy()
-        if x.ndim == 3:
+        if x.ndim == 3 and x.shape[0] in (1, 3):
             x = x.transpose(1, 2, 0)
+        elif x.ndim == 3:
+            raise ValueError(f"expected a tensor with 1 or 3 channels first as an image, got shape {tuple(x.shape)}")
     if not isinstance(x, np.ndarray):
         raise ValueError(f"expected a path, bytes, a PIL image, an array or a tensor as an image, got {x!r}")
     if x.ndim == 2:
@@ -297,7 +298,9 @@ class _SeededDL(TfmdDL):
         return getattr(self.dataset, "split_idx", None) == 0
 
     def before_iter(self):
-        self.after_batch = Pipeline(_each_view(self.after_batch))  # some may have been added since
+        wrapped = _each_view(self.after_batch)
+        if len(wrapped) != sum(a is b for a, b in zip(wrapped, self.after_batch.fs)):  # some were added since
+            self.after_batch = Pipeline(wrapped)
         super().before_iter()
         if self.draws:
             seeds = torch.randint(2**31, (max(1, num_distrib()),))  # one for each process of distributed training
@@ -340,7 +343,14 @@ class TwoViewDL(_SeededDL):
         wrong = [type(t).__name__ for t in Pipeline(after_item) if not isinstance(t, ToTensor)]
         if wrong:
             raise ValueError(f"{wrong[0]} would change no view: give it as TwoViewBlock(item_tfms=...)")
+        if any(isinstance(t, Normalize) and t.mean is None for t in Pipeline(after_batch).fs):
+            raise ValueError("Normalize needs statistics in batch_tfms: Normalize.from_stats(mean, std)")
         super().__init__(*args, after_item=after_item, after_batch=_each_view(after_batch), **kwargs)
+
+    def before_iter(self):
+        if self.item_weights is not None and not self.shuffle:
+            raise ValueError("item_weights sample at random, and these loaders were made with shuffle=False")
+        super().before_iter()
 
     def shuffle_fn(self, idxs):
         return (
@@ -351,7 +361,7 @@ class TwoViewDL(_SeededDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         dl = super().new(dataset, cls, **kwargs)
-        if dataset is None:
+        if dataset is None and dl.shuffle:
             dl.item_weights = self.item_weights
         return dl
 
@@ -371,35 +381,36 @@ class TwoViewDL(_SeededDL):
 
 # %% ../nbs/02_data.ipynb #2fc02414
 def _each_view(batch_tfms):
-    "Wrap batch transforms other than those of `TwoViewBlock` in one `EachView`"
-    tfms = Pipeline(batch_tfms).fs
-    own = [t for t in tfms if isinstance(t, (IntToFloatTensor, Normalize, EachView))]
-    others = [t for t in tfms if t not in own]
-    return [*own, EachView(others)] if others else own
+    "Wrap each batch transform other than those of `TwoViewBlock` in an `EachView`"
+    own = IntToFloatTensor, Normalize, EachView
+    return [t if isinstance(t, own) else EachView(t) for t in Pipeline(batch_tfms).fs]
 
 
 class EachView(Transform):
-    "Apply batch transforms to each view separately, so that random ones differ between views"
-
-    order = 30  # after `IntToFloatTensor`, before `Normalize`
+    "Apply a batch transform to each view separately, so that a random one differs between views"
 
     def __init__(
         self,
-        tfms,  # fastai batch transforms, or functions
+        tfm: Transform,  # fastai batch transform
     ):
         super().__init__()
-        made = [t if isinstance(t, Transform) else t() if isinstance(t, type) else Transform(t) for t in L(tfms)]
-        self.tfms = sorted(made, key=lambda t: t.order)
+        self.tfm, self.order = tfm, tfm.order
 
-    def __call__(self, b, split_idx=None, **kwargs):
-        x, *targets = b
-        if not isinstance(x, (tuple, list)):
-            return compose_tfms(b, self.tfms, split_idx=split_idx)
-        views = [compose_tfms((view, *targets), self.tfms, split_idx=split_idx) for view in x]
-        return (type(x)([view[0] for view in views]), *views[0][1:])
+    def setup(self, items=None, train_setup=False):
+        self.tfm.setup(items, train_setup)
+
+    def __call__(self, b, **kwargs):
+        return self._each(self.tfm, b, **kwargs)
 
     def decode(self, b, **kwargs):
-        return b
+        return self._each(self.tfm.decode, b, **kwargs)
+
+    def _each(self, f, b, **kwargs):
+        x, *targets = b
+        if not isinstance(x, (tuple, list)):
+            return f(b, **kwargs)
+        views = [f((view, *targets), **kwargs) for view in x]
+        return (type(x)([view[0] for view in views]), *views[0][1:])
 
 # %% ../nbs/02_data.ipynb #daaa5513
 def _norms(dls):

@@ -328,7 +328,8 @@ def from_learner(
 ):
     "Open the current model of a learner, without calibration"
     tfm, norm = _learner_transforms(learn.dls)
-    model = get_model(learn.model)
+    model = getattr(learn.model, "_orig_mod", learn.model)  # of a compiled model
+    model = get_model(model)
     if not isinstance(model, ECANModel if key else (ECANModel, FaceClassifier)):
         wanted = "ecan_learner" if key else "ecan_learner or baseline_learner"
         raise ValueError(f"expected a learner from {wanted}, got one with a model of type {type(model).__name__}")

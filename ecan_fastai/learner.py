@@ -185,11 +185,12 @@ class ECANLearner(Learner):
     def export(self, fname="export.pkl", **kwargs):
         "Export a plain `Learner` over encoder and classifier, without key encoder, bank, centres and callbacks"
         terms = {k: getattr(self.loss_func, k) for k in ("weight", "label_smoothing") if hasattr(self.loss_func, k)}
-        settings = "path model_dir metrics splitter opt_func lr wd wd_bn_bias moms".split()
+        settings = "path model_dir metrics opt_func lr wd wd_bn_bias moms".split()
         plain = Learner(
             self.dls,
             self.model.inference(),
             CrossEntropyLossFlat(flatten=False, **terms),
+            splitter=face_splitter,  # the learner's own may name the centres
             **{k: getattr(self, k) for k in settings},
         )
         plain.export(fname, **kwargs)

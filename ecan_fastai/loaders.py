@@ -29,7 +29,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Transform
 
-from .data import EachView, TwoViewBlock, read_face
+from .data import TwoViewBlock, read_face
 from .progress import progress
 from .readers.factory import READERS, detect_kind, read_faces
 from .readers.folder import csv_faces, folder_faces, table_faces
@@ -44,6 +44,9 @@ def _check_labels(faces, vocab):
     if not any(f.split == "train" for f in faces):
         raise ValueError(f"no image in a train split, got the splits {', '.join(sorted({f.split for f in faces}))}")
     vocab = list(vocab) if vocab is not None else sorted({f.label for f in faces if f.split == "train"})
+    wrong = next((v for v in vocab if not isinstance(v, str)), None)
+    if wrong is not None:
+        raise ValueError(f"expected text as the names of classes in the vocabulary, got {wrong!r}")
     twice = next((v for v in vocab if vocab.count(v) > 1), None)
     if twice is not None:
         raise ValueError(f"the vocabulary has {twice!r} twice")
@@ -260,12 +263,13 @@ def _batch_size(bs, n_train):
 # %% ../nbs/03j_loaders.ipynb #a5a26e67
 def _data_block(faces_block, label, splits, batch_tfms):
     "Build the block of `Face` records; `splits` holds index lists by name"
-    return DataBlock(
+    block = DataBlock(
         blocks=(faces_block, TransformBlock(type_tfms=label)),
         getters=[_Get("image"), _Get()],
         splitter=lambda _: list(splits.values()),
-        batch_tfms=[EachView(batch_tfms)] if batch_tfms else None,
     )
+    block.batch_tfms = L(block.batch_tfms) + L(batch_tfms)  # as an argument, DataBlock keeps one of each class
+    return block
 
 # %% ../nbs/03j_loaders.ipynb #534ceae4
 def _named_loaders(cls, loaders, splits, path):
@@ -338,7 +342,9 @@ class ExpressionDataLoaders(DataLoaders):
     def test_dl(self, test_items, with_labels=False, **kwargs):
         "Loader of other images; `with_labels` takes `Face` records, or files in class folders"
         _check_options(kwargs, (*_LOADER_OPTIONS, "bs", "rm_type_tfms", "process"))  # process: from `Interpretation`
-        if isinstance(test_items, (str, Path)) or not len(test_items):
+        if isinstance(test_items, pd.DataFrame):
+            raise ValueError("expected a list of images, got a table: use the list of its column, or table_faces")
+        if isinstance(test_items, (str, Path)) or not hasattr(test_items, "__len__") or not len(test_items):
             raise ValueError(f"expected a list of images, got {str(test_items)!r}: get_image_files lists a folder's")
         if with_labels:
             test_items = [self._labelled(o) for o in test_items]

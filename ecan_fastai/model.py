@@ -138,10 +138,13 @@ def _read_weights(path):
     check_file(file)
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
-    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as e:
+    except pickle.UnpicklingError as e:
         raise ValueError(
-            f"{file} is no file of weights, or needs code to load: {str(e).partition(chr(10))[0] or type(e).__name__}"
+            f"{file} is no file of weights, or needs code to load, as an exported learner does: use a run's folder, or "
+            "a file of `learn.save`"
         ) from e
+    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as e:
+        raise ValueError(f"{file} is no file of weights: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
     for wrapper in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

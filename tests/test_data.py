@@ -12,7 +12,7 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize, get_image_files, parent_label
-from fastai.torch_core import TensorCategory, defaults, set_seed
+from fastai.torch_core import TensorCategory, TensorImage, defaults, set_seed
 from fastai.vision.augment import Brightness, Flip, FlipItem, RandomCrop
 from fasttransform import Transform
 from PIL import Image
@@ -334,3 +334,55 @@ def test_images_of_pillow_are_read_like_their_files(tmp_path):
         read_face(deep)
     with pytest.raises(ValueError, match="channels must be 1 or 3, got 7"):
         read_face(tmp_path / "turned.png", 7)
+
+
+class Scaled(Transform):
+    "Twice the distance from 0.5, after `Normalize` if `order` says so"
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.seen = order, None
+
+    def setups(self, dl):
+        self.seen = len(dl.one_batch()[0])
+
+    def encodes(self, x: TensorImage):
+        self.range = x.min().item(), x.max().item()
+        return 2 * x - 0.5
+
+    def decodes(self, x: TensorImage):
+        return (x + 0.5) / 2
+
+
+@pytest.mark.parametrize("order,low,high", [(30, 0, 1), (100, -2, 2)])
+def test_batch_transforms_keep_their_order_setup_and_decoding(make_dls, order, low, high):
+    tfm, plain = Scaled(order), make_dls(level="none", shuffle=False)
+    dls = make_dls(level="none", shuffle=False, batch_tfms=tfm)
+    (q, _), y = dls.train.one_batch()
+    assert low <= tfm.range[0] < low + 0.5 * (high - low) < tfm.range[1] <= high and tfm.seen == 2  # a pair
+    assert not torch.allclose(q, plain.train.one_batch()[0][0])
+    for dl, same in zip(dls.loaders, plain.loaders):
+        views, expected = (d.decode(d.one_batch())[0] for d in (dl, same))
+        for a, b in zip(views, expected):
+            assert torch.allclose(a.float(), b.float(), atol=1)  # grey levels
+
+
+def test_a_normalize_without_statistics_is_refused(faces):
+    block = TwoViewBlock(size=16, channels=1)
+    block = DataBlock((block, CategoryBlock), get_items=get_image_files, get_y=parent_label, batch_tfms=Normalize())
+    with pytest.raises(ValueError, match="Normalize needs statistics"):
+        block.dataloaders(faces, num_workers=0)
+
+
+def test_weights_of_items_need_loaders_that_shuffle(make_dls):
+    dls = make_dls(shuffle=False)
+    dls.train.item_weights = [1.0] * len(dls.train_ds)
+    with pytest.raises(ValueError, match="item_weights sample at random"):
+        dls.train.one_batch()
+    dls.train.shuffle = True
+    assert dls.train.new(shuffle=False).item_weights is None and dls.train.new().item_weights
+
+
+def test_a_tensor_with_channels_last_is_named_as_it_is():
+    with pytest.raises(ValueError, match=r"1 or 3 channels first as an image, got shape \(48, 40, 3\)"):
+        read_face(torch.zeros(48, 40, 3, dtype=torch.uint8))

@@ -82,6 +82,14 @@ def test_the_key_encoder_of_a_learner(make_dls):
     assert torch.equal(keys.model.classifier.encoder.conv1.weight, 2 * queries.model.classifier.encoder.conv1.weight)
 
 
+def test_a_compiled_model_of_a_learner(make_dls):
+    learn = baseline_learner(make_dls(n_views=1), "resnet10t")
+    images = [f.image for f in learn.dls.valid_ds.items[:3]]
+    expected = Predictor.from_learner(learn).probabilities(images)
+    learn.model = torch.compile(learn.model)
+    assert np.array_equal(Predictor.from_learner(learn).probabilities(images), expected)
+
+
 def test_the_centre_among_ten_crops_is_the_centre(run, faces):
     ten, center = Predictor(run, "ten"), Predictor(run, "center")
     logits = ten.logits(faces / "test")

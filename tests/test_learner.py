@@ -114,6 +114,18 @@ def test_parameters_frozen_after_a_fit_stay(make):
     assert not torch.equal(classifier, learn.model.classifier.weight)
 
 
+def test_an_export_does_not_need_the_learners_splitter(make, tmp_path):
+    def splitter(model):
+        return [list(model.encoder.parameters()), [*model.classifier.parameters(), model.centers]]
+
+    learn = make(splitter=splitter)
+    learn.export("e.pkl")
+    img = learn.dls.valid_ds.items[0].image
+    assert torch.allclose(load(tmp_path / "e.pkl").predict(img)[2], learn.predict(img)[2], atol=1e-6)
+    with pytest.raises(ValueError, match=r"e.pkl is no file of weights, or needs code to load, as an exported learner"):
+        make(pretrained=tmp_path / "e.pkl")
+
+
 def test_one_cycle_leaves_the_papers_momentum_alone(make):
     learn = make(baseline_learner)
     learn.fit_one_cycle(1)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.transforms import get_image_files
 from PIL import Image
 
 from ecan_fastai.data import read_face
@@ -898,3 +899,16 @@ def test_images_are_found_without_the_systems_table_of_types(tmp_path):
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout.strip() == str([".JPG", ".avif", ".jfif", ".jp2", ".png", ".webp"]), done.stderr
+
+
+def test_names_of_classes_and_images_to_test_are_checked(faces):
+    table = pd.DataFrame({"image": map(str, get_image_files(faces / "train"))})
+    table["label"] = [Path(f).parent.name for f in table.image]
+    with pytest.raises(ValueError, match="expected text as the names of classes in the vocabulary, got 0"):
+        ExpressionDataLoaders.from_df(table, vocab=[0, 1])
+    dls = ExpressionDataLoaders.from_df(table, size=16, channels=1, num_workers=0)
+    with pytest.raises(ValueError, match="got a table: use the list of its column"):
+        dls.test_dl(table)
+    with pytest.raises(ValueError, match="expected a list of images, got"):
+        dls.test_dl(o for o in table.image)
+    assert len(dls.test_dl(list(table.image[:3])).dataset) == 3
