@@ -206,7 +206,7 @@ class LossPartsRecorder(Callback):
     order, run_valid, remove_on_fetch = Recorder.order + 1, False, True
 
     def __init__(self):
-        self.batches = []  # parts of the loss of each training batch of the epoch
+        self.batches = []  # parts of the loss of each training batch of the epoch, by name
 
     def before_fit(self):
         self.names = getattr(self.loss_func, "part_names", [])  # of the whole fit, whatever changes the weights
@@ -223,14 +223,16 @@ class LossPartsRecorder(Callback):
         self.batches = []
 
     def after_loss(self):
-        parts, missing = self.loss_func.parts, self.learn.loss.new_full((), torch.nan)
-        self.batches.append(torch.stack([parts.get(k, missing) for k in self.names]))
+        self.batches.append(self.loss_func.parts)
         self.learn.pred = self.pred["logits"]  # for metrics on training batches
 
     def after_validate(self):
         if self.batches and hasattr(self.learn, "recorder"):
+            missing = self.learn.loss.new_full((), torch.nan)
+            parts = torch.stack([parts.get(k, missing) for parts in self.batches for k in self.names])
+            parts = maybe_gather(parts.view(len(self.batches), -1))
             # a batch without a pair of one class has NaN as its cosine
-            fill_columns(self.recorder, self.at, maybe_gather(torch.stack(self.batches)).nanmean(0).tolist())
+            fill_columns(self.recorder, self.at, parts.nanmean(0).tolist())
         self.batches = []
 
 # %% ../nbs/06_callbacks.ipynb #cb24b77a

@@ -111,18 +111,14 @@ def ecan_train(args=None):
         parser.error("--resume takes all settings from the run's folder: give nothing else, DATA only if it was moved")
     if resume is None and "data" not in typed:
         parser.error("DATA is missing: a folder, a csv file, or `sample`")
-    try:
+    with _one_sentence(parser, lambda: f"interrupted; {_left(out, parser.prog)}"):
         config = None if resume is not None else RunConfig(**typed)
         out = resume or out or Path("runs") / f"{_data_name(config.data)}-{config.method}-seed{config.seed}"
         from ecan_fastai.runs import resume_run, start_run  # takes seconds, so after the checks above
 
         record = start_run(config, out) if config else resume_run(out, typed.get("data"))
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; {_left(out, parser.prog)}\n")
-    if record is not None:  # None in the processes of a distributed run that write nothing
-        _print_record(record, out)
+        if record is not None:  # None in the processes of a distributed run that write nothing
+            _print_record(record, out)
 
 
 def _left(out, prog):
@@ -139,7 +135,7 @@ def _left(out, prog):
 
 
 @contextmanager
-def _one_sentence(parser, interrupted="interrupted"):
+def _one_sentence(parser, interrupted=lambda: "interrupted"):
     try:
         yield
         sys.stdout.flush()
@@ -149,7 +145,7 @@ def _one_sentence(parser, interrupted="interrupted"):
     except (ValueError, OSError, ImportError) as e:
         parser.exit(2, f"{parser.prog}: error: {printable(e)}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: {interrupted}\n")
+        parser.exit(130, f"\n{parser.prog}: {interrupted()}\n")
 
 
 def _out(parser, file, *endings, flag="--out"):
@@ -588,7 +584,7 @@ def ecan_reproduce(args=None):
         p.error("--data is missing: the path of a data set, or `sample`")
     if given.experiment is None and (typed := vars(given).keys() - {"experiment"} - _untouched(p, given)):
         p.error(f"EXPERIMENT is missing: --{', --'.join(sorted(typed))} has no effect without it")
-    with _one_sentence(p, "interrupted; repeat the command to resume"):
+    with _one_sentence(p, lambda: "interrupted; repeat the command to resume"):
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
 
         if given.experiment is None:

@@ -4,7 +4,7 @@ at once."""
 import math
 import os
 import warnings
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_args
 
 LEVELS = ("none", "weak", "strong")
@@ -234,6 +234,18 @@ class RunConfig:
         for name in UNUSED[self.method]:
             setattr(self, name, None)
         return self
+
+    def differs(
+        self,
+        made: dict,  # Settings that a run was made with
+        free=(),  # Names of settings that may differ
+    ) -> str | None:
+        """Name the first setting of a run that is not as asked here; None if there is none
+
+        `None` and `auto` ask for nothing. A setting that is newer than the run has its default."""
+        made = {f.name: f.default for f in fields(self)} | COMMON | made
+        asked = {k: v for k, v in asdict(self).items() if k not in free and v not in (None, "auto")}
+        return next((k for k, v in asked.items() if made[k] != v), None)
 
     def _preset(self):
         "Values for the settings that are not given"

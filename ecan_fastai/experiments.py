@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import ecan_fastai
-from .config import COMMON, UNUSED, RunConfig, means_sample
+from .config import UNUSED, RunConfig, means_sample
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .loaders import without_broken
@@ -44,7 +44,10 @@ def _experiment(name):
 
 # %% ../nbs/13_experiments.ipynb #30307216
 def _name(v):
-    return Path(v).name if isinstance(v, str) else v  # a file's name without its folder; other strings stay the same
+    "A file's name without its folder, the folder's for a run's weights; other values stay the same"
+    if not isinstance(v, str):
+        return v
+    return Path(v).parent.name if Path(v).name == "model.safetensors" else Path(v).name
 
 # %% ../nbs/13_experiments.ipynb #a7b7090b
 def _written(v):
@@ -148,10 +151,10 @@ def _check_faces(record, file, faces):
 def _read_record(file, cfg):
     "Read a record; raises `ValueError` if it belongs to another run"
     record = json.loads(file.read_text())
-    for k, asked in asdict(cfg).items():
-        found, asked = record["config"].get(k, COMMON.get(k, getattr(RunConfig, k, None))), _name(asked)
-        if k not in _FREE and asked not in (None, "auto") and found != asked:
-            raise ValueError(f"{file} is the record of a run with {k} {found}, expected {asked}")
+    asked = replace(cfg, pretrained=_name(cfg.pretrained))
+    if k := asked.differs(record["config"], _FREE):
+        found = record["config"].get(k)
+        raise ValueError(f"{file} is the record of a run with {k} {found}, expected {getattr(asked, k)}")
     return record
 
 # %% ../nbs/13_experiments.ipynb #70f30045
@@ -399,18 +402,11 @@ def experiment_figure(
 def _check_same(cfg, folder):
     "Raise `ValueError` if a folder holds the run of other settings or data"
     written = read_config(folder)
-    for k, asked in asdict(cfg).items():
-        found = getattr(written, k)
-        same = (
-            Path(found).resolve() == Path(asked).resolve()
-            if k in ("data", "pretrained") and isinstance(asked, str) and isinstance(found, str)
-            else found == asked
+    if k := cfg.differs(asdict(written), ("workers",)):
+        raise ValueError(
+            f"{folder} holds a run with {k} {getattr(written, k)}, expected {getattr(cfg, k)}: choose another folder "
+            "for the runs, or move that one away"
         )
-        if not same and asked not in (None, "auto") and k != "workers":
-            raise ValueError(
-                f"{folder} holds a run with {k} {found}, expected {asked}: choose another folder for the runs, or move "
-                "that one away"
-            )
 
 # %% ../nbs/13_experiments.ipynb #f38d986e
 def run_stem(

@@ -156,8 +156,9 @@ def _gradient(
     anchors_only: bool,
 ) -> Tensor:  # (M, d), of the loss by z over the temperature
     "Gradient of the weighted mean over anchors"
-    pull = terms.mul_((weight / total)[:, None]).sub_(mask * share[:, None])
-    grad = weighted_rows.mul_((weight / total)[:, None]).addmm_(pull if anchors_only else pull + pull.T, z)
+    scale = (weight / total)[:, None]
+    pull = terms.mul_(scale).sub_(mask * share[:, None])
+    grad = weighted_rows.mul_(scale).addmm_(pull if anchors_only else pull + pull.T, z)
     return grad if positive_rows is None else grad.sub_(share[:, None] * positive_rows)
 
 # %% ../nbs/04_losses.ipynb #d55ed1ef
@@ -295,10 +296,9 @@ def mean_cosines(
     same = y[:, None] == y
     cosines = z @ z.T
 
-    def mean(pairs):
-        return (cosines * pairs).sum() / pairs.sum()
-
-    return mean(same.clone().fill_diagonal_(False)), mean(~same)
+    pairs = torch.stack([same, ~same])
+    pairs[0].fill_diagonal_(False)
+    return tuple((pairs * cosines).sum((1, 2)) / pairs.sum((1, 2)))
 
 # %% ../nbs/04_losses.ipynb #31272950
 def _check_centers(x, y, centers):

@@ -423,7 +423,8 @@ class _WithKeyEncoder(FaceClassifier):
         "Key features (n, d) of a view (n, channels, height, width), without gradient"
         if not self.key_eval:  # a callback may have put layers of the encoder into evaluation mode
             for key, query in zip(self.key_encoder.modules(), self.encoder.modules()):
-                key.training = query.training
+                if key.training != query.training:  # setting it takes twice the time
+                    key.training = query.training
         return self.key_encoder(x)
 
     def inference(

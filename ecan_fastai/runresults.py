@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import get_model, num_distrib
+from fastai.torch_core import num_distrib
 
 from ecan_fastai import __version__
 from ecan_fastai.augment import uses_five_crops
@@ -213,7 +213,7 @@ def write_results(
     write_run_file(out / "model.safetensors", lambda f: f.write_bytes(safetensors.torch.save(weights)))
     learn.remove_cbs([MixedPrecision, ChannelsLast])
     with torch.no_grad():  # so that the probabilities of the exported learner are calibrated, too
-        for p in get_model(learn.model).classifier.parameters():
+        for p in learn.model.classifier.parameters():
             p.div_(calibration.get("temperature", 1))
     write_run_file(out / "export.pkl", lambda f: learn.export(f.resolve()))
     record = _record(cfg, history, metrics, out)

@@ -55,7 +55,7 @@ OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 
 
 def resolve_config(cfg):
-    """Fill in the settings that are not given, in place, and return the configuration
+    """Fill in the settings that are not given, in place, make paths absolute, and return the configuration
 
     Recognises the kind from the data; the weights of `pretrained` give their settings, the preset all others."""
     if cfg.kind == "auto" and not means_sample(cfg.data):
@@ -64,7 +64,12 @@ def resolve_config(cfg):
         for name, value in weights_settings(cfg.pretrained).items():
             if getattr(cfg, name) is None:
                 setattr(cfg, name, value)
-    return cfg.resolve()
+    cfg.resolve()
+    if cfg.kind != "sample":
+        cfg.data = os.path.abspath(cfg.data)  # so that the run can be resumed from anywhere
+    if isinstance(cfg.pretrained, str) and cfg.pretrained not in NAMES:
+        cfg.pretrained = os.path.abspath(cfg.pretrained)
+    return cfg
 
 
 def run_loaders(cfg, out):
@@ -201,29 +206,25 @@ def _read_checkpoint(out, device):
         raise ValueError(f"{file} is broken: {str(e).partition(chr(10))[0]}") from e
 
 
-_FREE = ("data", "workers")  # may change when a run is resumed
-
-
 def _check_state(state, cfg, out):
     "Raise `ValueError` if a checkpoint was made with settings other than config.json's"
     if not isinstance(state, dict) or "config" not in state:
         raise ValueError(f"{out / 'checkpoint.pth'} is not the checkpoint of a run: no settings in it")
-    for name, value in asdict(cfg).items():
-        made = state["config"].get(name)
-        if name not in _FREE and made != value:
-            raise ValueError(
-                f"{out / 'checkpoint.pth'} was made with {name} {made}, and config.json says {value}: put the original "
-                "back, or train again in another folder"
-            )
+    if name := cfg.differs(state["config"], ("data", "workers")):  # which may change when a run is resumed
+        raise ValueError(
+            f"{out / 'checkpoint.pth'} was made with {name} {state['config'].get(name)}, and config.json says "
+            f"{getattr(cfg, name)}: put the original back, or train again in another folder"
+        )
 
 
 def _load_state(learn, state, out):
     "Load weights and optimizer state from a checkpoint"
     try:
-        learn.model.load_state_dict(state["model"])
+        learn.model.load_state_dict(state.pop("model"))  # the device needs no second copy
         if learn.opt is None:
             learn.create_opt()
-        learn.opt.load_state_dict(dict(state=state["opt"]["state"], hypers=L(state["opt"]["hypers"])))
+        opt = state.pop("opt")
+        learn.opt.load_state_dict(dict(state=opt["state"], hypers=L(opt["hypers"])))
     except (RuntimeError, KeyError, IndexError, AssertionError) as e:
         raise ValueError(
             f"{out / 'checkpoint.pth'} is not of the model that config.json describes: {' '.join(str(e).split())[:200]}"
@@ -249,7 +250,7 @@ def _image_mark(image, root):
     if isinstance(image, np.ndarray):
         return f"pixels {zlib.crc32(image.tobytes()):08x}", image.size
     file = Path(getattr(image, "file", image))
-    name = str(image).replace(f"{root}{os.sep}", "")
+    name = str(image).removeprefix(f"{root}{os.sep}")
     return name, file.stat().st_size
 
 
@@ -322,10 +323,6 @@ def _check_new(out):
 
 def _start(cfg, out):
     resolve_config(cfg)
-    if cfg.kind != "sample":
-        cfg.data = os.path.abspath(cfg.data)  # so that the run can be resumed from anywhere
-    if isinstance(cfg.pretrained, str) and cfg.pretrained not in NAMES:
-        cfg.pretrained = os.path.abspath(cfg.pretrained)
     _check_small(cfg)
     set_seed(cfg.seed, reproducible=True)
     dls = _first_process_first(run_loaders, cfg, out)
@@ -360,9 +357,9 @@ def _resume(out, data):
     if (out / "metrics.json").exists():
         raise ValueError(f"the run in {out} is finished: its results are in metrics.json")
     cfg = read_config(out)
-    moved = data is not None and cfg.kind != "sample"
-    if data is not None and cfg.kind == "sample" and data != "sample":
+    if cfg.kind == "sample" and data not in (None, "sample"):
         raise ValueError(f"the run in {out} is on faces that it draws itself, and takes no data, got {data}")
+    moved = data is not None and cfg.kind != "sample"
     if moved:
         cfg.data = os.path.abspath(data)
     set_seed(cfg.seed, reproducible=True)
@@ -446,4 +443,4 @@ def _train(learn, cfg, out, state):
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
             with _own_messages(), _distributed(learn), nullcontext() if sys.stdout.isatty() else learn.no_bar():
                 fit(cfg.epochs, cfg.lr, cbs=cbs, start_epoch=done)
-        return None if rank_distrib() else write_results(learn, cfg, out, keeper.rows or state["rows"])
+        return None if rank_distrib() else write_results(learn, cfg, out, keeper.rows)

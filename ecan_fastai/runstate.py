@@ -33,7 +33,7 @@ def rng_state(dls):
     name, keys, *rest = np.random.get_state()
     return dict(
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         numpy=(name, keys.tolist(), *rest),
         python=random.getstate(),
         shuffle=undistributed(dls.train).rng.getstate(),
@@ -41,11 +41,10 @@ def rng_state(dls):
 
 
 def set_rng_state(state, dls):
-    "Restore `rng_state`; a GPU without a saved state keeps its own"
+    "Restore `rng_state`; the GPU in use takes the state of the GPU that was in use"
     torch.set_rng_state(state["torch"].cpu())
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for i, cuda in enumerate(state["cuda"][:n_gpus]):
-        torch.cuda.set_rng_state(cuda.cpu(), i)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     random.setstate(state["python"])
@@ -67,7 +66,7 @@ class RunState(Callback):
         resumed: dict | None = None,  # Checkpoint to resume from
     ):
         self.out, self.config, self.resumed = Path(out), config, resumed
-        self.rows: list[dict] = []
+        self.rows: list[dict] = list(resumed["rows"]) if resumed else []
         self.started = None
 
     def before_train(self):
@@ -104,7 +103,6 @@ class RunState(Callback):
 
     def _restore(self, state):
         set_recorder_state(self.recorder, state["recorder"])
-        self.rows = list(state["rows"])
         if state["scaler"] and hasattr(self.learn, "scaler"):
             self.learn.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"], self.dls)
@@ -114,21 +112,23 @@ class RunState(Callback):
 
 
 class Diverged(ValueError):
-    "The training loss of a run is not finite"
+    "A loss of a run is not finite"
 
 
 class StopOnDivergence(Callback):
-    "Raise `Diverged` after an epoch whose training loss is not finite, before it is saved"
+    """Raise `Diverged` after an epoch whose training or validation loss is not finite, before it is saved
+
+    Weights that the last step of an epoch spoils show in the validation loss alone."""
 
     order = RunState.order
 
-    def after_train(self):
-        loss = float(self.recorder.smooth_loss.value)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the training loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
-                f"the run's folder holds the epochs before it"
-            )
+    def after_validate(self):
+        for name, loss in zip(("training", "validation"), self.recorder.log[1:3]):
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"the {name} loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
+                    f"the run's folder holds the epochs before it"
+                )
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -67,6 +67,17 @@ def test_resolve_fills_in_the_preset(kind, settings, expected):
 def test_a_resolved_configuration_is_resolved_again_to_itself(method):
     once = RunConfig("x", "fer2013", method).resolve()
     assert asdict(RunConfig(**asdict(once)).resolve()) == asdict(once)
+
+
+def test_settings_that_differ_from_those_of_a_run():
+    asked = RunConfig("x", "fer2013", lr=0.3).resolve()
+    made = asdict(asked)
+    assert asked.differs(made) is None
+    older = {k: v for k, v in made.items() if k not in ("small_pct", "center_features")}  # newer than the run
+    assert asked.differs(older) is None
+    assert replace(asked, center_features=True).differs(older) == "center_features"
+    assert asked.differs({**made, "epochs": 3}) == "epochs" and asked.differs({**made, "data": "y"}, ("data",)) is None
+    assert replace(asked, lr=None, precision="auto").differs({**made, "lr": 0.1, "precision": "bf16"}) is None
 
 
 def test_defaults_in_the_help_are_those_of_resolve():

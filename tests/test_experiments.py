@@ -255,7 +255,7 @@ def test_a_folder_counts_as_a_run_only_of_the_same_settings_and_data(faces, tmp_
     folder.mkdir(parents=True)
 
     def written(**changes):
-        config = {**asdict(cfg), "workers": 5, "data": os.path.relpath(faces), **changes}
+        config = {**asdict(cfg), "workers": 5, **changes}
         (folder / "config.json").write_text(json.dumps(dict(config=config)))
 
     def again():
@@ -639,3 +639,11 @@ def test_the_list(capsys):
     ecan_reproduce([])
     said = capsys.readouterr().out
     assert all(name in said for name in EXPERIMENTS) and "5 runs a seed   Losses (Table 3)" in said
+
+
+def test_weights_of_two_runs_have_two_names():
+    names = [
+        run_name(RunConfig("x", "fer2013", pretrained=f"/{run}/model.safetensors").resolve()) for run in ("ann", "bob")
+    ]
+    assert names == ["ecan-pretrained=ann", "ecan-pretrained=bob"]
+    assert run_name(RunConfig("x", "fer2013", pretrained="/a/face.pth").resolve()) == "ecan-pretrained=face.pth"

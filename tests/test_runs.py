@@ -971,3 +971,15 @@ def test_several_processes_need_accelerate(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'needs the extra: pip install "ecan_fastai\[distributed\]"'):
         start_run(config(faces, method="baseline", epochs=1), tmp_path / "run")
+
+
+def test_the_name_of_an_image_leaves_out_the_root_once(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    file = tmp_path / "a" / "b" / "1.png"
+    file.write_bytes(b"123")
+    root = tmp_path / "a"
+    assert runs._image_mark(file, root) == (os.path.join("b", "1.png"), 3)
+    inner = Path(f"{root}{os.sep}{str(root).lstrip(os.sep)}") / "1.png"  # the root's path again, below the root
+    inner.parent.mkdir(parents=True)
+    inner.write_bytes(b"")
+    assert runs._image_mark(inner, root) == (str(inner.relative_to(root)), 0)

@@ -28,15 +28,14 @@ def test_every_generator_is_restored(make_dls):
     assert draws(dls) == expected and all(a != b for a, b in zip(other, expected))
 
 
-@pytest.mark.parametrize("n_gpus", [0, 1, 2, 3])
-def test_a_run_is_resumed_with_another_number_of_gpus(make_dls, monkeypatch, n_gpus):
-    dls, restored = make_dls(n_views=1), {}
-    state = {**rng_state(dls), "cuda": [torch.tensor([k], dtype=torch.uint8) for k in (7, 8)]}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s, i: restored.update({i: int(s)}))
+@pytest.mark.parametrize("saved,gpu", [(7, True), (None, True), (7, False)])
+def test_the_state_of_a_gpu_is_restored_where_there_is_one(make_dls, monkeypatch, saved, gpu):
+    dls, restored = make_dls(n_views=1), []
+    state = {**rng_state(dls), "cuda": None if saved is None else torch.tensor([saved], dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s: restored.append(int(s)))
     set_rng_state(state, dls)
-    assert restored == dict([(0, 7), (1, 8)][:n_gpus])
+    assert restored == ([7] if saved and gpu else [])
 
 
 @pytest.fixture
@@ -90,6 +89,25 @@ def test_a_loss_that_is_not_finite_stops_the_fit_before_the_checkpoint(learn, tm
     with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match="loss became nan in epoch 0: lower the"):
         learn.fit(1, cbs=[RunState(tmp_path, {}), StopOnDivergence()])
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_the_last_step_spoils_are_not_saved(learn, tmp_path):
+    class Spoil(Callback):
+        run_valid = False
+
+        def after_step(self):
+            if self.epoch == 1 and self.iter == self.n_iter - 1:
+                next(self.model.parameters()).data.fill_(torch.nan)
+
+    learn = learn()
+    with (
+        learn.no_bar(),
+        learn.no_logging(),
+        pytest.raises(ValueError, match="the validation loss became nan in epoch 1"),
+    ):
+        learn.fit(3, cbs=[RunState(tmp_path, {}), StopOnDivergence(), Spoil()])
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert state["epochs"] == 1 and all(v.isfinite().all() for v in state["model"].values())
 
 
 def test_watched_tests_are_columns_of_the_recorder(learn, tmp_path):
