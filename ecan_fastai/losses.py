@@ -637,19 +637,18 @@ def forward(
     if isinstance(out, Tensor):
         return self._cross_entropy(out, y, self.reduction)
     y = y.as_subclass(Tensor)
-    ce = self._cross_entropy(out["logits"], y, "none")
-    if self.weight is not None and self.reduction == "mean" and y.ndim == 1:
-        ce = ce * (len(y) / self.weight[y].sum())  # so that the mean equals torch's weighted mean
-    loss, parts = (1 - self.l1) * ce, [ce.mean()]
+    ce = self._cross_entropy(out["logits"], y, self.reduction)
+    times = len(y) if self.reduction == "sum" else 1  # the terms of a batch count once an image
+    loss, parts = (1 - self.l1) * ce, [ce.mean() / times]
     if y.ndim == 2:
         y = y.argmax(1)
     if self.l1:
         center = out["bank_z"].mean(0) if self.center_features and len(out["bank_z"]) else None
         parts.append(_contrast_term(self, out, y, center))
-        loss = loss + self.l1 * parts[-1]
+        loss = loss + times * self.l1 * parts[-1]
     if self.l2:
         parts.append(_compact_term(self, out, y))
-        loss = loss + self.l2 * parts[-1]
+        loss = loss + times * self.l2 * parts[-1]
     else:
         loss = loss + 0 * out["centers"].sum()  # DistributedDataParallel needs every parameter in the loss
     if self.l2 and self.compact == "mva":
@@ -657,4 +656,4 @@ def forward(
     if self.l1:
         parts += mean_cosines(out["z_q"].detach(), y, center)
     self.parts = {name: part.detach() for name, part in zip(self.part_names, parts)}
-    return loss if self.reduction == "none" else getattr(loss, self.reduction)()
+    return loss
