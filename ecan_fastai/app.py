@@ -1,7 +1,9 @@
 "A web page that labels the faces of uploaded photographs, built with Gradio."
 
+import errno
 import os
 import signal
+import socket
 import sys
 import tempfile
 from functools import wraps
@@ -35,7 +37,8 @@ def _photo(file):
     except (ValueError, OSError) as e:
         raise ValueError(str(e).replace(str(file), name)) from None  # without the folder on the server
     scale = min(1.0, LARGEST_SIDE / max(image.shape[:2]))
-    return (cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else image), scale
+    size = [max(1, round(scale * side)) for side in image.shape[1::-1]]
+    return (cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image), scale
 
 
 def _rounded(table):
@@ -187,15 +190,26 @@ def build_app(
     return page
 
 
+def _check_address(host, port):
+    "Raise `OSError` if a server cannot listen there; Gradio takes every failure for a port in use"
+    try:
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as e:
+        if port and e.errno == errno.EADDRINUSE:
+            raise OSError(f"port {port} is in use: choose another one (--port)") from e
+        raise OSError(f"cannot listen on {host}: {e.strerror or e}") from e
+
+
 def launch_app(
     predictor: Predictor,  # Model that labels the faces
     host: str = "127.0.0.1",  # Address to listen on; the default is for this computer alone
     port: int | None = None,  # Default: the first free one from 7860 on
     wait: bool = True,  # Block until the server is stopped (Ctrl+C or SIGTERM); False: return at once
 ):  # gradio.Blocks, running
-    """Serve the page; raises `OSError` if the port is in use, `ImportError` without the extra `app`
+    """Serve the page; raises `OSError` if it cannot listen there, `ImportError` without the extra `app`
 
     Refuses uploads over 20 MB, deletes uploads and results after two to three minutes, and sends nothing anywhere."""
+    _check_address(host, port)
     folder = tempfile.TemporaryDirectory(prefix="ecan_app_")
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     gr = _gradio()
@@ -206,7 +220,7 @@ def launch_app(
     try:
         _, url, _ = page.launch(**options, max_file_size=LARGEST_FILE, theme=theme, prevent_thread_lock=True)
     except OSError as e:
-        raise OSError(f"port {port} is in use: choose another one (--port)" if port else f"no free port: {e}") from e
+        raise OSError(f"cannot serve on {host}: {e}") from e
     print(f"ecan_app: open {url} in a browser, stop with Ctrl+C", flush=True)
     if wait:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside, it deletes its files too

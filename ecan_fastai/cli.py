@@ -31,11 +31,11 @@ def _parser():
         else:
             group.add_argument(f"--{f.name.replace('_', '-')}", help=help_text(f), **_option(f))
     groups["run"].add_argument(
-        "--out", type=Path, help="folder of the run, new or empty; default runs/<data>-<method>-seed<seed>"
+        "--out", type=_path, help="folder of the run, new or empty; default runs/<data>-<method>-seed<seed>"
     )
     groups["run"].add_argument(
         "--resume",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="resume the interrupted run in this folder; takes no other option, and DATA only if it was moved",
     )
@@ -61,6 +61,13 @@ def _print_splits(splits):
             f"{name:<14}{m['n']:>8}{100 * m['accuracy']:>10.2f}%{100 * m['average_accuracy']:>9.2f}%"
             f"{m['macro_f1']:>10.4f}   ({m['eval_crops']})"
         )
+
+
+def _path(text):
+    "Parse a path; an empty one would mean the folder one is in"
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def _print_record(record, out):
@@ -98,7 +105,8 @@ def _script(f):
 
 
 def _data_name(data):
-    return "sample" if data == "sample" else Path(data).resolve().stem
+    path = Path(data).resolve()
+    return "sample" if data == "sample" else path.name if path.is_dir() else path.stem
 
 
 @_script
@@ -149,7 +157,7 @@ def _one_sentence(parser, interrupted=lambda: "interrupted"):
 
 
 def _out(parser, file, *endings, flag="--out"):
-    if file is not None and file.suffix not in endings:
+    if file is not None and file.suffix.lower() not in endings:
         parser.error(f"{flag}: expected a name ending in {' or '.join(endings)}, got {file}")
     if file is not None and not file.parent.is_dir():
         parser.error(f"{flag}: no such folder: {file.parent}")
@@ -158,7 +166,7 @@ def _out(parser, file, *endings, flag="--out"):
 def _add_run(p):
     p.add_argument(
         "--run",
-        type=Path,
+        type=_path,
         metavar="RUN",
         help="folder of a finished run (default: the model that ships with the package)",
     )
@@ -194,7 +202,7 @@ def _predict_parser():
     p.add_argument(
         "images",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="IMAGE",
         help="image file, or folder of images, cropped to the face; with --faces photograph, video or folder of them, "
         "or `webcam`",
@@ -220,27 +228,27 @@ def _predict_parser():
     )
     p.add_argument(
         "--annotated",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="with --faces: write the one photograph or video with boxes and labels to FILE (.png, .jpg, .mp4, .avi or "
         ".webm)",
     )
     p.add_argument(
         "--by",
-        type=Path,
+        type=_path,
         metavar="PEOPLE.csv",
         help="also print accuracy by age, gender or any other column of this table; its first column is the name of "
         "the image file; the true expression is its column `label`, or else the image's folder",
     )
     p.add_argument(
         "--heatmaps",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="also draw to FILE.png where the model looks in the first 16 images (Grad-CAM, needs the extra `explain`)",
     )
     p.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="write every class's probability to FILE, .csv or .json, instead of printing a table",
     )
@@ -270,8 +278,8 @@ def ecan_predict(args=None):
     "Label images with a trained model"
     p = _predict_parser()
     given = p.parse_args(args)
-    _check_predict(p, given)
     with _one_sentence(p):
+        _check_predict(p, given)
         from ecan_fastai.inference import Predictor, find_images
         from ecan_fastai.video import is_video
 
@@ -293,7 +301,7 @@ def ecan_predict(args=None):
         if given.heatmaps:
             _write_heatmaps(predictor, list(readable[:16]), given.heatmaps)
         if given.by:
-            _print_groups(table, files, given.by, predictor.vocab, given.faces)
+            _print_groups(table, readable, given.by, predictor.vocab, given.faces)
         if len(readable) < len(files):
             p.exit(1, f"{p.prog}: {len(files) - len(readable)} of {len(files)} files are left out\n")
 
@@ -339,7 +347,7 @@ def _write_faces(table, file):
     from ecan_fastai.runfiles import as_json, write_whole
 
     table = table.astype({c: float for c in table.select_dtypes("float32")}).round(5)
-    if file.suffix == ".csv":
+    if file.suffix.lower() == ".csv":
         write_whole(file, lambda f: write_csv(table, f))
     else:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -383,11 +391,11 @@ def ecan_evaluate(args=None):
         help="split to evaluate, may be repeated (default: all but train and valid, or all if no other exists)",
     )
     p.add_argument("--skip-broken", action="store_true", help="leave out images that cannot be read")
-    p.add_argument("--out", type=Path, metavar="FILE", help="write the measures, also by class, to FILE.json")
+    p.add_argument("--out", type=_path, metavar="FILE", help="write the measures, also by class, to FILE.json")
     given = p.parse_args(args)
-    _refuse_run(p, [given.data])
-    _out(p, given.out, ".json")
     with _one_sentence(p):
+        _refuse_run(p, [given.data])
+        _out(p, given.out, ".json")
         from ecan_fastai.inference import Predictor
         from ecan_fastai.runfiles import write_whole
 
@@ -433,12 +441,12 @@ def ecan_check(args=None):
         metavar="BITS",
         help="bits of 64 by which the perceptual hashes of a near pair may differ; default 2",
     )
-    p.add_argument("--out", type=Path, metavar="FILE", help="write all pairs to FILE.csv")
-    p.add_argument("--figure", type=Path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
+    p.add_argument("--out", type=_path, metavar="FILE", help="write all pairs to FILE.csv")
+    p.add_argument("--figure", type=_path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
     given = p.parse_args(args)
-    _out(p, given.out, ".csv")
-    _out(p, given.figure, ".png", flag="--figure")
     with _one_sentence(p):
+        _out(p, given.out, ".csv")
+        _out(p, given.figure, ".png", flag="--figure")
         from ecan_fastai.check import check_data, show_pairs
         from ecan_fastai.readers.records import write_csv
         from ecan_fastai.runfiles import write_whole
@@ -531,12 +539,12 @@ def _reproduce_parser():
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="number of seeds, so of runs per row; default 1")
     p.add_argument(
         "--out",
-        type=Path,
+        type=_path,
         default=Path("runs/reproduce"),
         metavar="DIR",
         help="folder of runs, records and tables; default runs/reproduce",
     )
-    p.add_argument("--records", type=Path, metavar="DIR", help="folder of the records; default DIR/records")
+    p.add_argument("--records", type=_path, metavar="DIR", help="folder of the records; default DIR/records")
     p.add_argument(
         "--set",
         type=_setting,
@@ -584,6 +592,9 @@ def ecan_reproduce(args=None):
         p.error("--data is missing: the path of a data set, or `sample`")
     if given.experiment is None and (typed := vars(given).keys() - {"experiment"} - _untouched(p, given)):
         p.error(f"EXPERIMENT is missing: --{', --'.join(sorted(typed))} has no effect without it")
+    names = [k for k, _ in given.set]
+    if twice := next((k for k in names if names.count(k) > 1), None):
+        p.error(f"--set {twice} is given twice")
     with _one_sentence(p, lambda: "interrupted; repeat the command to resume"):
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
 

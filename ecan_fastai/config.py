@@ -207,6 +207,8 @@ class RunConfig:
 
     def _check_together(self):
         "Raise `ValueError` for settings that exclude each other"
+        if not self.data:
+            raise ValueError("the path of the data is empty")
         if self.kind == "sample" and self.data != "sample":
             raise ValueError(f"kind sample draws its own faces and takes no data, got {self.data}")
         if self.balance == "positives" and self.method not in ("ecan", "ensc"):

@@ -374,10 +374,12 @@ class TwoViewDL(_SeededDL):
         nothing_to_do = tensors and all(type(t) is ToTensor for t in self.after_item.fs)
         return item if nothing_to_do else self.after_item(item)
 
-    def _retain_dl(self, b):
-        batch, (_, *targets) = batch_types(self)
-        views = {TwoView: [FaceImage, FaceImage]} if isinstance(b[0], (tuple, list)) else FaceImage
-        return retain_types(b, typs={batch: [views, *targets]})
+# %% ../nbs/02_data.ipynb #c7d10b52
+@patch
+def _retain_dl(self: TwoViewDL, b):
+    batch, (_, *targets) = batch_types(self)
+    views = {TwoView: [FaceImage, FaceImage]} if isinstance(b[0], (tuple, list)) else FaceImage
+    return retain_types(b, typs={batch: [views, *targets]})
 
 # %% ../nbs/02_data.ipynb #2fc02414
 def _each_view(batch_tfms):

@@ -32,6 +32,7 @@ from ecan_fastai.video import (
     VIDEO_SUFFIXES,
     FaceTracker,
     VideoWriter,
+    camera_index,
     draw_faces,
     frame_rate,
     is_video,
@@ -140,10 +141,17 @@ def readable_media(
     predictor: Predictor,
     files: list,  # Photographs and videos
 ) -> list:
-    "Leave out photographs that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
+    "Leave out files that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
     photos = [f for f in files if not is_video(f)]
     kept = {photos[i] for i in predictor.readable(photos)}
-    left = [f for f in files if is_video(f) or f in kept]
+    for video in [f for f in files if is_video(f)]:
+        try:
+            if camera_index(video) is None:
+                frame_rate(video)
+            kept.add(video)
+        except (ValueError, OSError) as e:
+            warnings.warn(f"left out: {e}")
+    left = [f for f in files if f in kept]
     if not left:
         raise ValueError(f"none of the {len(files)} files can be read")
     return left
@@ -186,7 +194,8 @@ def _annotator(file, items, every):
     if isinstance(items[0], (str, Path)) and Path(items[0]).resolve() == Path(file).resolve():
         raise ValueError(f"annotated: {file} is the file that is read, give another name")
     if is_video(items[0]):
-        writer = VideoWriter(file, 1 / every if every else frame_rate(items[0]))
+        rate = frame_rate(items[0])
+        writer = VideoWriter(file, min(1 / every, rate) if every else rate)
         return (lambda second, image, table: writer.write(second, draw_faces(image, table))), writer
     if Path(file).suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"annotated: expected the name of an image file for a photograph, got {file}")
@@ -277,7 +286,7 @@ def accuracy_by_group(
     if not known:
         raise ValueError(f"no file has its name in the column {people.columns[0]!r} of the table of people")
     named = people["label"].fillna("") if "label" in people else None
-    labels = [Path(f).parent.name if named is None else named.iloc[row] for f, row in known]
+    labels = [Path(f).absolute().parent.name if named is None else named.iloc[row] for f, row in known]
     shared = shared_classes(vocab, labels)
     labelled = [(f, row, shared[label]) for (f, row), label in zip(known, labels) if label in shared]
     if left_out := len(files) - len(labelled):

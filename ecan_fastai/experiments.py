@@ -26,6 +26,7 @@ from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .loaders import without_broken
 from .readers.factory import detect_kind, read_faces
+from .readers.records import existing_folder
 from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
 from .runs import read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
@@ -114,6 +115,17 @@ def run_record(
     config = {k: _name(v) for k, v in written["config"].items()}
     return dict(config=config, **written["about"], **metrics, history={c: history[c].tolist() for c in history})
 
+# %% ../nbs/13_experiments.ipynb #e02b7c94
+def _load_record(file, *keys):
+    "Read a record, or the file that names an experiment; raises `ValueError` if it is neither whole nor one"
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file} is not whole: {e}") from e
+    if missing := [k for k in keys or ("config", "images") if not isinstance(record, dict) or k not in record]:
+        raise ValueError(f"{file} is not the record of an experiment: no {missing[0]} in it")
+    return record
+
 # %% ../nbs/13_experiments.ipynb #410643fd
 def _same_data(record, file, other):
     if record["images"] != other["images"]:
@@ -126,7 +138,7 @@ def _same_data(record, file, other):
 def _save_record(folder, file):
     record = run_record(folder)
     if file.exists():
-        _same_data(json.loads(file.read_text()), file, record)
+        _same_data(_load_record(file), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda f: f.write_text(as_json(record, separators=(",", ":"))))
 
@@ -150,7 +162,7 @@ def _check_faces(record, file, faces):
 # %% ../nbs/13_experiments.ipynb #3bcd3a6d
 def _read_record(file, cfg):
     "Read a record; raises `ValueError` if it belongs to another run"
-    record = json.loads(file.read_text())
+    record = _load_record(file)
     asked = replace(cfg, pretrained=_name(cfg.pretrained))
     if k := asked.differs(record["config"], _FREE):
         found = record["config"].get(k)
@@ -400,9 +412,9 @@ def experiment_figure(
 
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
-    "Raise `ValueError` if a folder holds the run of other settings or data"
+    "Raise `ValueError` if a folder holds the run of other settings"
     written = read_config(folder)
-    if k := cfg.differs(asdict(written), ("workers",)):
+    if k := cfg.differs(asdict(written), ("data", "workers")):  # the data may be moved
         raise ValueError(
             f"{folder} holds a run with {k} {getattr(written, k)}, expected {getattr(cfg, k)}: choose another folder "
             "for the runs, or move that one away"
@@ -448,7 +460,8 @@ def _train_run(cfg, folder, record, say):
             _check_same(cfg, folder)
         if not (folder / "metrics.json").exists():
             say(f"{folder.name}: {'resumes' if begun else 'starts'}")
-            resume_run(folder) if begun else start_run(replace(cfg), folder)  # start_run fills in settings of the copy
+            # start_run fills in settings of the copy
+            resume_run(folder, cfg.data) if begun else start_run(replace(cfg), folder)
         _save_record(folder, record)
 
 
@@ -586,8 +599,8 @@ def recorded_experiments(
     records,  # Folder of records
 ):  # Generator of (name, results, kind, settings) for `experiment_table`, `_markdown` and `_figure`
     "Yield every experiment in a folder of records"
-    for file in sorted(Path(records).glob("*.json")):
-        made = json.loads(file.read_text())
+    for file in sorted(existing_folder(records).glob("*.json")):
+        made = _load_record(file, "name", "kind", "settings")
         yield (
             made["name"],
             experiment_results(made["name"], records, made["kind"], **made["settings"]),

@@ -44,6 +44,13 @@ def fill_columns(
     recorder.log += [math.nan] * (at - len(recorder.log)) + values
 
 
+def epoch_losses(
+    recorder,  # `Recorder`, after its own `after_validate`
+) -> dict:  # By name
+    "Training and validation loss of the epoch"
+    return dict(zip(("training", "validation"), recorder.log[1:3]))
+
+
 def plain_number(x):
     "Return the number in a tensor or array of one, and anything else as it is"
     return x.item() if hasattr(x, "item") else x

@@ -34,7 +34,7 @@ from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side
 from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces, without_broken
-from .metrics import fit_temperature, per_class_table, split_metrics
+from .metrics import calibrated_temperature, per_class_table, split_metrics
 from .model import ECANModel, FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
@@ -521,15 +521,23 @@ def calibrate(
     images,  # List of images that training has not seen
     labels,  # Names of their classes, of `vocab`
 ) -> float:  # The temperature; above 1 if the model was too sure
-    "Fit the temperature that divides the logits; probabilities and exports use it from then on"
+    """Fit the temperature that divides the logits; probabilities and exports use it from then on
+
+    Raises `ValueError` for too few images: all are labelled rightly, or an end of the range from 1/20 to 20 is best."""
     images, labels = image_list(images), list(labels)
     if len(images) != len(labels):
         raise ValueError(f"expected a label for each of {len(images)} images, got {len(labels)}")
     unknown = sorted({str(v) for v in labels if v not in self.vocab})
     if unknown:
         raise ValueError(f"no class {', '.join(unknown)} in this model, the classes are {', '.join(self.vocab)}")
-    self.model.temperature = fit_temperature(self.logits(images).mean(1), [self.vocab.index(v) for v in labels])
-    return self.model.temperature
+    temperature = calibrated_temperature(self.logits(images).mean(1), [self.vocab.index(v) for v in labels])
+    if temperature is None:
+        raise ValueError(
+            f"{len(images)} images are too few to calibrate on: expected some that the model labels rightly and some "
+            f"that it does not; the temperature stays {self.model.temperature:g}"
+        )
+    self.model.temperature = temperature
+    return temperature
 
 # %% ../nbs/10_inference.ipynb #38e10af0
 def _check_onnx():

@@ -20,7 +20,7 @@ from ecan_fastai import __version__
 from ecan_fastai.augment import uses_five_crops
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
-from ecan_fastai.metrics import calibration_error, fit_temperature, per_class_table, split_metrics
+from ecan_fastai.metrics import calibrated_temperature, calibration_error, per_class_table, split_metrics
 from ecan_fastai.model import ECANModel
 from ecan_fastai.runfiles import as_json, read_json, write_run_file, write_table
 from ecan_fastai.weights import model_card
@@ -134,9 +134,10 @@ def _calibrate(outputs, metrics):
     if "valid" not in outputs:
         return {}
     logits, targets, _ = outputs["valid"]
-    temperature = round(fit_temperature(logits, targets), 4)
-    if (logits.argmax(-1).numpy() == targets).all() or not 0.051 < temperature < 19.9:
-        return {}  # a few images fit any temperature, the ends of the range best
+    temperature = calibrated_temperature(logits, targets)
+    if temperature is None:
+        return {}
+    temperature = round(temperature, 4)
     for name, (logits, targets, _) in outputs.items():
         if name != "valid":
             errors = [calibration_error((logits / t).softmax(-1).numpy(), targets) for t in (1, temperature)]

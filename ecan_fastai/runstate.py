@@ -17,6 +17,7 @@ from fastai.torch_core import get_model, rank_distrib
 from ecan_fastai.callbacks import LossPartsRecorder
 from ecan_fastai.fastai_internals import (
     add_columns,
+    epoch_losses,
     fill_columns,
     plain_number,
     recorder_state,
@@ -123,7 +124,7 @@ class StopOnDivergence(Callback):
     order = RunState.order
 
     def after_validate(self):
-        for name, loss in zip(("training", "validation"), self.recorder.log[1:3]):
+        for name, loss in epoch_losses(self.recorder).items():
             if not math.isfinite(loss):
                 raise Diverged(
                     f"the {name} loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "

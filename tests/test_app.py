@@ -1,5 +1,6 @@
 import base64
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -269,3 +270,12 @@ def test_the_page_is_reached_from_this_computer_alone_and_keeps_nothing(predicto
     page.close(verbose=False)
     page.kept_files.cleanup()
     assert not kept.exists()
+
+
+def test_an_address_that_cannot_be_used_is_named(predictor):
+    with pytest.raises(OSError, match="^cannot listen on 10.9.9.9: "):
+        launch_app(predictor, "10.9.9.9", wait=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} is in use"):
+            launch_app(predictor, port=port, wait=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ecan_fastai import cli, runs
-from ecan_fastai.cli import ecan_reproduce, ecan_train
+from ecan_fastai.cli import ecan_predict, ecan_reproduce, ecan_train
 from ecan_fastai.config import GROUPS, RunConfig, help_text, setting_types
 
 
@@ -243,3 +243,24 @@ def test_the_record_is_printed(capsys):
 
 def test_a_port_is_a_port(capsys):
     assert "--port: expected a number from 1 to 65535, got 99999" in fails(capsys, cli.ecan_app, "--port", 99999)
+
+
+@pytest.mark.parametrize(
+    "command,args,said",
+    [
+        (ecan_train, ["", "--epochs", "1"], "the path of the data is empty"),
+        (ecan_predict, [""], "expected a path, got an empty text"),
+        (ecan_reproduce, "rate --data x --set size=16 --set size=32".split(), "--set size is given twice"),
+        (ecan_predict, ["a" * 300 + ".jpg"], "File name too long"),
+    ],
+)
+def test_slips_of_the_fingers(tmp_path, monkeypatch, capsys, command, args, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        command(args)
+    assert e.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_default_folder_of_a_run_has_the_whole_name_of_a_folder(tmp_path):
+    (tmp_path / "faces.2024").mkdir()
+    assert cli._data_name(tmp_path / "faces.2024") == "faces.2024" and cli._data_name(tmp_path / "a.b.csv") == "a.b"

@@ -11,7 +11,7 @@ from small_runs import small_config
 
 from ecan_fastai.cli import ecan_predict
 from ecan_fastai.data import read_face
-from ecan_fastai.detector import FaceFinder, _batches, _upright, accuracy_by_group, media_files
+from ecan_fastai.detector import FaceFinder, _batches, _upright, accuracy_by_group, media_files, readable_media
 from ecan_fastai.inference import Predictor
 from ecan_fastai.runs import start_run
 from ecan_fastai.video import VideoWriter, video_frames
@@ -415,3 +415,16 @@ def test_options_of_a_video_are_refused_without_one(photo, finder, run):
         FaceFinder(margin=-2)
     with pytest.raises(ValueError, match="no such device here: nowhere"):
         FaceFinder(device="nowhere")
+
+
+def test_a_video_that_cannot_be_read_does_not_hold_up_the_rest(tmp_path):
+    class Reads:
+        def readable(self, photos):
+            return range(len(photos))
+
+    (tmp_path / "film.mp4").write_text("no film")
+    files = [tmp_path / "a.jpg", tmp_path / "film.mp4", "webcam"]
+    with pytest.warns(UserWarning, match="left out: cannot read .*film.mp4: not a video"):
+        assert readable_media(Reads(), files) == [files[0], "webcam"]
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 1 files"):
+        readable_media(Reads(), files[1:2])

@@ -245,10 +245,10 @@ def test_a_record_that_left_broken_images_out_may_have_fewer(faces, tmp_path, mo
     assert list(reproduce("affinity", faces, skip_broken=True, **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
 
 
-def test_a_folder_counts_as_a_run_only_of_the_same_settings_and_data(faces, tmp_path, monkeypatch):
+def test_a_folder_counts_as_a_run_only_of_the_same_settings(faces, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
     resumed = []
-    monkeypatch.setattr(experiments, "resume_run", lambda folder: resumed.append(folder.name))
+    monkeypatch.setattr(experiments, "resume_run", lambda folder, data: resumed.append((folder.name, data)))
     monkeypatch.setattr(experiments, "_save_record", lambda *a: None)
     ((_, cfg), *_) = planned_runs("affinity", str(faces), 1, "folder")
     folder = tmp_path / "folder" / run_stem(cfg)
@@ -261,14 +261,14 @@ def test_a_folder_counts_as_a_run_only_of_the_same_settings_and_data(faces, tmp_
     def again():
         experiments._train_run(cfg, folder, tmp_path / "r.json", lambda s: None)
 
-    written()
+    written(data="/where/it/was")
     again()
-    assert resumed == [folder.name]
-    for name, other in dict(l1=0.3, data=str(tmp_path), method="ensc", epochs=3).items():
+    assert resumed == [(folder.name, str(faces))]  # which compares the images
+    for name, other in dict(l1=0.3, method="ensc", epochs=3).items():
         written(**{name: other})
         with pytest.raises(ValueError, match=f"holds a run with {name} {other}, expected {getattr(cfg, name)}: choose"):
             again()
-    assert resumed == [folder.name]
+    assert len(resumed) == 1
 
 
 def test_a_picture_of_runs_needs_their_folders(faces, tmp_path, monkeypatch):
@@ -445,7 +445,7 @@ def test_runs_that_start_from_a_run_of_ones_own_are_found_again(tmp_path, monkey
 
 
 def test_a_run_that_diverges_does_not_hold_up_the_others(tmp_path, monkeypatch):
-    def diverge(folder):
+    def diverge(folder, data=None):
         if "sum" not in folder.name:
             raise Diverged("the training loss became nan")
 
@@ -647,3 +647,20 @@ def test_weights_of_two_runs_have_two_names():
     ]
     assert names == ["ecan-pretrained=ann", "ecan-pretrained=bob"]
     assert run_name(RunConfig("x", "fer2013", pretrained="/a/face.pth").resolve()) == "ecan-pretrained=face.pth"
+
+
+@pytest.mark.parametrize(
+    "text,said", [("{", "is not whole"), ('{"a": 1}', "no config in it"), ("[]", "no config in it")]
+)
+def test_a_record_that_is_none_is_named(tmp_path, text, said):
+    (cfg, *_) = experiment_runs("affinity", "x", "fer2013").values()
+    fake_record(tmp_path, cfg)
+    (file,) = (tmp_path / "fer2013").iterdir()
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"{file.name} .*{said}"):
+        experiment_results("affinity", tmp_path, "fer2013")
+    (tmp_path / "foo.json").write_text("{}")
+    with pytest.raises(ValueError, match="foo.json is not the record of an experiment: no name in it"):
+        list(recorded_experiments(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        list(recorded_experiments(tmp_path / "nowhere"))

@@ -17,6 +17,7 @@ from small_runs import small_config
 from ecan_fastai.cli import ecan_evaluate, ecan_predict
 from ecan_fastai.inference import Predictor, shared_classes
 from ecan_fastai.learner import baseline_learner, ecan_learner
+from ecan_fastai.readers.records import image_files
 from ecan_fastai.runs import start_run
 from ecan_fastai.sample import draw_face
 
@@ -223,6 +224,18 @@ def test_calibrate_finds_the_temperature_of_labels_drawn_from_softer_probabiliti
     after = predictor.probabilities(images[:4])
     softened = (logits[:4] / predictor.model.temperature).softmax(1).numpy()
     assert np.allclose(after, softened, atol=1e-5) and (after.argmax(1) == before.argmax(1)).all()
+
+
+def test_too_few_images_leave_the_calibration_as_it_is(run, faces):
+    predictor = Predictor(run)
+    predictor.model.temperature = 2.5
+    images = image_files(faces / "train")[:8]
+    right = predictor.predict(images)["label"]
+    (wrong, *_) = [v for v in predictor.vocab if v not in set(right)]
+    for labels in (right, [wrong] * 8):  # the best temperature is without bound
+        with pytest.raises(ValueError, match="8 images are too few to calibrate on.*the temperature stays 2.5"):
+            predictor.calibrate(images, labels)
+    assert predictor.model.temperature == 2.5
 
 
 def test_calibrate_finds_the_smallest_loss_of_the_probabilities_over_all_views(run, faces):

@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -640,3 +641,31 @@ def test_a_column_of_splits_that_is_named_must_be_there(tmp_path):
         csv_faces(tmp_path / "t.csv", split_col="parts")
     with pytest.raises(ValueError, match="the table has no column 'parts'"):
         table_faces(pd.read_csv(tmp_path / "t.csv"), tmp_path, split_col="parts")
+
+
+def test_the_folders_of_runs_are_no_data(faces, tmp_path):
+    def run(folder):
+        folder.mkdir(parents=True)
+        shutil.copy(image, folder / "confusion_test.png")
+        for name in ("config.json", "SHA256SUMS"):
+            (folder / name).write_text("{}")
+
+    image = next((faces / "train").rglob("*.png"))
+    for where in ("split", "classes"):
+        shutil.copytree(faces if where == "split" else faces / "train", tmp_path / where)
+        before = read_faces(tmp_path / where)
+        (tmp_path / where / "runs").mkdir()
+        assert read_faces(tmp_path / where) == before
+        for folder in ("runs/a", "runs/reproduce/folder/b", "mine"):
+            run(tmp_path / where / folder)
+        assert read_faces(tmp_path / where) == before
+        assert len(image_files(tmp_path / where)) == len(before)
+
+
+def test_photographs_of_a_format_that_is_not_read_are_told(faces):
+    (faces / "train" / "happy" / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    try:
+        with pytest.warns(UserWarning, match="1 photographs under .*happy are passed over, such as IMG_1.HEIC"):
+            read_faces(faces)
+    finally:
+        (faces / "train" / "happy" / "IMG_1.HEIC").unlink()

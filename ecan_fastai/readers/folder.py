@@ -18,7 +18,7 @@ from .records import Face, class_folders, existing_folder, read_csv, split_name,
 # %% ../../nbs/03a_folder.ipynb #91345075
 def _split_folders(path):
     "Map folder names to split names; empty if the folders of `path` are classes"
-    splits = {p.name: split_name(p.name) for p in subfolders(path) if p.name != "models"}
+    splits = {p.name: split_name(p.name) for p in subfolders(path) if p.name not in ("models", "runs")}
     known = [s for s in splits.values() if s in ("train", "valid", "test")]
     if not known:
         return {}

@@ -87,12 +87,18 @@ def existing_folder(
         raise ValueError(f"expected a folder, got the file {path}")
     return path
 
+# %% ../../nbs/03_records.ipynb #d95e3a61
+def _is_run(folder):
+    "Whether a folder is that of a run, whose figures are no data"
+    return (folder / "config.json").is_file() and (folder / "SHA256SUMS").is_file()
+
 # %% ../../nbs/03_records.ipynb #1307b06e
 def subfolders(
     path: Path,  # A folder
 ) -> list:  # Paths, sorted
-    "List the folders in a folder, without hidden ones"
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
+    "List the folders in a folder, without hidden ones and those of runs"
+    folders = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
+    return sorted(p for p in folders if not _is_run(p))
 
 # %% ../../nbs/03_records.ipynb #08acf7fc
 _SPLIT_NAMES = {
@@ -115,18 +121,26 @@ IMAGE_SUFFIXES = image_extensions | set(
     ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .jxl .pbm .pgm .png .pnm .ppm .ras .tif .tiff .webp".split()
 )
 
+_UNREAD_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .nef".split())  # of phones and cameras
+
 
 def image_files(
-    folder,  # Searched with its subfolders; links to folders are not followed
+    folder,  # Searched with its subfolders, except those of runs; links to folders are not followed
     extensions: set | None = None,  # Suffixes in small letters; default those of images
 ) -> list:  # Paths, sorted
     """List the files of a folder, by default its images, each once
 
-    Dead links and folders that cannot be listed are included, and so reported as broken images."""
-    found, unreadable, extensions = [], [], extensions or IMAGE_SUFFIXES
+    Dead links and folders that cannot be listed are included, and so reported as broken images. Warns of photographs
+    in a format that OpenCV does not read."""
+    found, unread, unreadable, extensions = [], [], [], extensions or IMAGE_SUFFIXES
     for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
-        folders[:] = [d for d in folders if not d.startswith(".")]
+        folders[:] = [d for d in folders if not d.startswith(".") and not _is_run(Path(root, d))]
         found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in extensions]
+        unread += [f for f in files if Path(f).suffix.lower() in _UNREAD_SUFFIXES]
+    if unread:
+        warnings.warn(
+            f"{len(unread)} photographs under {folder} are passed over, such as {unread[0]}: convert them to JPEG"
+        )
     once: dict[str, Path] = {}
     for file in sorted(found):
         once.setdefault(os.path.realpath(file), file)
@@ -139,8 +153,8 @@ def class_folders(
 ) -> list:  # `Face` records, labelled with the names of their class folders
     """Read the images of class folders
 
-    Raises `ValueError` for images beside the class folders, and for a class folder without an image. A folder
-    `models` without images is passed over, because fastai's `save` puts weights there."""
+    Raises `ValueError` for images beside the class folders, and for a class folder without an image. Folders `models`
+    and `runs` without images are passed over: fastai's `save` and `ecan_train` make them."""
     loose = [p.name for p in sorted(path.iterdir()) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         raise ValueError(
@@ -149,7 +163,7 @@ def class_folders(
     faces = []
     for folder in subfolders(path):
         files = image_files(folder)
-        if not files and folder.name == "models":
+        if not files and folder.name in ("models", "runs"):
             continue
         if not files:
             raise ValueError(f"class folder {folder} has no image: put images into it, or remove it")
