@@ -592,9 +592,6 @@ def ecan_reproduce(args=None):
         p.error("--data is missing: the path of a data set, or `sample`")
     if given.experiment is None and (typed := vars(given).keys() - {"experiment"} - _untouched(p, given)):
         p.error(f"EXPERIMENT is missing: --{', --'.join(sorted(typed))} has no effect without it")
-    names = [k for k, _ in given.set]
-    if twice := next((k for k in names if names.count(k) > 1), None):
-        p.error(f"--set {twice} is given twice")
     with _one_sentence(p, lambda: "interrupted; repeat the command to resume"):
         from ecan_fastai.experiments import EXPERIMENTS, reproduce
 

@@ -412,9 +412,9 @@ def experiment_figure(
 
 # %% ../nbs/13_experiments.ipynb #886a1420
 def _check_same(cfg, folder):
-    "Raise `ValueError` if a folder holds the run of other settings"
+    "Raise `ValueError` if a folder holds the run of other settings or data"
     written = read_config(folder)
-    if k := cfg.differs(asdict(written), ("data", "workers")):  # the data may be moved
+    if k := cfg.differs(asdict(written), ("workers",)):
         raise ValueError(
             f"{folder} holds a run with {k} {getattr(written, k)}, expected {getattr(cfg, k)}: choose another folder "
             "for the runs, or move that one away"
@@ -460,8 +460,7 @@ def _train_run(cfg, folder, record, say):
             _check_same(cfg, folder)
         if not (folder / "metrics.json").exists():
             say(f"{folder.name}: {'resumes' if begun else 'starts'}")
-            # start_run fills in settings of the copy
-            resume_run(folder, cfg.data) if begun else start_run(replace(cfg), folder)
+            resume_run(folder) if begun else start_run(replace(cfg), folder)  # start_run fills in settings of the copy
         _save_record(folder, record)
 
 

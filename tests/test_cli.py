@@ -250,7 +250,6 @@ def test_a_port_is_a_port(capsys):
     [
         (ecan_train, ["", "--epochs", "1"], "the path of the data is empty"),
         (ecan_predict, [""], "expected a path, got an empty text"),
-        (ecan_reproduce, "rate --data x --set size=16 --set size=32".split(), "--set size is given twice"),
         (ecan_predict, ["a" * 300 + ".jpg"], "File name too long"),
     ],
 )

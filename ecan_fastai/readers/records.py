@@ -90,7 +90,7 @@ def existing_folder(
 # %% ../../nbs/03_records.ipynb #d95e3a61
 def _is_run(folder):
     "Whether a folder is that of a run, whose figures are no data"
-    return (folder / "config.json").is_file() and (folder / "SHA256SUMS").is_file()
+    return all(os.path.isfile(folder / name) for name in ("config.json", "SHA256SUMS"))  # False if it is closed
 
 # %% ../../nbs/03_records.ipynb #1307b06e
 def subfolders(
