@@ -380,12 +380,12 @@ def experiment_figure(
     kind: str,  # Kind of the data
     faces: list | None = None,  # `Face` records, for class counts and t-SNE
     folders: dict | None = None,  # From label to the run's folder, for confusion matrices and t-SNE
-):  # Figure, or None if the experiment has none, or if the results or faces that it needs are missing
+):  # Figure, or None if the experiment has none, or if results of two values, or faces that it needs, are missing
     "Draw the figure of an experiment: a sweep from its results, any other from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
         own = results[results["split"] == "valid"]
-        if not len(own):
+        if own["label"].nunique() < 2:  # no curve
             return None
         ax = plot_sweep(
             own.assign(**{exp["axis"]: own["label"].astype(float)}),

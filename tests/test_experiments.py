@@ -315,6 +315,8 @@ def test_a_sweep_is_drawn_from_records_alone(tmp_path):
         "0.999",
     ] and ax.get_title() == "fer2013, valid, 2 seeds"
     assert experiment_figure("figure7", pd.DataFrame(columns=["label", "split"]), "fer2013") is None
+    results = experiment_results("momentum", tmp_path, "fer2013")
+    assert experiment_figure("momentum", results[results.label == "0.99"], "fer2013") is None  # one point is no curve
 
 
 def test_a_page_shows_accuracy_with_the_papers_beside_it_and_folds_the_rest(tmp_path):
