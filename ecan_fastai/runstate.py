@@ -44,7 +44,7 @@ def rng_state(dls):
 def set_rng_state(state, dls):
     "Restore `rng_state`; the GPU in use takes the state of the GPU that was in use"
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if torch.is_tensor(state["cuda"]) and torch.cuda.is_available():  # older runs kept a list
         torch.cuda.set_rng_state(state["cuda"].cpu())
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))

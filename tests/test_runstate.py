@@ -28,10 +28,10 @@ def test_every_generator_is_restored(make_dls):
     assert draws(dls) == expected and all(a != b for a, b in zip(other, expected))
 
 
-@pytest.mark.parametrize("saved,gpu", [(7, True), (None, True), (7, False)])
+@pytest.mark.parametrize("saved,gpu", [(7, True), (None, True), ([], True), (7, False)])
 def test_the_state_of_a_gpu_is_restored_where_there_is_one(make_dls, monkeypatch, saved, gpu):
     dls, restored = make_dls(n_views=1), []
-    state = {**rng_state(dls), "cuda": None if saved is None else torch.tensor([saved], dtype=torch.uint8)}
+    state = {**rng_state(dls), "cuda": torch.tensor([saved], dtype=torch.uint8) if saved == 7 else saved}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda s: restored.append(int(s)))
     set_rng_state(state, dls)
