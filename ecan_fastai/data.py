@@ -299,7 +299,7 @@ class _SeededDL(TfmdDL):
 
     def before_iter(self):
         wrapped = _each_view(self.after_batch)
-        if len(wrapped) != sum(a is b for a, b in zip(wrapped, self.after_batch.fs)):  # some were added since
+        if any(a is not b for a, b in zip(wrapped, self.after_batch.fs)):  # some were added since
             self.after_batch = Pipeline(wrapped)
         super().before_iter()
         if self.draws:

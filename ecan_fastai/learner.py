@@ -43,8 +43,8 @@ class ForeachSGD(Optimizer):
     """torch's SGD with L2 weight decay and momentum, as a fastai optimizer
 
     The same values as fastai's SGD with `decouple_wd=False`. Each step updates all parameters of a group in a few
-    calls; fastai's makes several for each parameter, which costs a GPU more time than the arithmetic. Gradients are
-    removed after a step instead of zeroed, so that frozen parameters stay as they are."""
+    calls, where fastai's makes several for each parameter. Gradients are removed after a step instead of zeroed, so
+    that frozen parameters stay as they are."""
 
     def __init__(
         self,

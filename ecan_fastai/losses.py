@@ -49,7 +49,7 @@ def _check_temperature(temperature):
 
 # %% ../nbs/04_losses.ipynb #b330db15
 def _chunk_rows(z):
-    "Choose the bank rows in a chunk: 2 MiB of similarities fit a CPU's cache, 32 MiB give a GPU enough work"
+    "Choose the bank rows in a chunk: 2 MiB of similarities, which fit a CPU's cache, or 32 MiB on a GPU"
     return max(1, 2 ** (19 if z.device.type == "cpu" else 23) // max(z.shape))
 
 # %% ../nbs/04_losses.ipynb #9052548c

@@ -139,7 +139,7 @@ def image_files(
         unread += [f for f in files if Path(f).suffix.lower() in _UNREAD_SUFFIXES]
     if unread:
         warnings.warn(
-            f"{len(unread)} photographs under {folder} are passed over, such as {unread[0]}: convert them to JPEG"
+            f"photographs under {folder} are passed over ({len(unread)}, such as {unread[0]}): convert them to JPEG"
         )
     once: dict[str, Path] = {}
     for file in sorted(found):
