@@ -50,7 +50,7 @@ def _count(n, what):
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _said(n):
+def _number_found(n):
     return f"{_count(n, 'face')} found." if n else "No face found in this photograph."
 
 
@@ -70,20 +70,20 @@ class FaceApp:
         faces = self.predictor.predict_faces(image, self.finder)
         table = _rounded(faces[["label", "probability", *self.predictor.columns]])
         table.insert(0, "face", range(1, len(table) + 1))
-        return _said(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
+        return _number_found(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
 
     def heatmaps(self, file):  # Sentence, list of (image, caption)
         "Draw heat maps of where the model looks, on the largest faces of a photograph"
         crops = [f.image for f in self.finder(_photo(file)[0])]
         if not crops:
-            return _said(0), []
+            return _number_found(0), []
         shown = crops[:MOST_HEATMAPS]
         heat, table = grad_cam(self.predictor, shown), self.predictor.predict(shown)
         labels = zip(table["label"], table["probability"])
         captions = [f"{i}: {label} {100 * p:.0f} %" for i, (label, p) in enumerate(labels, 1)]
         over = [heat_overlay(face, cv2.resize(h, face.shape[1::-1])) for face, h in zip(shown, heat)]
         left = f" Heat maps of the {MOST_HEATMAPS} largest are shown." if len(crops) > MOST_HEATMAPS else ""
-        return _said(len(crops)) + left, list(zip(over, captions))
+        return _number_found(len(crops)) + left, list(zip(over, captions))
 
     def label_files(self, files):  # Sentence, table, csv file
         "Label the faces of several photographs"
@@ -104,12 +104,12 @@ class FaceApp:
         faces = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
         faces = _rounded(faces.drop(columns=["second", "track"]))
         none = sum(not len(t) for t in tables)
-        said = f"{_count(len(faces), 'face')} found in {_count(len(tables), 'photograph')}."
-        said += f" Photographs without a face: {none}." if none else ""
-        said += f" Left out, because they cannot be read: {', '.join(left_out)}." if left_out else ""
+        message = f"{_count(len(faces), 'face')} found in {_count(len(tables), 'photograph')}."
+        message += f" Photographs without a face: {none}." if none else ""
+        message += f" Left out, because they cannot be read: {', '.join(left_out)}." if left_out else ""
         csv = Path(tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))) / "faces.csv"
         write_csv(faces, csv)
-        return said, faces[["image", "label", "probability"]], str(csv)
+        return message, faces[["image", "label", "probability"]], str(csv)
 
 
 def _one_sentence(answer, n_outputs):
@@ -166,7 +166,7 @@ def build_app(
                 drawn = gr.Image(
                     label="Faces", interactive=False, height=380, format="jpeg", elem_id="drawn", buttons=[]
                 )
-            said = gr.Markdown(elem_id="said")
+            message = gr.Markdown(elem_id="message")
             table = gr.Dataframe(label="Probabilities", interactive=False, buttons=[], elem_id="table")
             look = gr.Button("Show where the model looks", elem_id="look")
             heat = gr.Gallery(
@@ -178,15 +178,15 @@ def build_app(
                 buttons=[],
                 elem_id="heat",
             )
-            photo.change(_one_sentence(app.label, 3), photo, [said, drawn, table], show_progress="minimal")
+            photo.change(_one_sentence(app.label, 3), photo, [message, drawn, table], show_progress="minimal")
             photo.change(lambda: None, None, heat, api_visibility="private")
-            look.click(_one_sentence(app.heatmaps, 2), photo, [said, heat], show_progress="minimal")
+            look.click(_one_sentence(app.heatmaps, 2), photo, [message, heat], show_progress="minimal")
         with gr.Tab("Several photographs"):
             files = gr.File(label="Photographs", file_count="multiple", elem_id="files")
-            said_of_files = gr.Markdown(elem_id="said-of-files")
+            files_message = gr.Markdown(elem_id="files-message")
             faces = gr.Dataframe(label="Faces", interactive=False, buttons=[], elem_id="faces")
             csv = gr.File(label="Table with all probabilities", interactive=False, elem_id="csv")
-            files.change(_one_sentence(app.label_files, 3), files, [said_of_files, faces, csv], show_progress="minimal")
+            files.change(_one_sentence(app.label_files, 3), files, [files_message, faces, csv], show_progress="minimal")
     return page
 
 

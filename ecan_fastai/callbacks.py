@@ -254,13 +254,13 @@ class CPUMixedPrecision(MixedPrecision):
 
     def before_batch(self):
         "Run the next call of the model in autocast, and nothing else: a fit that is interrupted does not leave it on"
-        model, own = self.model, vars(self.model).get("forward")  # of a compiled model
+        model, compiled = self.model, vars(self.model).get("forward")
 
         def forward(*args, **kwargs):
-            if own is None:
+            if compiled is None:
                 del model.forward
             else:
-                model.forward = own
+                model.forward = compiled
             with torch.autocast("cpu", torch.bfloat16):
                 return model.forward(*args, **kwargs)
 

@@ -89,8 +89,8 @@ class DataReport:
             return pd.DataFrame(columns=["splits", "same pixels", "near", "different labels"])
         splits = [" and ".join(sorted({*s})) for s in zip(self.pairs.split_a, self.pairs.split_b)]
         rows = [
-            (name, int(own.same.sum()), int((~own.same).sum()), int((own.label_a != own.label_b).sum()))
-            for name, own in self.pairs.groupby(np.array(splits), sort=False)
+            (name, int(group.same.sum()), int((~group.same).sum()), int((group.label_a != group.label_b).sum()))
+            for name, group in self.pairs.groupby(np.array(splits), sort=False)
         ]
         return pd.DataFrame(rows, columns=["splits", "same pixels", "near", "different labels"])
 

@@ -180,8 +180,8 @@ def _refuse_run(p, paths):
             p.error(f"{path} is the folder of a run: give it as --run {path}")
 
 
-def _with_model(prog, about, example):
-    p = _Parser(prog, description=about, epilog=f"Example: {example}")
+def _with_model(prog, description, example):
+    p = _Parser(prog, description=description, epilog=f"Example: {example}")
     _add_run(p)
     p.add_argument(
         "--crops",
@@ -609,7 +609,7 @@ def ecan_reproduce(args=None):
             given.out,
             given.kind,
             given.records,
-            lambda said: print(said, flush=True),
+            lambda message: print(message, flush=True),
             given.only,
             **dict(given.set),
         )

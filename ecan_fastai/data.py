@@ -384,8 +384,8 @@ def _retain_dl(self: TwoViewDL, b):
 # %% ../nbs/02_data.ipynb #2fc02414
 def _each_view(batch_tfms):
     "Wrap each batch transform other than those of `TwoViewBlock` in an `EachView`"
-    own = IntToFloatTensor, Normalize, EachView
-    return [t if isinstance(t, own) else EachView(t) for t in Pipeline(batch_tfms).fs]
+    for_pairs = IntToFloatTensor, Normalize, EachView
+    return [t if isinstance(t, for_pairs) else EachView(t) for t in Pipeline(batch_tfms).fs]
 
 
 class EachView(Transform):

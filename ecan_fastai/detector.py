@@ -127,7 +127,7 @@ class FaceFinder:
         if min(images[0].shape[:2]) <= self.min_size:
             return [[] for _ in images]
         detected = zip(images, *self.mtcnn.detect(np.stack(images), landmarks=True))
-        return [_cut_out(*one, self.threshold, self.margin) for one in detected]
+        return [_cut_out(*image_and_faces, self.threshold, self.margin) for image_and_faces in detected]
 
 # %% ../nbs/12_detector.ipynb #8490f971
 def media_files(

@@ -247,7 +247,7 @@ def experiment_table(
     return rows[(rows.fillna("") != "").any(axis=1)]  # without rows that have neither runs nor numbers of the paper
 
 # %% ../nbs/13_experiments.ipynb #1f85c00c
-def _settings_said(exp, runs, kind, given):
+def _settings_in_words(exp, runs, kind, given):
     "Yield sentences on the settings of a table's runs"
     shared = {
         k: getattr(next(iter(runs)), k)
@@ -273,7 +273,7 @@ def _note(name, results, kind, settings):
     exp = _experiment(name)
     given = {**exp["settings"], **settings}
     runs = experiment_runs(name, "sample" if kind == "sample" else "-", kind, **settings).values()
-    sentences = list(_settings_said(exp, runs, kind, given))
+    sentences = list(_settings_in_words(exp, runs, kind, given))
     commits = sorted({c[:7] for each in results["commits"] for c in each.split()})
     if commits:
         sentences.append(f"Commits: {', '.join(commits)}.")
@@ -283,9 +283,9 @@ def _note(name, results, kind, settings):
 def _narrow(table, measure):
     "Write the columns of one measure as Markdown, a column for each split"
     columns = [c for c in table if c.endswith(f": {measure}")]
-    own = table[columns].fillna("")
+    shown = table[columns].fillna("")
     rows = [["", *[c.removesuffix(f": {measure}") for c in columns]], ["---"] * (1 + len(columns))]
-    rows += [[label, *[v or "–" for v in values]] for label, *values in own[(own != "").any(axis=1)].itertuples()]
+    rows += [[label, *[v or "–" for v in values]] for label, *values in shown[(shown != "").any(axis=1)].itertuples()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 # %% ../nbs/13_experiments.ipynb #542c72e9
@@ -384,16 +384,16 @@ def experiment_figure(
     "Draw the figure of an experiment: a sweep from its results, any other from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
-        own = results[results["split"] == "valid"]
-        if own["label"].nunique() < 2:  # no curve
+        on_valid = results[results["split"] == "valid"]
+        if on_valid["label"].nunique() < 2:  # no curve
             return None
         ax = plot_sweep(
-            own.assign(**{exp["axis"]: own["label"].astype(float)}),
+            on_valid.assign(**{exp["axis"]: on_valid["label"].astype(float)}),
             exp["axis"],
             {m: _NAMES[m] for m in exp["measures"]},
             _AXES[exp["axis"]],
         )
-        n = own.groupby("label").size()
+        n = on_valid.groupby("label").size()
         ax.set_title(
             f"{kind}, valid, {n.min() if n.min() == n.max() else f'{n.min()} to {n.max()}'} "
             f"seed{'s' if n.max() > 1 else ''}",

@@ -226,14 +226,14 @@ def _check_groups(loss, bank_groups):
         warnings.warn("bank_groups has no effect: no term of the loss reads the bank")
 
 # %% ../nbs/07_learner.ipynb #5e77a1e7
-def _with_own(own, cbs):
+def _all_callbacks(built_in, cbs):
     "Put a learner's own callbacks before its user's; raises `ValueError` if both have one of a kind"
-    own, cbs = [*own, SharesAsLabels()], L(cbs)
+    built_in, cbs = [*built_in, SharesAsLabels()], L(cbs)
     for cb in cbs:
         kind = cb if isinstance(cb, type) else type(cb)
-        if kind in map(type, own):
+        if kind in map(type, built_in):
             raise ValueError(f"the learner has its own {kind.__name__}: leave it out of cbs")
-    return [*own, *cbs]
+    return [*built_in, *cbs]
 
 # %% ../nbs/07_learner.ipynb #d8cdf39d
 @delegates(Learner.__init__, but="model,splitter,opt_func,lr,wd,wd_bn_bias,moms")
@@ -271,7 +271,7 @@ def ecan_learner(
     bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     check_fits(model, views[0], arch)
-    cbs = _with_own([MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages()], cbs)
+    cbs = _all_callbacks([MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages()], cbs)
     opt = dict(splitter=splitter, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(ECANLearner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)
@@ -318,7 +318,7 @@ def baseline_learner(
     in_chans, *size = views[0].shape[-3:]
     model = FaceClassifier.create(arch, n_classes, in_chans, pretrained, size)
     check_fits(model, views[0], arch)
-    loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), _with_own([CropsAsImages(pairs=False)], cbs)
+    loss_func, cbs = loss_func or CrossEntropyLossFlat(flatten=False), _all_callbacks([CropsAsImages(pairs=False)], cbs)
     opt = dict(splitter=splitter, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=wd_bn_bias, moms=moms)
     stats = _needed_stats(pretrained, arch, model.encoder, in_chans)
     return _learner(Learner, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, kwargs)

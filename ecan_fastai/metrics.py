@@ -95,9 +95,9 @@ def subgroup_table(
     correct, rows = pd.Series(list(correct), dtype=float), []
     for attribute in people:
         groups = _bands(people[attribute].reset_index(drop=True))
-        for group, own in sorted(correct.groupby(groups), key=lambda pair: _place(pair[0])):
-            n, k = int(own.notna().sum()), int(own.sum())
-            rows.append((attribute, group, len(own), n, k, *_share_with_interval(k, n)))
+        for group, right in sorted(correct.groupby(groups), key=lambda pair: _place(pair[0])):
+            n, k = int(right.notna().sum()), int(right.sum())
+            rows.append((attribute, group, len(right), n, k, *_share_with_interval(k, n)))
     return pd.DataFrame(rows, columns="attribute group images found correct accuracy low high".split())
 
 # %% ../nbs/08_metrics.ipynb #c4a1b0e2

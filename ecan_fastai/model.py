@@ -251,12 +251,12 @@ def choose_arch(
     pretrained,  # As `FaceClassifier.create` takes it
 ):
     "Return the architecture to build: the given one, that of named weights or of a run, or ResNet-18"
-    own = weights_settings(pretrained).get("arch") if isinstance(pretrained, (str, Path)) else None
-    if pretrained in NAMES and arch not in (None, own):
+    weights_arch = weights_settings(pretrained).get("arch") if isinstance(pretrained, (str, Path)) else None
+    if pretrained in NAMES and arch not in (None, weights_arch):
         raise ValueError(
-            f"the weights {pretrained} are of {own}, and not of {arch_name(arch)}: leave the architecture out"
+            f"the weights {pretrained} are of {weights_arch}, and not of {arch_name(arch)}: leave the architecture out"
         )
-    return arch or own or "resnet18"
+    return arch or weights_arch or "resnet18"
 
 # %% ../nbs/05_model.ipynb #7f79063e
 def arch_name(
@@ -274,11 +274,11 @@ def _timm_encoder(arch, in_chans, pretrained):
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=in_chans, **init)
     except (OSError, RuntimeError) as e:
-        said = str(e).partition("\n")[0]
+        reason = str(e).partition("\n")[0]
         if not pretrained:
-            raise ValueError(f"timm cannot make {arch}: {said}") from e
+            raise ValueError(f"timm cannot make {arch}: {reason}") from e
         raise ValueError(
-            f"cannot load timm's weights of {arch} ({said}): use pretrained=PATH with a file of weights"
+            f"cannot load timm's weights of {arch} ({reason}): use pretrained=PATH with a file of weights"
         ) from e
 
 # %% ../nbs/05_model.ipynb #6c1d7b5d

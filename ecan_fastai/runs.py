@@ -128,10 +128,10 @@ def _check_small(cfg):
 def run_learner(cfg, dls, out):
     "Make the learner of a resolved configuration, and note its learning rate and weight decay in the configuration"
     given = {k: v for k in ("lr", "wd") if (v := getattr(cfg, k)) is not None}
-    own = OPTIMIZERS[cfg.opt]
+    defaults = OPTIMIZERS[cfg.opt]
     if (cfg.preset, cfg.opt) == ("tuned", "paper"):
-        own = {"lr": TUNED_LR * images_per_step(dls) / 256}
-    kwargs = {**own, **given, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
+        defaults = {"lr": TUNED_LR * images_per_step(dls) / 256}
+    kwargs = {**defaults, **given, "arch": cfg.arch, "pretrained": cfg.pretrained, "path": out}
     if cfg.balance == "positives" and not dls.minority_classes().any():
         warnings.warn(
             "balance positives changes nothing: no class has less than three quarters of the average number of faces"
@@ -273,8 +273,8 @@ def _check_data(dls, cfg, out):
         "new": [k for k in new if k not in old],
         "with another split, label or size": [k for k in old if k in new and old[k] != new[k]],
     }
-    said = [f"{len(names)} {what} (such as {names[0]})" for what, names in groups.items() if names]
-    found = "; ".join(said) or "the same images in another order"
+    differences = [f"{len(names)} {what} (such as {names[0]})" for what, names in groups.items() if names]
+    found = "; ".join(differences) or "the same images in another order"
     raise ValueError(f"the data in {cfg.data} is not the data with which the run in {out} began: {found}")
 
 

@@ -53,8 +53,10 @@ def _open(file):
         raise FileNotFoundError(f"no such video file: {file}")
     video = cv2.VideoCapture(str(file) if camera is None else camera)
     if not video.isOpened():
-        said = "not a video, or one that OpenCV does not know" if camera is None else "no such camera, or it is in use"
-        raise ValueError(f"cannot read {file}: {said}")
+        reason = (
+            "not a video, or one that OpenCV does not know" if camera is None else "no such camera, or it is in use"
+        )
+        raise ValueError(f"cannot read {file}: {reason}")
     return video
 
 # %% ../nbs/12a_video.ipynb #bdaa9601

@@ -177,7 +177,7 @@ def browser(uploads):
         browser.close()
 
 
-SAID = "document.querySelector('#said').innerText.includes('{}')"
+SAID = "document.querySelector('#message').innerText.includes('{}')"
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_the_page_in_a_browser(page, browser, uploads, width):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.get_by_role("tab", name="Several photographs").click()
     tab.set_input_files("#files input[type=file]", [uploads / "face.jpg", uploads / "grey.png"])
-    tab.wait_for_function("document.querySelector('#said-of-files').innerText.includes('2 faces found in 2')")
+    tab.wait_for_function("document.querySelector('#files-message').innerText.includes('2 faces found in 2')")
     with tab.expect_download() as download:
         tab.click("#csv a")
     assert len(pd.read_csv(download.value.path())) == 2
