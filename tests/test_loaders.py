@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -626,13 +627,27 @@ def test_labels_of_a_csv_stay_what_they_are(tmp_path):
         csv_faces(tmp_path / "t.csv")
 
 
+def test_linked_folders_are_read_once(tmp_path):
+    tree(tmp_path / "data")
+    tree(tmp_path / "more")
+    before = Counter(f.label for f in folder_faces(tmp_path / "data"))
+    happy, more = tmp_path / "data" / "happy", tmp_path / "more" / "happy"
+    for name in ("linked", "again"):
+        (happy / name).symlink_to(more, target_is_directory=True)
+    (more / "back").symlink_to(happy, target_is_directory=True)  # a loop over two folders
+    faces = folder_faces(tmp_path / "data")
+    added = [f.image for f in faces if f.image.parent.name == "again"]
+    assert Counter(f.label for f in faces) == before + Counter(happy=len(added))
+    assert sorted(f.name for f in added) == sorted(f.name for f in more.glob("*.png"))
+
+
 def test_links_and_special_files(tmp_path):
     tree(tmp_path / "data")
     n = len(folder_faces(tmp_path / "data"))
     happy = tmp_path / "data" / "happy"
     (happy / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
     (happy / "twin.png").symlink_to(sorted(happy.glob("*.png"))[0])
-    assert len(folder_faces(tmp_path / "data")) == n  # links to folders are not followed, and each image is there once
+    assert len(folder_faces(tmp_path / "data")) == n  # no folder is read in a loop, and each image is there once
     os.mkfifo(happy / "pipe.png")
     (happy / "nowhere.png").symlink_to(tmp_path / "gone.png")
     (happy / "circle.png").symlink_to(happy / "circle.png")
@@ -713,8 +728,8 @@ def test_a_folder_that_cannot_be_listed_is_a_broken_image(tmp_path, monkeypatch)
     tree(tmp_path), tree(tmp_path / "happy" / "closed", 1, ("x",))
     closed, walk, access = tmp_path / "happy" / "closed", os.walk, os.access
 
-    def walks(folder, onerror=None):
-        for root, folders, files in walk(folder):
+    def walks(folder, onerror=None, followlinks=False):
+        for root, folders, files in walk(folder, followlinks=followlinks):
             if Path(root) == closed:
                 onerror(PermissionError(13, "Permission denied", str(closed)))
                 folders.clear()

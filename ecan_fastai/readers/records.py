@@ -92,6 +92,15 @@ def _is_run(folder):
     "Whether a folder is that of a run, whose figures are no data"
     return all(os.path.isfile(folder / name) for name in ("config.json", "SHA256SUMS"))  # False if it is closed
 
+# %% ../../nbs/03_records.ipynb #1307b07a
+def _is_data(folder, seen):
+    "Whether a folder is to be read: not hidden, no run, and not in `seen`, to which it is added"
+    real = folder.resolve()
+    if folder.name.startswith(".") or _is_run(folder) or real in seen:
+        return False
+    seen.add(real)
+    return True
+
 # %% ../../nbs/03_records.ipynb #1307b06e
 def subfolders(
     path: Path,  # A folder
@@ -125,7 +134,7 @@ _UNREAD_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .nef".split())  # of pho
 
 
 def image_files(
-    folder,  # Searched with its subfolders, except those of runs; links to folders are not followed
+    folder,  # Searched with its subfolders, except those of runs; links are followed, each folder is read once
     extensions: set | None = None,  # Suffixes in small letters; default those of images
 ) -> list:  # Paths, sorted
     """List the files of a folder, by default its images, each once
@@ -133,8 +142,12 @@ def image_files(
     Dead links and folders that cannot be listed are included, and so reported as broken images. Warns of photographs
     in a format that OpenCV does not read."""
     found, unread, unreadable, extensions = [], [], [], extensions or IMAGE_SUFFIXES
-    for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(Path(e.filename))):
-        folders[:] = [d for d in folders if not d.startswith(".") and not _is_run(Path(root, d))]
+    start = Path(folder).resolve()
+    seen = {start, *start.parents}  # a link to one of these is a loop
+    for root, folders, files in os.walk(
+        folder, onerror=lambda e: unreadable.append(Path(e.filename)), followlinks=True
+    ):
+        folders[:] = [d for d in sorted(folders) if _is_data(Path(root, d), seen)]
         found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in extensions]
         unread += [f for f in files if Path(f).suffix.lower() in _UNREAD_SUFFIXES]
     if unread:
