@@ -80,9 +80,10 @@ class ProjectedLoss(ECANLoss):
         )
         without_contrast = self.features(features, y)
         parts = self.features.parts
-        z = torch.cat([projections["z_q"], projections["z_k"]])
-        ensc = self.contrast_loss(z, y.repeat(2), projections["bank_z"], projections["bank_y"])
-        cosines = mean_cosines(projections["z_q"].detach(), y)
+        z, bank = torch.cat([projections["z_q"], projections["z_k"]]), projections["bank_z"]
+        center = bank.mean(0) if self.center_features else None
+        ensc = self.contrast_loss(z, y.repeat(2), bank, projections["bank_y"], center=center)
+        cosines = mean_cosines(projections["z_q"].detach(), y, center)
         values = [parts["ce"], ensc.detach(), parts["mva"], parts["alpha"], *cosines]
         self.parts = dict(zip(self.part_names, values))
         ce = nn.functional.cross_entropy(out["logits"].float(), y)
@@ -99,14 +100,16 @@ def project(learn):
     encoder = Projected(model.encoder, d)
     learn.model = ECANModel(encoder, len(learn.dls.vocab), len(view), model.bank.size, size=view.shape[1:])
     learn.model.classifier = FirstFeatures(d, len(learn.dls.vocab))
-    learn.loss_func = ProjectedLoss(d)
+    learn.loss_func = ProjectedLoss(d, center_features=learn.loss_func.center_features)
 
 
 SHORT = dict(size=32, level="weak", momentum=0.99, epochs=10, precision="fp32")
+LONGER = dict(lr=0.3, momentum=0.99, epochs=20, precision="bf16")
 RUNS = {
     "ECAN, warm-up": (warm_up, dict(SHORT, center_features=False)),
     "ECAN, centred, warm-up": (warm_up, dict(SHORT, center_features=True)),
-    "ECAN, projection head": (project, dict(lr=0.3, momentum=0.99, epochs=20, precision="bf16")),
+    "ECAN, projection head": (project, dict(LONGER, center_features=False)),
+    "ECAN, centred, projection head": (project, dict(LONGER, center_features=True)),
 }
 
 
