@@ -50,7 +50,7 @@ def _count(n, what):
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _number_found(n):
+def _found_sentence(n):
     return f"{_count(n, 'face')} found." if n else "No face found in this photograph."
 
 
@@ -70,20 +70,20 @@ class FaceApp:
         faces = self.predictor.predict_faces(image, self.finder)
         table = _rounded(faces[["label", "probability", *self.predictor.columns]])
         table.insert(0, "face", range(1, len(table) + 1))
-        return _number_found(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
+        return _found_sentence(len(faces)), draw_faces(image, faces.assign(track=table["face"])), table
 
     def heatmaps(self, file):  # Sentence, list of (image, caption)
         "Draw heat maps of where the model looks, on the largest faces of a photograph"
         crops = [f.image for f in self.finder(_photo(file)[0])]
         if not crops:
-            return _number_found(0), []
+            return _found_sentence(0), []
         shown = crops[:MOST_HEATMAPS]
         heat, table = grad_cam(self.predictor, shown), self.predictor.predict(shown)
         labels = zip(table["label"], table["probability"])
         captions = [f"{i}: {label} {100 * p:.0f} %" for i, (label, p) in enumerate(labels, 1)]
         over = [heat_overlay(face, cv2.resize(h, face.shape[1::-1])) for face, h in zip(shown, heat)]
         left = f" Heat maps of the {MOST_HEATMAPS} largest are shown." if len(crops) > MOST_HEATMAPS else ""
-        return _number_found(len(crops)) + left, list(zip(over, captions))
+        return _found_sentence(len(crops)) + left, list(zip(over, captions))
 
     def label_files(self, files):  # Sentence, table, csv file
         "Label the faces of several photographs"

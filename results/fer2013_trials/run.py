@@ -5,7 +5,7 @@ path/to/fer2013 [NAME ...]`.
   of the question `recipe` on 32x32 images with ten epochs, whose records are the runs without a warm-up.
 - A projection head, as MoCo v2 and SupCon have it: ENSC compares the output of two linear layers on the features,
   512 to 512 to 128 with a ReLU between them. MVA and the classifier still see the features. The settings are those of
-  the question `rate` in twenty epochs at 0.3, whose records are the runs without a head.
+  the questions `rate` and `recipe` in twenty epochs at 0.3, whose records are the runs without a head, centred and not.
 
 Seed 0. Nothing was tuned. Runs that are in `trials.json` are not made again.
 """
