@@ -279,7 +279,7 @@ def default_workers(
 ) -> int:
     """Number of loader processes if none is given: 0 on a CPU of at most two cores, else one per core, at most 16
 
-    On two cores, loader processes slow the training steps: an epoch takes 1.2 to 1.5 times as long."""
+    On two cores, loader processes slow the training steps: an epoch takes 1.2 to 1.4 times as long."""
     on_cpu = torch.device(device or default_device()).type == "cpu"
     return 0 if on_cpu and defaults.cpus <= 2 else min(16, defaults.cpus)
 

@@ -28,7 +28,7 @@ from .loaders import without_broken
 from .readers.factory import detect_kind, read_faces
 from .readers.records import existing_folder
 from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
-from .runs import read_config, resolve_config, resume_run, start_run
+from .runs import NoEffect, read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
 from .sample import sample_faces
 from .weights import weights_settings
@@ -467,7 +467,8 @@ def _train_run(cfg, folder, record, say):
 def _make_runs(runs, make, say):
     """Make the runs that no other process is training; return those left to other processes
 
-    Runs in use are tried again until a pass over them makes none. One that diverges does not hold up the others."""
+    Runs in use are tried again until a pass over them makes none. One that diverges, or whose settings change
+    nothing, does not hold up the others."""
     pending = list(runs)
     while True:
         left = []
@@ -476,7 +477,7 @@ def _make_runs(runs, make, say):
                 make(cfg)
             except InUse:
                 left.append(cfg)
-            except Diverged as e:
+            except (Diverged, NoEffect) as e:
                 if len(runs) == 1:
                     raise
                 say(f"{run_stem(cfg)}: {e}")

@@ -111,16 +111,20 @@ def _settle_precision(cfg):
         raise ValueError(f"precision {cfg.precision} is not for a device of type {device}: use {' or '.join(known)}")
 
 
+class NoEffect(ValueError):
+    "A setting would change nothing in a run"
+
+
 def _check_small(cfg):
-    "Raise `ValueError` if `small_size` would change nothing"
+    "Raise `NoEffect` if `small_size` would change nothing"
     view = crop_size(cfg.level, cfg.recipe, cfg.size)
     if cfg.small_size >= view:
-        raise ValueError(
+        raise NoEffect(
             f"small_size must be below the {view} pixels that the network sees (size {cfg.size}, level {cfg.level}), "
             f"got {cfg.small_size}"
         )
     if cfg.small_size and cfg.small_pct * cfg.epochs < 1:
-        raise ValueError(
+        raise NoEffect(
             f"small_size has no effect: small_pct {cfg.small_pct} of the epochs ({cfg.epochs}) is less than one epoch"
         )
 

@@ -18,6 +18,7 @@ from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
+from ecan_fastai.runs import start_run
 from ecan_fastai.runstate import Diverged
 from ecan_fastai.weights import shipped_run
 
@@ -458,6 +459,18 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "resume_run", diverge)
     with pytest.raises(Diverged):
         reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append, only=stems[0])
+
+
+def test_a_row_that_changes_nothing_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    "Images of 32 pixels cannot begin smaller, at 32"
+    started, said, given = fake_run(monkeypatch), [], dict(size=32, level="weak", workers=0, precision="fp32")
+    fake = experiments.start_run
+    monkeypatch.setattr(experiments, "start_run", lambda c, f: (start_run if c.small_size else fake)(c, f))
+    table = reproduce("recipe", "sample", 1, tmp_path, say=said.append, **given)
+    rows = {label: run_stem(cfg) for label, cfg in experiment_runs("recipe", "sample", **given).items()}
+    small = rows.pop("ECAN, centred, 32 pixels first")
+    assert {f.name for f in started} == set(rows.values()) and set(table.index) == set(rows)
+    assert any(t.startswith(f"{small}: small_size must be below the 32 pixels that the network sees") for t in said)
 
 
 def test_a_figure_waits_for_its_runs(tmp_path, monkeypatch, faces):

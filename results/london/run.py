@@ -2,7 +2,8 @@
 temperature that would calibrate it on them: `python results/london/run.py path/to/london`.
 
 The Face Research Lab London Set (CC BY 4.0): 51 people, neutral and smiling, in folders `neutral` and `happy`. Each
-seed takes 38 people to train on and 13 others to measure on. Nothing was tuned: ten epochs, weak augmentation.
+seed takes 38 people to train on and 13 others to measure on. Nothing was tuned: one epoch of the head
+alone, then ten of everything, weak augmentation.
 """
 
 import json
