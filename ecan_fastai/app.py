@@ -78,7 +78,8 @@ class FaceApp:
         if not crops:
             return _found_sentence(0), []
         shown = crops[:MOST_HEATMAPS]
-        heat, table = grad_cam(self.predictor, shown), self.predictor.predict(shown)
+        table = self.predictor.predict(shown)
+        heat = grad_cam(self.predictor, shown, list(table["label"]))
         labels = zip(table["label"], table["probability"])
         captions = [f"{i}: {label} {100 * p:.0f} %" for i, (label, p) in enumerate(labels, 1)]
         over = [heat_overlay(face, cv2.resize(h, face.shape[1::-1])) for face, h in zip(shown, heat)]

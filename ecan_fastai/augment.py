@@ -89,16 +89,22 @@ class RandomShift(A.ImageOnlyTransform):
 
     def apply(self, img, right, down, **params):
         (h, w), out = img.shape[:2], np.zeros_like(img)
-        out[max(0, down) : h + down, max(0, right) : w + right] = img[
-            max(0, -down) : h - down, max(0, -right) : w - right
-        ]
+        x, y = np.clip(right, -w, w), np.clip(down, -h, h)
+        out[max(0, y) : h + y, max(0, x) : w + x] = img[max(0, -y) : h - y, max(0, -x) : w - x]
         return out
 
 # %% ../nbs/01_augment.ipynb #5a7e1c2d
 class RandomRotate(A.Rotate):
     """`A.Rotate` for images only: the same draws and pixels in a quarter of the time
 
-    Bilinear, with black borders. Takes `limit` in degrees and `p`; other arguments of `A.Rotate` have no effect."""
+    Bilinear, with black borders."""
+
+    def __init__(
+        self,
+        limit,  # Largest angle in degrees, in each direction
+        p: float = 0.5,  # Probability
+    ):
+        super().__init__(limit=limit, p=p)
 
     def get_params_dependent_on_data(self, params, data):
         height, width = params["shape"][:2]

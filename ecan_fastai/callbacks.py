@@ -177,7 +177,7 @@ class ProgressiveResize(Callback):
         self.is_small = False  # whether the fit is in an epoch on small images
 
     def before_train(self):
-        if not (n_small := int(self.pct * self.n_epoch)) and not hasattr(self.learn, "lr_finder"):
+        if not (n_small := int(self.pct * self.n_epoch + 1e-6)) and not hasattr(self.learn, "lr_finder"):
             warnings.warn(
                 f"ProgressiveResize has no effect: {self.pct} of {self.n_epoch} epochs is less than one epoch"
             )

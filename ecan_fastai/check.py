@@ -26,7 +26,7 @@ from .readers.factory import read_faces
 
 # %% ../nbs/11_check.ipynb #8412c940
 def _look(face):
-    "What is wrong, the size, a digest of the pixels, and the perceptual hash as 64 signs"
+    "Return the problem or None, the size, a digest of the pixels, and the perceptual hash as 64 signs"
     try:
         img = read_face(face.image, 1)
     except (ValueError, OSError) as e:

@@ -114,7 +114,7 @@ def _bytes(file):
 
 # %% ../nbs/02_data.ipynb #7cfcb250
 def _header(data):
-    "Return the width and height in a PNG's or JPEG's header, else 0, and False for a JPEG that is cut short"
+    "Return width and height (0 if unknown) from the header of a PNG or JPEG, and False for a JPEG that is cut short"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return *struct.unpack(">II", data[16:24].ljust(8, b"\0")), True
     width = height = 0
@@ -244,9 +244,9 @@ class FaceTransform(Transform):
 
 # %% ../nbs/02_data.ipynb #0604f0c4
 def _channels_first(a):
-    "(height, width, channels) to (channels, height, width); a grey image keeps its memory"
+    "(height, width, channels) to (channels, height, width) in memory of its own"
     if a.shape[-1] == 1:
-        return a[None, ..., 0]
+        return a[None, ..., 0].copy()
     out = np.empty((a.shape[-1], *a.shape[:2]), a.dtype)
     cv2.split(a, list(out))  # into `out`: four times faster than a transposed copy
     return out
@@ -425,7 +425,7 @@ def set_stats(
     std,  # Standard deviation of each channel
     default: bool = False,  # The weights of a learner may bring other ones
 ):
-    "Set the statistics by which loaders, and those that `test_dl` has made from them, normalise images"
+    "Set the normalisation statistics of loaders, and of those that `test_dl` has made from them"
     for norm in _norms(dls):
         norm.mean, norm.std = (torch.tensor(s).view(1, -1, 1, 1).to(norm.mean) for s in (mean, std))
         norm.by_default = default
@@ -489,6 +489,8 @@ def TwoViewBlock(
         item_tfms,
     )
     tfm.views = dict(level=level, recipe=recipe, size=size, channels=channels, eval_crops=eval_crops)
+    if stats and {*map(len, stats)} - {1, channels}:
+        raise ValueError(f"expected one mean and deviation, or one for each of {channels} channels, got {stats}")
     norm = Normalize.from_stats(*(stats or (imagenet_stats if channels == 3 else grey_stats)))
     norm.by_default = stats is None  # a pretrained model may bring its own
     return TransformBlock(type_tfms=tfm, batch_tfms=[IntToFloatTensor(), norm], dl_type=TwoViewDL)

@@ -57,10 +57,8 @@ def _upright(img, box, eyes, margin):
     "Cut out a square (side, side, 3) with level eyes; return it and the angle of the eyes in the image"
     (left, top, right, bottom), ((x0, y0), (x1, y1)) = box, eyes
     angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
-    center, side = (
-        np.array([left + right - 1, top + bottom - 1]) / 2,
-        max(1, round((1 + margin) * max(right - left, bottom - top))),
-    )
+    center = np.array([left + right - 1, top + bottom - 1]) / 2
+    side = max(1, round((1 + margin) * max(right - left, bottom - top)))
     turn = cv2.getRotationMatrix2D(center, angle, 1)
     turn[:, 2] += (side - 1) / 2 - center
     return cv2.warpAffine(img, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), angle

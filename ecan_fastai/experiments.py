@@ -31,7 +31,7 @@ from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_tabl
 from .runs import NoEffect, read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
 from .sample import sample_faces
-from .weights import weights_settings
+from .weights import markdown_table, weights_settings
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
@@ -99,6 +99,9 @@ def experiment_runs(
     if "axis" in exp and settings.get("train_all"):
         raise ValueError(f"{name} chooses by the valid split, and train_all leaves none")
     runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label, s in exp["runs"].items()}
+    unused = [k for k in settings if runs and all(k in UNUSED[cfg.method] for cfg in runs.values())]
+    if unused:
+        raise ValueError(f"{', '.join(unused)} has no effect on any run of {name}")
     if len(set(map(run_name, runs.values()))) < len(runs):
         raise ValueError(f"the setting that {name} varies has no effect with {', '.join(_settings(settings))}")
     return runs
@@ -127,7 +130,7 @@ def _load_record(file, *keys):
     return record
 
 # %% ../nbs/13_experiments.ipynb #410643fd
-def _same_data(record, file, other):
+def _check_same_data(record, file, other):
     if record["images"] != other["images"]:
         raise ValueError(
             f"{file} was made from other data than these runs: it has images {record['images']}, these have "
@@ -138,7 +141,7 @@ def _same_data(record, file, other):
 def _save_record(folder, file):
     record = run_record(folder)
     if file.exists():
-        _same_data(_load_record(file), file, record)
+        _check_same_data(_load_record(file), file, record)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda f: f.write_text(as_json(record, separators=(",", ":"))))
 
@@ -182,7 +185,7 @@ def experiment_results(
         for file in sorted((Path(records) / kind).glob(f"{run_name(cfg)}-seed*.json")):
             record = _read_record(file, cfg)
             first = first or record
-            _same_data(record, file, first)
+            _check_same_data(record, file, first)
             commits = " ".join(
                 dict.fromkeys(
                     e["commit"] for e in [record["environment"], *record.get("resumed", [])] if e.get("commit")
@@ -284,9 +287,8 @@ def _narrow(table, measure):
     "Write the columns of one measure as Markdown, a column for each split"
     columns = [c for c in table if c.endswith(f": {measure}")]
     shown = table[columns].fillna("")
-    rows = [["", *[c.removesuffix(f": {measure}") for c in columns]], ["---"] * (1 + len(columns))]
-    rows += [[label, *[v or "–" for v in values]] for label, *values in shown[(shown != "").any(axis=1)].itertuples()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[label, *[v or "–" for v in values]] for label, *values in shown[(shown != "").any(axis=1)].itertuples()]
+    return markdown_table(["", *[c.removesuffix(f": {measure}") for c in columns]], rows)
 
 # %% ../nbs/13_experiments.ipynb #542c72e9
 def _counted(results):
@@ -380,7 +382,7 @@ def experiment_figure(
     kind: str,  # Kind of the data
     faces: list | None = None,  # `Face` records, for class counts and t-SNE
     folders: dict | None = None,  # From label to the run's folder, for confusion matrices and t-SNE
-):  # Figure, or None if the experiment has none, or if results of two values, or faces that it needs, are missing
+):  # Figure; None if the experiment has none, if fewer than two values have results, or if faces it needs are missing
     "Draw the figure of an experiment: a sweep from its results, any other from faces and runs"
     exp = _experiment(name)
     if "axis" in exp:
@@ -411,7 +413,7 @@ def experiment_figure(
         return _confusions(folders, split)
 
 # %% ../nbs/13_experiments.ipynb #886a1420
-def _check_same(cfg, folder):
+def _check_same_settings(cfg, folder):
     "Raise `ValueError` if a folder holds the run of other settings or data"
     written = read_config(folder)
     if k := cfg.differs(asdict(written), ("workers",)):
@@ -457,10 +459,10 @@ def _train_run(cfg, folder, record, say):
     with lock_run(folder):
         begun = (folder / "config.json").exists()
         if begun:
-            _check_same(cfg, folder)
+            _check_same_settings(cfg, folder)
         if not (folder / "metrics.json").exists():
             say(f"{folder.name}: {'resumes' if begun else 'starts'}")
-            resume_run(folder) if begun else start_run(replace(cfg), folder)  # start_run fills in settings of the copy
+            resume_run(folder) if begun else start_run(cfg, folder)
         _save_record(folder, record)
 
 
@@ -521,7 +523,7 @@ def _write_table(name, records, kind, given, out, say):
         page = experiment_markdown(name, results, kind, **given)
         write_whole(records / f"{stem}.json", lambda f: f.write_text(made_for))
         write_whole(out / f"{stem}.csv", table.to_csv)
-        write_whole(out / f"{stem}.md", lambda f: f.write_text(page))
+        write_whole(out / f"{stem}.md", lambda f: f.write_text(page, encoding="utf-8"))
         say(f"written: {out / stem}.md and .csv")
     return results, table
 
@@ -535,6 +537,7 @@ def _write_figure(name, results, kind, faces, folders, file, say):
         figure = experiment_figure(name, results, kind, faces, folders)
         if figure is not None:
             write_whole(file, lambda f: figure.savefig(f, dpi=150, format="png"))
+            plt.close(figure)
     if figure is not None:
         say(f"written: {file}")
 

@@ -20,7 +20,7 @@ def batch_types(
 def undistributed(
     dl,  # Loader of a Learner during a fit
 ):
-    "The loader of all items: in distributed training fastai wraps it in one of a share of them"
+    "Return the loader of all items, which in distributed training is inside fastai's loader of a share of them"
     return getattr(dl, "dl", dl)
 
 

@@ -291,7 +291,7 @@ class Predictor:
 
 # %% ../nbs/10_inference.ipynb #ae13c3e4
 def _act_in_evaluation(batch_tfms, views):
-    "Whether batch transforms change images in evaluation; fastai's `split_idx` does not tell of all"
+    "Whether batch transforms change images in evaluation: tried out, as `split_idx` does not tell it of all"
     side = crop_size(*(views[k] for k in ("level", "recipe", "size")))
     x = torch.rand(2, views["channels"], side, side)
     (y,) = compose_tfms((x.as_subclass(FaceImage),), batch_tfms, split_idx=1)
@@ -348,7 +348,7 @@ def pixels(
 ) -> Tensor:  # uint8 (channels, side, side)
     "Decode and resize an image to the model's input"
     img = self.resize(image=read_face(x, self.channels))["image"]
-    return torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
+    return torch.from_numpy(img.transpose(2, 0, 1).copy())  # a resize that changes nothing returns its input
 
 # %% ../nbs/10_inference.ipynb #a0b3fa58
 @patch
@@ -467,6 +467,19 @@ def shared_classes(
     return shared
 
 # %% ../nbs/10_inference.ipynb #10c0de5a
+def _chosen_splits(splits, names, path):
+    "Check and list the splits to measure, of those named `names`"
+    if splits is None:
+        return [s for s in names if s not in ("train", "valid")] or names
+    chosen = [splits] if isinstance(splits, str) else list(splits)
+    if not chosen:
+        raise ValueError(f"expected a split to measure, the splits are {', '.join(names)}")
+    for s in chosen:
+        if s not in names:
+            raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
+    return chosen
+
+
 def _measure(predictor, faces, shared):
     predicted = predictor.probabilities([f.image for f in faces]).argmax(1)
     targets = np.array([predictor.vocab.index(shared[f.label]) for f in faces])
@@ -490,12 +503,7 @@ def evaluate(
     its classes. Raises `ValueError` for an unknown split, no shared class, or images that cannot be read."""
     faces = read_faces(path, kind)
     names = list(dict.fromkeys(f.split for f in faces))
-    if splits is None:
-        splits = [s for s in names if s not in ("train", "valid")] or names
-    chosen = [splits] if isinstance(splits, str) else list(splits)
-    for s in chosen:
-        if s not in names:
-            raise ValueError(f"no split {s!r} in {path}, the splits are {', '.join(names)}")
+    chosen = _chosen_splits(splits, names, path)
     faces = [f for f in faces if f.split in chosen]
     faces = without_broken(faces, self.channels, skip_broken=skip_broken)
     shared = shared_classes(self.vocab, {f.label for f in faces})
@@ -509,9 +517,12 @@ def evaluate(
     )
     for split in chosen:
         split_faces = [f for f in known if f.split == split]
-        if not split_faces:
-            continue
-        result["splits"][split] = _measure(self, split_faces, shared)
+        if split_faces:
+            result["splits"][split] = _measure(self, split_faces, shared)
+        elif splits is not None:
+            raise ValueError(f"no face of split {split!r} has a class that the model knows")
+        else:
+            warnings.warn(f"no face of split {split!r} has a class that the model knows")
     return result
 
 # %% ../nbs/10_inference.ipynb #2414192e

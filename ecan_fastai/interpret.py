@@ -352,8 +352,9 @@ def plot_grad_cam(
 ) -> "Figure":  # The figure
     "Draw images above their Grad-CAM overlays; titles give the class and its probability"
     items = image_list(x)
-    targets, heat = _class_indices(predictor, items, labels), grad_cam(predictor, items, labels)
     probs = predictor.probabilities(items)
+    labels = [predictor.vocab[k] for k in probs.argmax(1)] if labels is None else labels
+    targets, heat = _class_indices(predictor, items, labels), grad_cam(predictor, items, labels)
     fig, axs = plt.subplots(2, len(items), figsize=(1.7 * len(items), 3.8), layout="constrained", squeeze=False)
     for i, (item, target) in enumerate(zip(items, targets)):
         image = predictor.pixels(item).permute(1, 2, 0).numpy()
@@ -387,13 +388,7 @@ def probe(
     "Measure frozen features by a logistic regression, fitted on the train split without augmentation"
     if "valid_seen" in getattr(dls, "split_names", ()):
         raise ValueError("probe measures on the valid split, and with train_all training has seen it")
-    encoder = model.model.encoder if isinstance(model, Learner) else model
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        train = _features_and_labels(encoder, dls.test_dl(dls.train_ds.items, with_labels=True))
-        valid = _features_and_labels(encoder, dls.valid)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    encoder = copy.deepcopy(model.model.encoder if isinstance(model, Learner) else model).eval()
+    train = _features_and_labels(encoder, dls.test_dl(dls.train_ds.items, with_labels=True))
+    valid = _features_and_labels(encoder, dls.valid)
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*train).score(*valid)

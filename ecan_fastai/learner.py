@@ -61,6 +61,8 @@ class ForeachSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        if closure is not None:
+            raise NotImplementedError("fastai optimizers take no closure")
         for group, hyper in zip(self.param_lists, self.hypers):
             with_grad = [p for p in group if p.grad is not None]
             self._update([p for p in with_grad if self.state[p].get("do_wd", True)], hyper, hyper["wd"])
@@ -256,7 +258,7 @@ def ecan_learner(
     lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
     wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
     wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
-    moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
+    moms: tuple | None = None,  # Momentum over one-cycle; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
 ) -> "ECANLearner":
     """Learner for the Extra-Contrast Affinity Network; `arch` is by default that of `pretrained`, or else resnet18
@@ -304,7 +306,7 @@ def baseline_learner(
     lr: "float | slice | None" = None,  # Default 0.1 for each 256 images a step; fastai's 0.001 if opt_func is given
     wd: float | None = None,  # Weight decay; default 5e-4, or that of opt_func
     wd_bn_bias: bool | None = None,  # Decay norms and biases too; default True, or False if opt_func is given
-    moms: tuple | None = None,  # Momentum over a schedule; default 0.9 throughout, or fastai's if opt_func is given
+    moms: tuple | None = None,  # Momentum over one-cycle; default 0.9 throughout, or fastai's if opt_func is given
     **kwargs,
 ) -> Learner:
     """Learner for the same backbone with cross-entropy or another loss, by default with the paper's optimizer

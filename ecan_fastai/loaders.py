@@ -382,7 +382,7 @@ def from_folder(
     **kwargs,
 ):
     "From a folder; class names are the folders' names"
-    return cls.from_faces(folder_faces(path), **{"path": path, **kwargs})
+    return cls.from_faces(folder_faces(path), path=path, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #51d9948c
 @patch
@@ -421,7 +421,7 @@ def from_df(
     **kwargs,
 ):
     "From a table of images and labels"
-    return cls.from_faces(table_faces(df, path, image_col, label_col, split_col), **{"path": path, **kwargs})
+    return cls.from_faces(table_faces(df, path, image_col, label_col, split_col), path=path, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #1f994446
 @patch(cls_method=True)
@@ -437,12 +437,12 @@ def from_csv(
 ):
     "From a comma-separated file of image paths and labels"
     faces = csv_faces(csv, path, image_col, label_col, split_col)
-    return cls.from_faces(faces, **{"path": Path(path) if path is not None else Path(csv).parent, **kwargs})
+    return cls.from_faces(faces, path=Path(path) if path is not None else Path(csv).parent, **kwargs)
 
 # %% ../nbs/03j_loaders.ipynb #50ffe0f8
 def _from(cls, kind, path, kwargs, **reading):
     faces = read_faces(path, kind, **reading)
-    return cls.from_faces(faces, **{"path": data_root(path), **READERS[kind].settings, **kwargs})
+    return cls.from_faces(faces, path=data_root(path), **{**READERS[kind].settings, **kwargs})
 
 # %% ../nbs/03j_loaders.ipynb #ac7a0fab
 def _published(kind):

@@ -322,7 +322,7 @@ def _encoder(arch, in_chans, pretrained, size):
         and timm.model_entrypoint(name) is arch
     ):
         arch = name
-    if isinstance(arch, nn.Module):
+    if is_module:
         if pretrained is True:
             raise ValueError(
                 "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
@@ -390,7 +390,7 @@ def create(
     n_classes: int = 7,  # Number of expressions
     in_chans: int = 3,  # 1 or 3
     pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
-    size: tuple = (64, 64),  # Height and width of the blank image that tests an encoder that timm did not build
+    size: tuple = (64, 64),  # Height and width of the blank image used to test an encoder that is not from timm
 ):
     """Build from an architecture; without `arch`, that of `pretrained` if it names weights or a run, else resnet18
 
@@ -465,7 +465,7 @@ class ECANModel(_WithKeyEncoder):
         bank_size: int = 4096,  # Rows of the memory bank: K groups times the batch size
         pretrained: bool | str | Path = False,  # The model's pretrained weights, or a path as `load_encoder` takes it
         key_eval: bool = False,  # Run the key encoder in evaluation mode; see `PaperReading`
-        size: tuple = (64, 64),  # Height and width of the blank image that tests an encoder that timm did not build
+        size: tuple = (64, 64),  # Height and width of the blank image used to test an encoder that is not from timm
     ):
         if n_classes < 2:
             raise ValueError(f"expected at least 2 classes, got {n_classes}")

@@ -127,7 +127,7 @@ def read_json(file):
     "Check and read a JSON file of a run; raises `ValueError` naming the file"
     check_file(file)
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{file} is not a JSON file: {e}") from e
 

@@ -218,6 +218,6 @@ def write_results(
             p.div_(calibration.get("temperature", 1))
     write_run_file(out / "export.pkl", lambda f: learn.export(f.resolve()))
     record = _record(cfg, history, metrics, out)
-    write_run_file(out / "card.md", lambda f: f.write_text(model_card(read_json(out / "config.json"), record)))
+    write_run_file(out / "card.md", lambda f: f.write_text(model_card(read_json(out / "config.json"), record), "utf-8"))
     write_json(out / "metrics.json", record)
     return record

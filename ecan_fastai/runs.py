@@ -32,6 +32,7 @@ from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner, imag
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
 from ecan_fastai.readers.factory import detect_kind
+from ecan_fastai.readers.records import data_root
 from ecan_fastai.runfiles import (
     SUMS,
     check_file,
@@ -242,7 +243,7 @@ _DATA_FILE = "data.csv.gz"
 
 def _data_table(dls, cfg):
     "List split, label, name and size of every image, in the order of the loaders"
-    root = Path(cfg.data) if Path(cfg.data).is_dir() else Path(cfg.data).parent
+    root = data_root(cfg.data)
     rows = []
     for split, dl in zip(dls.split_names, dls.loaders):
         rows += [(split, face.label, *_image_mark(face.image, root)) for face in dl.dataset.items]
@@ -298,14 +299,14 @@ def _alone(out):
 
 
 def start_run(
-    cfg,  # `RunConfig`; changed in place: settings that are not given are filled in
+    cfg,  # `RunConfig`; config.json holds what is filled in for settings that are not given
     out,  # Folder of the run, new or empty
 ) -> dict | None:  # Record written to `metrics.json`; None in processes of ranks other than 0
     """Train, evaluate and write a new run
 
     Raises `ValueError` if a setting does not fit, if the folder is not empty, if another process uses it (`InUse`), or
-    if the training loss is not finite (`Diverged`)."""
-    out = Path(out)
+    if the training or validation loss is not finite (`Diverged`)."""
+    cfg, out = replace(cfg), Path(out)
     with _alone(out):
         if not rank_distrib():
             _check_new(out)

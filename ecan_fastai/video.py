@@ -103,7 +103,7 @@ def video_frames(
             if not ok:
                 raise ValueError(f"cannot decode the frame at {second:.2f} s of {file}")
             yield second, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            due += every
+            due += every * (1 + math.floor((second - due + 1e-6) / every)) if every else 0
     finally:
         video.release()
     if not i:

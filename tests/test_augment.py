@@ -87,6 +87,14 @@ def test_shift_moves_each_direction_on_its_own_and_fills_with_black():
     assert abs(still / 3000 - 0.5 - 0.5 / 441) < 0.04
 
 
+def test_a_shift_by_more_than_the_side_is_black():
+    shift, img = RandomShift(60), picture()
+    assert not shift.apply(img, 60, 0).any() and not shift.apply(img, 3, -60).any()
+    assert shift(image=img)["image"].shape == img.shape
+    with pytest.raises(TypeError, match="fill"):
+        RandomRotate(20, fill=255)  # black borders alone
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_shift_is_a_crop_from_the_padded_picture(channels):
     img, pad = np.random.default_rng(0).integers(1, 255, (20, 24, channels), np.uint8), 5

@@ -1,6 +1,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -639,6 +640,16 @@ def test_views_are_resized_each_by_itself():
     image = torch.rand(32, 32)
     theirs = np.array(Image.fromarray(image.numpy()).resize((8, 8), Image.Resampling.BILINEAR))
     assert torch.allclose(resize(image[None, None])[0, 0], torch.from_numpy(theirs), atol=1e-5)
+
+
+def test_small_epochs_are_counted_without_rounding_errors():
+    "0.29 * 100 is 28.999999999999996"
+    resize, small = ProgressiveResize(16, 0.29), []
+    for epoch in (28, 29):
+        resize.learn = SimpleNamespace(n_epoch=100, epoch=epoch)
+        resize.before_train()
+        small.append(resize.is_small)
+    assert small == [True, False]
 
 
 @pytest.mark.parametrize("pct,n_epoch,n_small", [(0.75, 1, 0), (0.75, 2, 1), (0.75, 6, 4), (1, 1, 1), (0, 3, 0)])

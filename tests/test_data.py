@@ -20,6 +20,21 @@ from PIL import Image
 from ecan_fastai.data import FaceImage, TwoView, TwoViewBlock, default_workers, read_face
 
 
+def test_items_do_not_share_memory_with_the_images(make_dls):
+    "Nor do the two views of a face, even where no augmentation changes them"
+    image = np.full((32, 32), 9, np.uint8)
+    item = TwoViewBlock("none", "fer2013", 32, 1).type_tfms[0]
+    (q, k), evaluated = item(image, split_idx=0), item(image, split_idx=1)
+    q.zero_(), evaluated.zero_()
+    assert (image == 9).all() and (k == 9).all()
+
+
+def test_statistics_fit_the_channels():
+    with pytest.raises(ValueError, match="expected one mean and deviation, or one for each of 1 channels"):
+        TwoViewBlock(channels=1, stats=([0.4, 0.4, 0.4], [0.2, 0.2, 0.2]))
+    TwoViewBlock(channels=3, stats=([0.4], [0.2]))
+
+
 def batch_of_one_picture(make_dls, workers):
     "Loader in which all items are the same picture, so that what differs is the draw"
     dls = make_dls(level="strong", size=48, num_workers=workers, bs=8)

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -82,6 +83,8 @@ def test_a_setting_that_a_method_does_not_use_makes_no_other_run():
     assert b["cross-entropy"].momentum is None and b["SupCon"].bank_groups is None and b["ENSC"].bank_groups == 4
     with pytest.raises(ValueError, match="the setting that temperature varies has no effect with method=center"):
         experiment_runs("temperature", "x", "fer2013", method="center")
+    with pytest.raises(ValueError, match="l2, n_groups has no effect on any run of figure3a"):
+        experiment_runs("figure3a", "x", "fer2013", l2=0.5, n_groups=7, lr=0.1)
 
 
 def test_a_sweep_keeps_what_it_chooses_by():
@@ -426,6 +429,13 @@ def test_a_run_that_was_left_is_taken_when_it_is_free_again(tmp_path, monkeypatc
     finally:
         process.kill()
     assert [f.name for f in started] == stems[::-1] and not any("left to another" in text for text in said)
+
+
+def test_figures_are_closed(tmp_path, monkeypatch):
+    fake_run(monkeypatch)
+    before = plt.get_fignums()
+    reproduce("figure6", "sample", 1, tmp_path, say=lambda s: None)
+    assert plt.get_fignums() == before and list(tmp_path.glob("figure6*.png"))
 
 
 def test_one_run_alone(tmp_path, monkeypatch):

@@ -426,8 +426,27 @@ def test_splits_for_training_are_left_out_of_an_evaluation(run, faces, tmp_path)
     for split in ("train", "valid", "test"):
         shutil.copytree(faces / "test" / "sad", tmp_path / "d" / split / "sad")
     assert set(Predictor(run).evaluate(tmp_path / "d")["splits"]) == {"test"}
+    with pytest.raises(ValueError, match="expected a split to measure, the splits are test, train, valid"):
+        Predictor(run).evaluate(tmp_path / "d", splits=[])
     shutil.rmtree(tmp_path / "d" / "test")
     assert set(Predictor(run).evaluate(tmp_path / "d")["splits"]) == {"train", "valid"}
+
+
+def test_a_split_without_a_class_of_the_model_is_said(run, faces, tmp_path):
+    images = sorted((faces / "test" / "sad").iterdir())[:2]
+    rows = dict(image=list(map(str, images)), label=["sad", "contempt"], split=["test", "clinic"])
+    pd.DataFrame(rows).to_csv(tmp_path / "d.csv", index=False)
+    with pytest.warns(UserWarning, match="no face of split 'clinic' has a class that the model knows"):
+        assert set(Predictor(run).evaluate(tmp_path / "d.csv")["splits"]) == {"test"}
+    with pytest.raises(ValueError, match="no face of split 'clinic'"):
+        Predictor(run).evaluate(tmp_path / "d.csv", splits=["test", "clinic"])
+
+
+def test_pixels_do_not_share_the_memory_of_the_image(run):
+    predictor = Predictor(run)
+    image = np.full((48, 48, 1), 9, np.uint8)
+    predictor.pixels(image).zero_()
+    assert (image == 9).all()
 
 
 def test_classes_are_matched_by_meaning(faces, run, tmp_path):

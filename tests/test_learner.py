@@ -90,6 +90,11 @@ def test_paper_optimizer_is_torchs_sgd():
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_foreach_sgd_takes_no_closure_like_fastais():
+    with pytest.raises(NotImplementedError, match="closure"):
+        ForeachSGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).step(lambda: 0)
+
+
 @pytest.mark.parametrize("wd_bn_bias", [True, False])
 def test_foreach_sgd_equals_fastais(make, wd_bn_bias):
     "Two groups, a schedule, a fit that goes on: the same weights and the same state to the last bit"

@@ -491,7 +491,9 @@ def test_ctrl_c_keeps_what_there_is_and_says_how_to_go_on(faces, tmp_path):
 
 @pytest.mark.slow
 def test_what_was_not_given_is_written_down(faces, tmp_path):
-    start_run(config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32), tmp_path / "run")
+    cfg = config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32)
+    start_run(cfg, tmp_path / "run")
+    assert cfg == config(faces, epochs=1, bs=None, workers=None, level=None, recipe=None, size=32)  # may be used again
     written = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (
         all(v is not None for v in written.values())

@@ -49,6 +49,11 @@ def test_a_camera_is_read_for_so_many_seconds_by_the_real_clock(tmp_path, monkey
     assert seconds == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5], abs=0.011) and set(opened) == {1}
     with pytest.raises(ValueError, match="a camera has no end"):
         list(video_frames("webcam"))
+    seconds = []
+    for second, _ in video_frames("webcam", 0.1, seconds=0.95):
+        seconds.append(second)
+        now[0] += 0.33 * (len(seconds) == 3)  # a pause after the third frame
+    assert np.diff(seconds)[2] > 0.33 and all(gap > 0.05 for gap in np.diff(seconds))
 
 
 def test_names_of_cameras_and_videos(tmp_path, monkeypatch):

@@ -23,10 +23,8 @@ AFFECTNET_COUNTS = {
     ),
     "val_set": {v: 500 for v in AFFECTNET_IDS.values()},
 }
-_AFFECTNET_SETS, _AFFECTNET_CSVS = (
-    {"train_set": "train", "val_set": "val_set"},
-    {"training.csv": "train", "validation.csv": "val_set"},
-)
+_AFFECTNET_SETS = {"train_set": "train", "val_set": "val_set"}
+_AFFECTNET_CSVS = {"training.csv": "train", "validation.csv": "val_set"}
 
 
 def is_affectnet(

@@ -68,10 +68,8 @@ def _voted(image, votes, split, name):
 # %% ../../nbs/03d_ferplus.ipynb #e95ada12
 def _warn_rows(usages, file):
     "Warn if a split has not as many rows as FER2013 has images"
-    counts, expected = (
-        Counter(str(u).strip().replace("Training", "train") for u in usages),
-        {s: sum(c.values()) for s, c in FER2013_COUNTS.items()},
-    )
+    counts = Counter(str(u).strip().replace("Training", "train") for u in usages)
+    expected = {s: sum(c.values()) for s, c in FER2013_COUNTS.items()}
     if counts != expected:
         warnings.warn(
             f"this FER+ differs from the published one: {file} has "
