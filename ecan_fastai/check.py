@@ -130,7 +130,7 @@ def check_data(
     sizes, digests, signs = ([looked[i][k] for i in whole] for k in (1, 2, 3))
     pairs = _pair_table(_pairs(digests, signs, distance), faces, digests, whole)
     broken = {str(f): problem for f, (problem, *_) in zip(faces, looked) if problem}
-    sizes = pd.DataFrame(sizes, columns=["height", "width"]).describe().loc[["min", "50%", "max"]]
+    sizes = pd.DataFrame(sizes, columns=["height", "width"], dtype=float).describe().loc[["min", "50%", "max"]]
     sizes = sizes.rename({"50%": "median"})
     return DataReport(_counts(faces), sizes, broken, pairs, faces)
 

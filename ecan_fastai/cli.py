@@ -156,11 +156,18 @@ def _one_sentence(parser, interrupted=lambda: "interrupted"):
         parser.exit(130, f"\n{parser.prog}: {interrupted()}\n")
 
 
-def _out(parser, file, *endings, flag="--out"):
-    if file is not None and file.suffix.lower() not in endings:
+def _out(parser, file, *endings, flag="--out", read=()):
+    "Leave with one sentence if a file cannot be written, or if it is one of those that are `read`"
+    if file is None:
+        return
+    if file.suffix.lower() not in endings:
         parser.error(f"{flag}: expected a name ending in {' or '.join(endings)}, got {file}")
-    if file is not None and not file.parent.is_dir():
+    if not file.parent.is_dir():
         parser.error(f"{flag}: no such folder: {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        parser.error(f"{flag}: no permission to write into {file.parent}")
+    if file.exists() and any(file.samefile(f) for f in read if f is not None and Path(f).exists()):
+        parser.error(f"{flag}: {file} is a file that is read, give another name")
 
 
 def _add_run(p):
@@ -261,9 +268,10 @@ ANNOTATED = (".png", ".jpg", ".jpeg", ".mp4", ".avi", ".webm")
 def _check_predict(p, given):
     "Leave with one sentence if options do not go together"
     _refuse_run(p, given.images)
-    _out(p, given.out, ".csv", ".json")
-    _out(p, given.heatmaps, ".png", flag="--heatmaps")
-    _out(p, given.annotated, *ANNOTATED, flag="--annotated")
+    read = [*given.images, given.by]
+    _out(p, given.out, ".csv", ".json", read=read)
+    _out(p, given.heatmaps, ".png", flag="--heatmaps", read=read)
+    _out(p, given.annotated, *ANNOTATED, flag="--annotated", read=read)
     for option in ("every", "seconds", "smoothing", "annotated"):
         if getattr(given, option) is not None and not given.faces:
             p.error(f"--{option} has no effect without --faces")
@@ -395,7 +403,7 @@ def ecan_evaluate(args=None):
     given = p.parse_args(args)
     with _one_sentence(p):
         _refuse_run(p, [given.data])
-        _out(p, given.out, ".json")
+        _out(p, given.out, ".json", read=[given.data])
         from ecan_fastai.inference import Predictor
         from ecan_fastai.runfiles import write_whole
 
@@ -445,8 +453,8 @@ def ecan_check(args=None):
     p.add_argument("--figure", type=_path, metavar="FILE", help="draw the first pairs across splits to FILE.png")
     given = p.parse_args(args)
     with _one_sentence(p):
-        _out(p, given.out, ".csv")
-        _out(p, given.figure, ".png", flag="--figure")
+        _out(p, given.out, ".csv", read=[given.data])
+        _out(p, given.figure, ".png", flag="--figure", read=[given.data])
         from ecan_fastai.check import check_data, show_pairs
         from ecan_fastai.readers.records import write_csv
         from ecan_fastai.runfiles import write_whole

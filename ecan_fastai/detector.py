@@ -225,7 +225,7 @@ def _faces_of_batch(predictor, finder, batch, trackers, bs, smoothing):
 @patch
 def predict_faces(
     self: Predictor,
-    x,  # Photograph, video, folder of them, `webcam`, or list
+    x,  # Photograph, video, folder of them, `webcam`, or list of photographs and videos
     finder: "FaceFinder | None" = None,  # Default `FaceFinder(device=self.device)`
     every: float | None = None,  # Seconds between the frames of a video, 0 for all; default 1, with `annotated` 0
     bs: int = 64,  # Faces at a time

@@ -8,6 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/inference.html.md"""
 __all__ = ['ImageModel', 'Predictor', 'find_images', 'image_list', 'shared_classes']
 
 # %% ../nbs/10_inference.ipynb #a2187ad8
+import io
 import json
 import math
 import reprlib
@@ -559,14 +560,22 @@ def _check_onnx():
         raise ImportError(f'exporting to ONNX needs the package {e.name}: pip install "ecan_fastai[onnx]"') from e
 
 # %% ../nbs/10_inference.ipynb #bdb5a1b9
+def _export_facts(predictor):
+    return dict(labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels))
+
+
 def _save_onnx(program, predictor, file):
     made = torch.onnx.export(
         program, dynamo=True, input_names=["pixels"], output_names=["probabilities"], verbose=False
     )
-    made.model.metadata_props.update(
-        labels=json.dumps(predictor.vocab), side=str(predictor.model.side), channels=str(predictor.channels)
-    )
+    made.model.metadata_props.update(_export_facts(predictor))
     made.save(file)
+
+
+def _save_pt2(program, predictor, file):
+    buffer = io.BytesIO()  # torch ends the process when it cannot write a file, for instance on a full disk
+    torch.export.save(program, buffer, extra_files=_export_facts(predictor))
+    file.write_bytes(buffer.getvalue())
 
 # %% ../nbs/10_inference.ipynb #a6df1898
 @patch
@@ -576,8 +585,9 @@ def export(
 ) -> Path:  # `file`
     """Write `model` (views, normalisation and temperature included) for another runtime
 
-    It maps uint8 images (n, channels, side, side), already resized, to probabilities (n, n_classes). In ONNX these are
-    `pixels` and `probabilities`, with labels, side and channels as metadata. Raises `ValueError` for another ending,
+    It maps uint8 images (n, channels, side, side), already resized, to probabilities (n, n_classes); in ONNX these are
+    `pixels` and `probabilities`. Labels (as JSON), side and channels are metadata in ONNX, and `extra_files` of
+    `torch.export.load` in .pt2. Raises `ValueError` for another ending,
     and `ImportError` without the extra `onnx`."""
     file = Path(file)
     if file.suffix not in (".onnx", ".pt2"):
@@ -589,7 +599,7 @@ def export(
     try:
         program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("n")},))
         if file.suffix == ".pt2":
-            write_whole(file, lambda part: torch.export.save(program, part))
+            write_whole(file, lambda part: _save_pt2(program, self, part))
         else:
             write_whole(file, lambda part: _save_onnx(program, self, part))
     finally:

@@ -127,8 +127,8 @@ class StopOnDivergence(Callback):
         for name, loss in epoch_losses(self.recorder).items():
             if not math.isfinite(loss):
                 raise Diverged(
-                    f"the {name} loss became {loss} in epoch {self.epoch}: lower the learning rate (now {self.lr:g}); "
-                    f"the run's folder holds the epochs before it"
+                    f"the {name} loss became {loss} in epoch {self.epoch}: start again in another folder, with a "
+                    f"learning rate below {self.lr:g}"
                 )
 
 

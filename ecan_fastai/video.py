@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -74,6 +75,12 @@ def frame_rate(
     video.release()
     return rate
 
+# %% ../nbs/12a_video.ipynb #c5d0a7e1
+def _warn_if_short(file, n, said):
+    "Warn if a file has clearly fewer frames than it says; some say a few too many"
+    if 0 < n < 0.9 * said:
+        warnings.warn(f"{file} ends after {n} of {said:.0f} frames: it is cut short or damaged")
+
 # %% ../nbs/12a_video.ipynb #3893ff76
 def video_frames(
     file,  # Video file that OpenCV reads, or `webcam`
@@ -81,7 +88,7 @@ def video_frames(
     seconds: float | None = None,  # Stop after this many seconds; required for a camera
 ) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
     "Yield frames of a video at regular intervals; raises `FileNotFoundError`, or `ValueError` if it is no video"
-    if not every >= 0:
+    if not 0 <= every < math.inf:
         raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: expected more than 0 seconds of video, got {seconds}")
@@ -93,7 +100,10 @@ def video_frames(
     i, due = 0, 0.0
     try:
         while video.grab():
-            second = time.monotonic() - start if camera else i / rate
+            if camera:
+                second = time.monotonic() - start
+            else:  # a file's own times, as the rate of frames may vary
+                second = video.get(cv2.CAP_PROP_POS_MSEC) / 1000 or i / rate
             if seconds is not None and second >= seconds:
                 break
             i += 1
@@ -104,6 +114,8 @@ def video_frames(
                 raise ValueError(f"cannot decode the frame at {second:.2f} s of {file}")
             yield second, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             due += every * (1 + math.floor((second - due + 1e-6) / every)) if every else 0
+        else:
+            _warn_if_short(file, i, video.get(cv2.CAP_PROP_FRAME_COUNT))
     finally:
         video.release()
     if not i:
@@ -185,7 +197,8 @@ def draw_faces(
         )
         number = f"{face['track']} " if pd.notna(face["track"]) else ""
         text, font = f"{number}{face['label']} {100 * face['probability']:.0f} %", _font(size)
-        at = max(0, face["left"]), max(0, face["top"] - 1.3 * size)
+        room = drawn.width - draw.textlength(text, font)
+        at = max(0, min(face["left"], room)), max(0, face["top"] - 1.3 * size)
         draw.rectangle(draw.textbbox(at, text, font), fill=BOX_COLOR)
         draw.text(at, text, (0, 0, 0), font)
     return np.asarray(drawn)

@@ -148,6 +148,17 @@ borders. The training images may not be balanced over age, gender or ethnicity. 
 first (`ecan_predict --faces --by`)."""
 
 
+def _terms(config):
+    "Say what holds for weights: the terms of their own images, and of those that the training started from"
+    own, start = _TERMS.get(config["kind"], _OWN_TERMS), config.get("pretrained")
+    if not start:
+        return own
+    terms = [own, "So do the terms of the weights that it started from."]
+    if start in _TERMS:
+        terms.append(_TERMS[start])
+    return " ".join(terms)
+
+
 def _percent(value):
     return "" if value is None else f"{100 * value:.2f}"
 
@@ -231,7 +242,7 @@ def model_card(
         f"{about['view_size']}x{about['view_size']} of them (`Predictor` does this).",
         f"**Training:** {_training(config, about, metrics)}",
         f"**Probabilities:** {_calibration(about)}",
-        f"**Terms:** {_TERMS.get(config['kind'], _OWN_TERMS)}",
+        f"**Terms:** {_terms(config)}",
         f"**Not for:** {' '.join(_NOT_FOR.split())}",
         "## Measured, in percent",
         _splits_table(metrics["splits"]),

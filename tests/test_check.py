@@ -104,6 +104,14 @@ def test_ecan_check_prints_and_writes(spoiled, tmp_path, capsys):
     assert e.value.code == 2 and "no such file or folder" in capsys.readouterr().err
 
 
+def test_a_data_set_of_broken_images_alone_is_reported(tmp_path, capsys):
+    (tmp_path / "d.csv").write_text("image,label\na.png,happy\nb.png,sad\n")
+    report = check_data(tmp_path / "d.csv")
+    assert len(report.broken) == 2 and not len(report.pairs)
+    ecan_check([str(tmp_path / "d.csv")])
+    assert "2 broken images" in capsys.readouterr().out
+
+
 def test_what_cannot_be_read_does_not_stop_the_check(tmp_path, monkeypatch):
     from ecan_fastai import data
 

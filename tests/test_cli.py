@@ -196,6 +196,21 @@ def test_a_run_in_the_place_of_images_is_told(tmp_path, capsys):
         assert f"{tmp_path} is the folder of a run: give it as --run {tmp_path}" in fails(capsys, script, tmp_path)
 
 
+def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "people.csv"):
+        (tmp_path / name).write_text("mine")
+    for script, args, flag, file in (
+        (cli.ecan_predict, ["a.png", "--heatmaps", "a.png"], "--heatmaps", "a.png"),
+        (cli.ecan_predict, ["a.png", "--faces", "--by", "people.csv", "--out", "people.csv"], "--out", "people.csv"),
+        (cli.ecan_check, ["people.csv", "--out", str(tmp_path / "people.csv")], "--out", str(tmp_path / "people.csv")),
+    ):
+        assert f"{flag}: {file} is a file that is read, give another name" in fails(capsys, script, *args)
+        assert (tmp_path / "a.png").read_text() == (tmp_path / "people.csv").read_text() == "mine"
+    monkeypatch.setattr(os, "access", lambda *a, **k: False)
+    assert "--out: no permission to write into ." in fails(capsys, cli.ecan_check, "people.csv", "--out", "b.csv")
+
+
 @pytest.mark.parametrize(
     "script,args,said",
     [

@@ -764,7 +764,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_epochs_before_it(f
         return loss * float("nan") if sum(calls) > 8 else loss
 
     monkeypatch.setattr(ECANLoss, "forward", diverge)
-    with pytest.raises(ValueError, match="^the training loss became nan in epoch 1: lower the learning rate"):
+    with pytest.raises(ValueError, match="^the training loss became nan in epoch 1: start again in another folder"):
         start_run(config(faces), tmp_path / "run")
     assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 1 and not (tmp_path / "run" / "metrics.json").exists()
     state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)

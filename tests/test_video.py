@@ -127,7 +127,7 @@ def test_a_video_that_does_not_say_its_rate_has_25_frames_a_second(tmp_path, mon
             self.video = capture(file)
 
         def get(self, prop):
-            return said if prop == cv2.CAP_PROP_FPS else self.video.get(prop)
+            return {cv2.CAP_PROP_FPS: said, cv2.CAP_PROP_POS_MSEC: 0.0}.get(prop, self.video.get(prop))
 
         def __getattr__(self, name):
             return getattr(self.video, name)
@@ -196,3 +196,61 @@ def test_drawing_changes_the_frame_of_the_box_and_takes_any_class_name():
     numbered = draw_faces(image, pd.DataFrame([{**row, "track": 12}]))
     assert (numbered[:60] > 0).sum() > (drawn[:60] > 0).sum()
     assert (draw_faces(image, pd.DataFrame([{**row, "track": 1}]).iloc[:0]) == 0).all()
+
+
+def test_a_label_at_the_right_edge_is_drawn_whole():
+    image, row = (
+        np.zeros((200, 400, 3), np.uint8),
+        dict(top=60.0, bottom=160.0, label="happy", probability=0.5, track=1),
+    )
+    widths = []
+    for left in (100.0, 380.0):
+        drawn = draw_faces(image, pd.DataFrame([{**row, "left": left, "right": left + 15}]))
+        widths.append(int(drawn[:58].any((0, 2)).sum()))  # columns of the label above the box
+    assert abs(widths[0] - widths[1]) <= 2 and widths[0] > 20
+
+
+def test_a_file_gives_the_times_of_its_frames(tmp_path, monkeypatch):
+    "Here frames are 0.1 s apart at first, then 0.5 s, as in recordings of a screen"
+    file, times = grey_video(tmp_path / "v.avi", 20), [0.1 * i if i < 10 else 0.9 + 0.5 * (i - 9) for i in range(20)]
+
+    class Varying:
+        def __init__(self, file):
+            self.video, self.i = capture(file), -1
+
+        def grab(self):
+            self.i += 1
+            return self.video.grab()
+
+        def get(self, prop):
+            return 1000 * times[self.i] if prop == cv2.CAP_PROP_POS_MSEC else self.video.get(prop)
+
+        def __getattr__(self, name):
+            return getattr(self.video, name)
+
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", Varying)
+    assert [s for s, _ in video_frames(file, 0)] == pytest.approx(times)
+    assert [s for s, _ in video_frames(file, 1)] == pytest.approx([0, 1.4, 2.4, 3.4, 4.4, 5.4])
+
+
+def test_a_damaged_video_is_said(tmp_path, monkeypatch):
+    file, capture = grey_video(tmp_path / "v.avi", 40), cv2.VideoCapture
+
+    class Damaged:
+        def __init__(self, file):
+            self.video, self.left = capture(file), 11
+
+        def grab(self):
+            self.left -= 1
+            return self.left > 0 and self.video.grab()
+
+        def __getattr__(self, name):
+            return getattr(self.video, name)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Damaged)
+    with pytest.warns(UserWarning, match="v.avi ends after 10 of 40 frames: it is cut short or damaged"):
+        assert len(list(video_frames(file, 0))) == 10
+    assert len(list(video_frames(file, 0, seconds=0.5))) == 5  # stopped here, not damaged
+    with pytest.raises(ValueError, match="every: expected 0 or more seconds"):
+        list(video_frames(file, float("inf")))

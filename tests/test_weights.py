@@ -160,6 +160,16 @@ def test_the_card_holds_what_the_records_say():
     assert card == (shipped_run() / "card.md").read_text()
 
 
+def test_a_card_names_the_terms_of_the_weights_that_training_started_from():
+    written, metrics = (read_json(shipped_run() / f"{name}.json") for name in ("config", "metrics"))
+    terms = {}
+    for start in (None, "fer2013", "/a/run"):
+        config = {**written["config"], "kind": "folder", "pretrained": start}
+        terms[start] = re.search(r"\*\*Terms:\*\* (.*)", model_card({**written, "config": config}, metrics))[1]
+    assert "started from" not in terms[None] and "FER2013" not in terms[None]
+    assert "terms of the weights that it started from" in terms["/a/run"] and "FER2013's images" in terms["fer2013"]
+
+
 def test_statistics_of_named_weights():
     "ImageNet's are those of timm's own weights of this architecture"
     cfg = timm.get_pretrained_cfg(weights_settings("imagenet")["arch"])

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from fastai.data.transforms import image_extensions
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..runfiles import write_table
@@ -125,8 +124,8 @@ def split_name(
     return next((split for split, names in _SPLIT_NAMES.items() if plain in names), str(name).strip())
 
 # %% ../../nbs/03_records.ipynb #9938feae
-# the system's table of types, from which fastai takes its own, may be missing or short
-IMAGE_SUFFIXES = image_extensions | set(
+# what OpenCV reads; fastai's list is the system's table of types, which may be short, or hold what is no photograph
+IMAGE_SUFFIXES = set(
     ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .jxl .pbm .pgm .png .pnm .ppm .ras .tif .tiff .webp".split()
 )
 
