@@ -156,6 +156,13 @@ def _one_sentence(parser, interrupted=lambda: "interrupted"):
         parser.exit(130, f"\n{parser.prog}: {interrupted()}\n")
 
 
+def _is_read(file, path):
+    "Whether an existing file is `path`, or an image or video in the folder `path`"
+    if not (file.exists() and path.exists()):
+        return False
+    return file.samefile(path) or file.suffix.lower() in ANNOTATED and path.resolve() in file.resolve().parents
+
+
 def _out(parser, file, *endings, flag="--out", read=()):
     "Leave with one sentence if a file cannot be written, or if it is one of those that are `read`"
     if file is None:
@@ -166,7 +173,7 @@ def _out(parser, file, *endings, flag="--out", read=()):
         parser.error(f"{flag}: no such folder: {file.parent}")
     if not os.access(file.parent, os.W_OK):
         parser.error(f"{flag}: no permission to write into {file.parent}")
-    if file.exists() and any(file.samefile(f) for f in read if f is not None and Path(f).exists()):
+    if any(_is_read(file, Path(f)) for f in read if f is not None):
         parser.error(f"{flag}: {file} is a file that is read, give another name")
 
 

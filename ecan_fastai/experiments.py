@@ -101,7 +101,7 @@ def experiment_runs(
     runs = {label: _config(data, kind, {**exp["settings"], **s, **settings}) for label, s in exp["runs"].items()}
     unused = [k for k in settings if runs and all(k in UNUSED[cfg.method] for cfg in runs.values())]
     if unused:
-        raise ValueError(f"{', '.join(unused)} has no effect on any run of {name}")
+        raise ValueError(f"no run of {name} uses {', '.join(unused)}")
     if len(set(map(run_name, runs.values()))) < len(runs):
         raise ValueError(f"the setting that {name} varies has no effect with {', '.join(_settings(settings))}")
     return runs

@@ -292,7 +292,7 @@ class Predictor:
 
 # %% ../nbs/10_inference.ipynb #ae13c3e4
 def _act_in_evaluation(batch_tfms, views):
-    "Whether batch transforms change images in evaluation: tried out, as `split_idx` does not tell it of all"
+    "Try out whether batch transforms change images in evaluation; `split_idx` does not say it of every transform"
     side = crop_size(*(views[k] for k in ("level", "recipe", "size")))
     x = torch.rand(2, views["channels"], side, side)
     (y,) = compose_tfms((x.as_subclass(FaceImage),), batch_tfms, split_idx=1)
@@ -587,8 +587,7 @@ def export(
 
     It maps uint8 images (n, channels, side, side), already resized, to probabilities (n, n_classes); in ONNX these are
     `pixels` and `probabilities`. Labels (as JSON), side and channels are metadata in ONNX, and `extra_files` of
-    `torch.export.load` in .pt2. Raises `ValueError` for another ending,
-    and `ImportError` without the extra `onnx`."""
+    `torch.export.load` in .pt2. Raises `ValueError` for another ending, and `ImportError` without the extra `onnx`."""
     file = Path(file)
     if file.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")

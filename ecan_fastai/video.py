@@ -113,6 +113,7 @@ def video_frames(
             if not ok:
                 raise ValueError(f"cannot decode the frame at {second:.2f} s of {file}")
             yield second, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            # the first time after this frame; a slow consumer of a camera may have missed several
             due += every * (1 + math.floor((second - due + 1e-6) / every)) if every else 0
         else:
             _warn_if_short(file, i, video.get(cv2.CAP_PROP_FRAME_COUNT))

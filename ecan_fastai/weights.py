@@ -153,8 +153,8 @@ def _terms(config):
     own, start = _TERMS.get(config["kind"], _OWN_TERMS), config.get("pretrained")
     if not start:
         return own
-    terms = [own, "So do the terms of the weights that it started from."]
-    if start in _TERMS:
+    terms = [own, "The terms of the weights that it started from hold, too."]
+    if start in _TERMS and start != config["kind"]:
         terms.append(_TERMS[start])
     return " ".join(terms)
 

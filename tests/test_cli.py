@@ -202,6 +202,8 @@ def test_what_is_read_is_not_written_over(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text("mine")
     for script, args, flag, file in (
         (cli.ecan_predict, ["a.png", "--heatmaps", "a.png"], "--heatmaps", "a.png"),
+        (cli.ecan_predict, [".", "--heatmaps", "a.png"], "--heatmaps", "a.png"),
+        (cli.ecan_check, [str(tmp_path), "--figure", "a.png"], "--figure", "a.png"),
         (cli.ecan_predict, ["a.png", "--faces", "--by", "people.csv", "--out", "people.csv"], "--out", "people.csv"),
         (cli.ecan_check, ["people.csv", "--out", str(tmp_path / "people.csv")], "--out", str(tmp_path / "people.csv")),
     ):

@@ -126,10 +126,10 @@ def split_name(
 # %% ../../nbs/03_records.ipynb #9938feae
 # what OpenCV reads; fastai's list is the system's table of types, which may be short, or hold what is no photograph
 IMAGE_SUFFIXES = set(
-    ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .jxl .pbm .pgm .png .pnm .ppm .ras .tif .tiff .webp".split()
+    ".avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .ras .tif .tiff .webp".split()
 )
 
-_UNREAD_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .nef".split())  # of phones and cameras
+_UNREAD_SUFFIXES = set(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef".split())  # photographs, too
 
 
 def image_files(
