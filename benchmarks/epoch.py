@@ -71,7 +71,7 @@ def one_run(config, threads):
     )  # the loader's workers start as they do in ecan_train; a spawned process would spawn them as well
     if threads:
         torch.set_num_threads(threads)
-    watch, made, cfg = Stopwatch(), [], runs.RunConfig(**config)
+    watch, made = Stopwatch(), []
 
     def watched(*args, make=runs.run_learner):
         made.append(make(*args))
@@ -81,7 +81,8 @@ def one_run(config, threads):
     runs.run_learner = watched
     with tempfile.TemporaryDirectory() as tmp, open("/dev/null", "w") as nothing, redirect_stdout(nothing):
         start = time.perf_counter()
-        runs.start_run(cfg, Path(tmp) / "run")
+        runs.start_run(runs.RunConfig(**config), Path(tmp) / "run")
+        cfg = runs.read_config(Path(tmp) / "run")  # with what was not given filled in
         ready, done, dls = watch.started, time.perf_counter(), made[0].dls
     epochs = watch.epochs[: cfg.epochs]  # the evaluation of the test splits has the events of an epoch too
     trained = sum(sum(e.values()) for e in epochs)
