@@ -137,22 +137,21 @@ def media_files(
 # %% ../nbs/12_detector.ipynb #b6321b06
 def readable_media(
     predictor: Predictor,
-    files: list,  # Photographs and videos
+    items: list,  # Photographs and videos
 ) -> list:
-    "Leave out files that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
-    photos = [f for f in files if not is_video(f)]
-    kept = {photos[i] for i in predictor.readable(photos)}
-    for video in [f for f in files if is_video(f)]:
+    "Leave out those that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
+    photos = [i for i, item in enumerate(items) if not is_video(item)]
+    kept = {photos[k] for k in predictor.readable([items[i] for i in photos])}
+    for i in set(range(len(items))).difference(photos):
         try:
-            if camera_index(video) is None:
-                frame_rate(video)
-            kept.add(video)
+            if camera_index(items[i]) is None:
+                frame_rate(items[i])
+            kept.add(i)
         except (ValueError, OSError) as e:
             warnings.warn(f"left out: {e}")
-    left = [f for f in files if f in kept]
-    if not left:
-        raise ValueError(f"none of the {len(files)} files can be read")
-    return left
+    if not kept:
+        raise ValueError(f"none of the {len(items)} files can be read")
+    return [items[i] for i in sorted(kept)]
 
 # %% ../nbs/12_detector.ipynb #f4c22f7e
 def _frames(items, every, seconds):
@@ -233,12 +232,14 @@ def predict_faces(
     smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
+    skip_broken: bool = False,  # Leave out photographs and videos that cannot be read, with a warning
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
     "Find and label the faces in photographs and videos, one row per face"
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
     for name, value in dict(every=every, seconds=seconds, smoothing=smoothing).items():
         if value is not None and not any(map(is_video, items)):
             raise ValueError(f"{name} has no effect without a video")
+    items = readable_media(self, items) if skip_broken else items
     every = (1.0 if annotated is None else 0.0) if every is None else every
     smoothing = 0.5 if smoothing is None else smoothing
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)

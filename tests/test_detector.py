@@ -428,3 +428,17 @@ def test_a_video_that_cannot_be_read_does_not_hold_up_the_rest(tmp_path):
         assert readable_media(Reads(), files) == [files[0], "webcam"]
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 1 files"):
         readable_media(Reads(), files[1:2])
+
+
+def test_predict_faces_leaves_out_what_is_broken_if_asked(photo, finder, run, tmp_path):
+    (tmp_path / "film.mp4").write_text("no film")
+    (tmp_path / "face.jpg").write_text("no photograph")
+    items = [tmp_path / "face.jpg", np.asarray(photo), tmp_path / "film.mp4"]
+    predictor = Predictor(run)
+    with pytest.raises(ValueError, match="cannot decode .*face.jpg"):
+        predictor.predict_faces(items, finder)
+    with pytest.warns(UserWarning, match="left out: ") as caught:
+        table = predictor.predict_faces(items, finder, skip_broken=True)
+    assert [("face.jpg" in str(w.message), "film.mp4" in str(w.message)) for w in caught] == [(1, 0), (0, 1)]
+    alone = predictor.predict_faces([np.asarray(photo)], finder)
+    pd.testing.assert_frame_equal(table, alone)
