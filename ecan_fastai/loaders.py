@@ -435,7 +435,7 @@ def from_csv(
     split_col: str | None = None,  # Column of split names; default "split", if there is one
     **kwargs,
 ):
-    "From a comma-separated file of image paths and labels"
+    "From a csv file of image paths and labels"
     faces = csv_faces(csv, path, image_col, label_col, split_col)
     return cls.from_faces(faces, path=Path(path) if path is not None else Path(csv).parent, **kwargs)
 

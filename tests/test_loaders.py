@@ -834,7 +834,8 @@ def test_class_names_may_have_slashes_and_dollars_and_are_drawn_as_they_are(tmp_
     [
         ("image,label\n", "t.csv has no row below its header"),
         ("", "t.csv is empty"),
-        ("image,label\na.png,happy,train\nb.png,sad,train\n", "t.csv is not a comma-separated table"),
+        (" \n\n", "t.csv is empty"),
+        ("image,label\na.png,happy,train\nb.png,sad,train\n", "t.csv is not a table"),
         ("image,label,label\na.png,happy,sad\n", "t.csv has several columns 'label'"),
         ("image,label\n" + "\n" * 20 + "a.png,\n", "t.csv, line 22 has no label"),
         ("image,label\n,happy\n", "t.csv, line 2: expected a path or an array in 'image', got nan"),
@@ -845,6 +846,16 @@ def test_what_is_wrong_with_a_table_is_told_with_its_line(tmp_path, text, said):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=said):
         read_faces(tmp_path / "t.csv", "csv")
+
+
+@pytest.mark.parametrize("sep", [";", "\t"])
+def test_semicolons_and_tabs_separate_cells_too(tmp_path, sep):
+    rows = ["", "image,label,note", "a.png,happy,2", "b.png,sad,"]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    (tmp_path / "s.csv").write_text("\n".join(r.replace(",", sep) for r in rows).replace("2", "1,5"))
+    table, other = read_csv(tmp_path / "t.csv"), read_csv(tmp_path / "s.csv", ("image", "label", "note"))
+    assert other["note"].tolist()[0] == "1,5" and list(other.index) == [3, 4]
+    pd.testing.assert_frame_equal(other.drop(columns="note"), table.drop(columns="note"))
 
 
 def test_cells_that_a_spreadsheet_would_run_are_written_as_text(tmp_path):

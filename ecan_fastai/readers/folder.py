@@ -90,7 +90,7 @@ def csv_faces(
     label_col: str = "label",  # Column of class names
     split_col: str | None = None,  # Column of split names; default "split", if there is one
 ) -> list:  # `Face` records
-    "Read the faces of a comma-separated file"
+    "Read the faces of a csv file"
     df = read_csv(csv, tuple(c for c in (image_col, label_col, split_col) if c is not None))
     root = Path(path) if path is not None else Path(csv).parent
     return _rows(df, root, image_col, label_col, split_col, lambda line: f"{csv}, line {line}")

@@ -16,7 +16,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +233,7 @@ def name_of_id(text, ids, where, what="a label"):
 
 # %% ../../nbs/03_records.ipynb #76bb2f36
 def read_csv(
-    csv,  # Comma-separated file
+    csv,  # Cells are separated by the first of comma, semicolon and tab that the first line has
     columns: tuple = (),  # Columns that it must have
     header: bool = True,  # Whether the first line names the columns
     n_lines: int | None = None,  # Lines to read; default all
@@ -244,16 +243,17 @@ def read_csv(
         raise FileNotFoundError(f"no such file: {csv}")
     text = dict(dtype=str, keep_default_na=False, na_values=[""])
     with open(csv, encoding="utf-8-sig", errors="replace") as f:
-        blank = sum(1 for _ in takewhile(lambda line: not line.strip(), f))
+        blank, first = next(((i, line) for i, line in enumerate(f) if line.strip()), (0, None))
+    if first is None:
+        raise ValueError(f"{csv} is empty")
+    sep = next((s for s in ",;\t" if s in first), ",")
     lines = dict(skiprows=blank, nrows=n_lines, skip_blank_lines=False)
     try:
-        df = pd.read_csv(csv, header=None, skipinitialspace=True, **lines, **text)
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{csv} is empty") from None
+        df = pd.read_csv(csv, sep=sep, header=None, skipinitialspace=True, **lines, **text)
     except UnicodeDecodeError as e:
         raise ValueError(f"{csv} is not a table in UTF-8: byte {e.start} of a cell or of the file") from e
     except pd.errors.ParserError as e:
-        raise ValueError(f"{csv} is not a comma-separated table: {str(e).strip()}") from e
+        raise ValueError(f"{csv} is not a table: {str(e).strip()}") from e
     df.index += 1 + blank
     df = df.dropna(how="all")
     if header:
