@@ -258,7 +258,7 @@ def _settings_in_words(exp, runs, kind, given):
         if len({getattr(c, k) for c in runs}) == 1
     }
     yield f"All runs: {', '.join(_settings({**shared, **given}))}; what is not named is the preset of {kind}."
-    yield "Trained on all of train." if given.get("train_all") else "Trained on train without `valid`."
+    yield "Trained on all of `train`." if given.get("train_all") else "Trained on `train` without `valid`."
     if kind == "rafdb" and not given.get("pretrained"):
         yield (
             "The paper's runs on RAF-DB start from weights of MS-Celeb-1M, these from scratch (`--set "
@@ -266,7 +266,7 @@ def _settings_in_words(exp, runs, kind, given):
         )
     if kind == "fer2013" and "fer2013" in exp.get("paper", {}):
         yield (
-            "The paper trains on all of train for 200 epochs; "
+            "The paper trains on all of `train` for 200 epochs; "
             'it reports on FER2013\'s "public test set", which may be PublicTest or PrivateTest.'
         )
 
