@@ -194,10 +194,14 @@ def train_pipeline(
     return A.Compose(before + [RandomFiveCrop(size, side)] + after)
 
 # %% ../nbs/01_augment.ipynb #a3caf0f8
-def image_side(level: str, recipe: str, size: int, crops: str = "center") -> int:
-    "Side of the image from which evaluation views are cut: `size`, or 6/5 of it for five or ten crops without FiveCrop"
+def _check_crops(crops):
     if crops not in CROPS:
         raise ValueError(f"unknown evaluation crops {crops!r}, expected one of {', '.join(CROPS)}")
+
+
+def image_side(level: str, recipe: str, size: int, crops: str = "center") -> int:
+    "Side of the image from which evaluation views are cut: `size`, or 6/5 of it for five or ten crops without FiveCrop"
+    _check_crops(crops)
     side = crop_size(level, recipe, size)
     return size if uses_five_crops(level, recipe) or crops in ("center", "flip") else round(side * 6 / 5)
 
@@ -207,7 +211,8 @@ def eval_boxes(
     side: int,  # Side of a view
     crops: str = "center",  # One of `CROPS`
 ) -> list:  # (mirrored, left, top) of each view, in the mirrored image if mirrored
-    "Return the positions of the evaluation views in an image"
+    "Return the positions of the evaluation views in an image; raises `ValueError` for unknown `crops`"
+    _check_crops(crops)
     five = _five_corners(image_size, side)
     chosen = five if crops in ("five", "ten") else five[-1:]
     return [

@@ -76,6 +76,7 @@ class MemoryBankUpdate(Callback):
             )
 
     def before_train(self):
+        self.pending = None  # of an epoch that a callback cancelled
         if not len(get_model(self.model).bank):
             self.fill()
 

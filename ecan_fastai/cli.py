@@ -325,7 +325,7 @@ def _found_faces(predictor, given):
     from ecan_fastai.detector import media_files, readable_media
 
     files = [f for path in given.images for f in media_files(path)]
-    readable = readable_media(predictor, files)
+    readable = [files[i] for i in readable_media(predictor, files)]
     options = {k: v for k in ("every", "seconds", "smoothing", "annotated") if (v := getattr(given, k)) is not None}
     table = predictor.predict_faces(readable, **options)
     with_faces = set(table["image"])

@@ -278,7 +278,8 @@ def _defaults(kind):
 
 def _check_value(f, value):
     types, allowed, valid = get_args(f.type) or (f.type,), f.metadata["choices"], f.metadata["valid"]
-    if not isinstance(value, (*types, int) if float in types else types):
+    allowed_types = (*types, int) if float in types else types
+    if not isinstance(value, allowed_types) or isinstance(value, bool) and bool not in types:
         raise ValueError(f"{f.name} must be of type {types[0].__name__}, got {value!r}")
     if allowed and value not in allowed:
         raise ValueError(f"unknown {f.name} {value!r}, expected one of {', '.join(map(str, allowed))}")

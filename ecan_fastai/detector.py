@@ -138,8 +138,8 @@ def media_files(
 def readable_media(
     predictor: Predictor,
     items: list,  # Photographs and videos
-) -> list:
-    "Leave out those that cannot be read, with a warning for each; raises `ValueError` if nothing is left"
+) -> list:  # Indices
+    "Find those that can be read; warn about each of the others; raises `ValueError` if there is none"
     photos = [i for i, item in enumerate(items) if not is_video(item)]
     kept = {photos[k] for k in predictor.readable([items[i] for i in photos])}
     for i in set(range(len(items))).difference(photos):
@@ -151,12 +151,13 @@ def readable_media(
             warnings.warn(f"left out: {e}")
     if not kept:
         raise ValueError(f"none of the {len(items)} files can be read")
-    return [items[i] for i in sorted(kept)]
+    return sorted(kept)
 
 # %% ../nbs/12_detector.ipynb #f4c22f7e
-def _frames(items, every, seconds):
-    "Yield the index, name, second (of a video's frame) and image of everything in `items`"
-    for i, item in enumerate(items):
+def _frames(items, kept, every, seconds):
+    "Yield the index, name, second (of a video's frame) and image of the items with the indices `kept`"
+    for i in kept:
+        item = items[i]
         name = str(item) if isinstance(item, (str, Path)) else f"image {i}"
         if is_video(item):
             yield from ((i, name, second, frame) for second, frame in video_frames(item, every, seconds))
@@ -234,12 +235,15 @@ def predict_faces(
     n_frames: int = 16,  # Frames at a time, fewer if they are large
     skip_broken: bool = False,  # Leave out photographs and videos that cannot be read, with a warning
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
-    "Find and label the faces in photographs and videos, one row per face"
+    """Find and label the faces in photographs and videos, one row per face
+
+    Raises `ImportError` without the extra `faces`, and `ValueError` for a file that cannot be read (unless
+    `skip_broken`), an option without effect, and `annotated` with several items."""
     items = media_files(x) if isinstance(x, (str, Path)) else image_list(x)
     for name, value in dict(every=every, seconds=seconds, smoothing=smoothing).items():
         if value is not None and not any(map(is_video, items)):
             raise ValueError(f"{name} has no effect without a video")
-    items = readable_media(self, items) if skip_broken else items
+    kept = readable_media(self, items) if skip_broken else range(len(items))
     every = (1.0 if annotated is None else 0.0) if every is None else every
     smoothing = 0.5 if smoothing is None else smoothing
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)
@@ -247,7 +251,7 @@ def predict_faces(
     tables: list = []
     trackers: dict = {}
     with opened:
-        for batch in _batches(progress(_frames(items, every, seconds), "find faces"), n_frames):
+        for batch in _batches(progress(_frames(items, kept, every, seconds), "find faces"), n_frames):
             tables += (new := list(_faces_of_batch(self, finder, batch, trackers, bs, smoothing)))
             if write:
                 for (*_, second, image), table in zip(batch, new):

@@ -27,11 +27,11 @@ from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .loaders import without_broken
 from .readers.factory import detect_kind, read_faces
 from .readers.records import existing_folder
-from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
+from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, sha256, write_whole
 from .runs import NoEffect, read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
 from .sample import sample_faces
-from .weights import markdown_table, weights_settings
+from .weights import markdown_table, weights_file, weights_settings
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
@@ -402,7 +402,7 @@ def experiment_figure(
             fontsize=10,
         )
         return ax.figure
-    if faces is None:
+    if faces is None or exp.get("figure") != "classes" and not folders:
         return None
     split = _first_test(f.split for f in faces)
     if exp.get("figure") == "classes":
@@ -504,6 +504,12 @@ def _needed_faces(exp, name, data, kind, out):
 def _check_record(file, cfg, faces):
     "Raise `ValueError` unless a record belongs to this run and, if given, to these faces"
     record = _read_record(file, cfg)
+    started = record.get("pretrained_sha256")
+    if started and isinstance(cfg.pretrained, str) and started != sha256(weights_file(cfg.pretrained)):
+        raise ValueError(
+            f"{file} is the record of a run that started from other weights than {cfg.pretrained}; choose another "
+            "folder for the records"
+        )
     if faces is not None:
         _check_faces(record, file, faces)
 
@@ -553,7 +559,8 @@ def _chosen(name, runs, only):
     "Return the configurations of all runs, or only of the one named `only`"
     chosen = [cfg for _, cfg in runs if only in (None, run_stem(cfg))]
     if only is not None and not chosen:
-        raise ValueError(f"{name} has no run {only}, but {', '.join(run_stem(cfg) for _, cfg in runs)}")
+        there = ", ".join(run_stem(cfg) for _, cfg in runs) or "none"
+        raise ValueError(f"{name} has no run {only}; its runs: {there}")
     return chosen
 
 # %% ../nbs/13_experiments.ipynb #c0cefd38
@@ -602,7 +609,7 @@ def recorded_experiments(
     records,  # Folder of records
 ):  # Generator of (name, results, kind, settings) for `experiment_table`, `_markdown` and `_figure`
     "Yield every experiment in a folder of records"
-    for file in sorted(existing_folder(records).glob("*.json")):
+    for file in sorted(existing_folder(records).glob("[!.]*.json")):  # without half-written files
         made = _load_record(file, "name", "kind", "settings")
         yield (
             made["name"],

@@ -227,7 +227,7 @@ class _Pixels:
 _PIXELS_AT_ONCE = {False: 2**21, True: 2**24}  # on a CPU, on a GPU: enough to keep it busy, and fits its memory
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _outputs(predictor, part, x, bs, num_workers=0):
     "Output of a part of the classifier for every view of every image (n, views, ...)"
     items, model, device = image_list(x), predictor.model, predictor.device
@@ -294,8 +294,9 @@ class Predictor:
 def _act_in_evaluation(batch_tfms, views):
     "Try out whether batch transforms change images in evaluation; `split_idx` does not say it of every transform"
     side = crop_size(*(views[k] for k in ("level", "recipe", "size")))
-    x = torch.rand(2, views["channels"], side, side)
-    (y,) = compose_tfms((x.as_subclass(FaceImage),), batch_tfms, split_idx=1)
+    with torch.random.fork_rng(devices=[]):  # training draws from the same generator
+        x = torch.rand(2, views["channels"], side, side)
+        (y,) = compose_tfms((x.as_subclass(FaceImage),), batch_tfms, split_idx=1)
     return y.shape != x.shape or not torch.allclose(y.as_subclass(Tensor), x, atol=1e-4)
 
 

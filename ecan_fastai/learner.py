@@ -215,8 +215,8 @@ _BANK_GROUPS = 16
 
 def _check_groups(loss, bank_groups):
     "Raise `ValueError` for an empty bank, and warn if MVA asks for more groups than there are, or if nothing reads it"
-    if bank_groups < 1:
-        raise ValueError(f"bank_groups must be at least 1, got {bank_groups}")
+    if bank_groups < 1 or bank_groups % 1:
+        raise ValueError(f"bank_groups must be a whole number of at least 1, got {bank_groups}")
     if loss.l2 and loss.compact == "mva" and loss.n_groups > bank_groups + 1:
         warnings.warn(
             f"n_groups {loss.n_groups} needs {loss.n_groups - 1} older groups, but the bank holds {bank_groups} "
@@ -270,7 +270,7 @@ def ecan_learner(
     _check_groups(loss_func, bank_groups)
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
     in_chans, *size = views[0].shape[-3:]
-    bank_size, key_eval = bank_groups * images_per_step(dls) * crops, loss_func.reading.key_eval
+    bank_size, key_eval = int(bank_groups) * images_per_step(dls) * crops, loss_func.reading.key_eval
     model = ECANModel(arch, n_classes, in_chans, bank_size, pretrained, key_eval, size)
     check_fits(model, views[0], arch)
     cbs = _all_callbacks([MomentumUpdate(momentum), MemoryBankUpdate(), LossPartsRecorder(), CropsAsImages()], cbs)
@@ -331,15 +331,19 @@ def check_fits(
     view,  # One view (channels, height, width), or a stack of crops
     arch,  # As `FaceClassifier.create` takes it, for the message
 ):
-    "Raise `ValueError` early if a model rejects views of this size or number of channels"
+    """Raise `ValueError` early if a model rejects views of this size or number of channels
+
+    The model is tried in evaluation mode, and is in the mode that it was in afterwards."""
     if view.ndim == 4:
         view = view[0]
+    training = model.training
     try:
         with torch.no_grad():
             model.eval()(view[None].as_subclass(torch.Tensor).float())
     except (AssertionError, RuntimeError) as e:
         raise ValueError(f"{arch_name(arch)} does not take images of shape {tuple(view.shape)}: {e}") from e
-    model.train()
+    finally:
+        model.train(training)
 
 # %% ../nbs/07_learner.ipynb #8bb1cda8
 def _needed_stats(pretrained, arch, encoder, in_chans):

@@ -631,7 +631,7 @@ def _compact_term(loss, out, y):
 def forward(
     self: ECANLoss,
     out,  # Logits (n, C), or the training output of `ECANModel`, a dict
-    y: Tensor,  # Labels (n,), or class shares (n, C), of which the contrast and MVA take the largest
+    y: Tensor,  # Labels (n,), or class shares (n, C), of which all terms but cross-entropy take the largest
 ) -> Tensor:  # Scalar, or (n,) with reduction="none": each image's cross-entropy plus the batch's other terms
     "Total loss (Eq. 11) of training output, cross-entropy of logits; leaves each term in `parts`"
     if isinstance(out, Tensor):

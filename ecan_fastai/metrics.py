@@ -91,8 +91,11 @@ def subgroup_table(
     """Count right predictions by group of people, a row each; accuracy is over the images with a prediction
 
     Columns with more than ten different numbers, such as ages, are grouped in bands of ten; a missing value is group
-    unknown. low and high bound the 95 % interval of accuracy (Wilson, 1927)."""
+    unknown. low and high bound the 95 % interval of accuracy (Wilson, 1927). Raises `ValueError` if the lengths
+    differ."""
     correct, rows = pd.Series(list(correct), dtype=float), []
+    if len(correct) != len(people):
+        raise ValueError(f"expected a row of people for each of {len(correct)} predictions, got {len(people)}")
     for attribute in people:
         groups = _bands(people[attribute].reset_index(drop=True))
         for group, right in sorted(correct.groupby(groups), key=lambda pair: _place(pair[0])):

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .layers import speed_up_small_maps
 from .runfiles import check_file
-from .weights import NAMES, named_weights, weights_settings
+from .weights import NAMES, named_weights, weights_file, weights_settings
 
 # %% ../nbs/05_model.ipynb #30b47bc1
 class _BankBuffers(nn.Module):
@@ -127,12 +127,11 @@ def _read_weights(path):
     "Read tensors by name from named weights, a run's folder, a safetensors file or a checkpoint, without running code"
     if path in NAMES:
         return named_weights(path)
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weights_file(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"no such file: {file}"
-            if file == path
+            if file == Path(path)
             else f"{path} is not the folder of a finished run: no model.safetensors in it"
         )
     check_file(file)

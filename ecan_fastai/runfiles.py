@@ -54,7 +54,7 @@ def write_run_file(
 
     def write_and_note(part):
         write(part)
-        new = _digest(part)
+        new = sha256(part)
         _write_sums(file.parent, {**digests, file.name: [*digests.get(file.name, []), new]})
         digests[file.name] = [new]
 
@@ -69,7 +69,7 @@ def check_file(
 
     def differs():
         known = _sums(file.parent).get(file.name)
-        return known and _digest(file) not in known
+        return known and sha256(file) not in known
 
     if differs() and differs():  # it may have been rewritten between the two readings
         raise ValueError(
@@ -93,7 +93,8 @@ def _write_sums(folder, digests):
     write_whole(folder / SUMS, lambda f: f.write_text("".join(lines)))
 
 
-def _digest(file):
+def sha256(file):
+    "Return the SHA-256 of a `Path`, in hexadecimal"
     sha = hashlib.sha256()
     with file.open("rb") as f:
         while chunk := f.read(2**20):

@@ -40,13 +40,14 @@ from ecan_fastai.runfiles import (
     read_json,
     read_table,
     remove_parts,
+    sha256,
     write_run_file,
     write_table,
 )
 from ecan_fastai.runresults import environment, note_environment, write_json, write_results
 from ecan_fastai.runstate import EpochLines, RunState, StopOnDivergence, WatchTests
 from ecan_fastai.sample import sample_faces
-from ecan_fastai.weights import NAMES, weights_settings
+from ecan_fastai.weights import NAMES, weights_file, weights_settings
 
 # What a learner does not choose by itself: its default is the paper's optimizer
 OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
@@ -341,6 +342,8 @@ def _start(cfg, out):
         std=stats.std.flatten().tolist(),
         images={name: len(dl.dataset) for name, dl in zip(dls.split_names, dls.loaders)},
     )
+    if isinstance(cfg.pretrained, str):
+        about["pretrained_sha256"] = sha256(weights_file(cfg.pretrained))
     write_run_file(out / _DATA_FILE, lambda f: write_table(_data_table(dls, cfg), f, compression="gzip"))
     write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=environment(dls)))
     return _train(learn, cfg, out, None)

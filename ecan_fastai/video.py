@@ -76,10 +76,25 @@ def frame_rate(
     return rate
 
 # %% ../nbs/12a_video.ipynb #c5d0a7e1
-def _warn_if_short(file, n, said):
-    "Warn if a file has clearly fewer frames than it says; some say a few too many"
-    if 0 < n < 0.9 * said:
-        warnings.warn(f"{file} ends after {n} of {said:.0f} frames: it is cut short or damaged")
+def _warn_if_short(file, end, said):
+    "Warn if a file is clearly shorter than it says; some say a little too much"
+    if 0 < end < 0.9 * said:
+        warnings.warn(f"{file} ends after {end:.1f} of {said:.1f} seconds: it is cut short or damaged")
+
+
+def _grabbed(video, rate, is_camera):
+    "Grab frame after frame; yield the second of each, later than that of the one before"
+    start, shift, last = time.monotonic(), 0.0, -math.inf
+    while video.grab():
+        if is_camera:
+            second = time.monotonic() - start
+        else:  # a file's own times, as the rate of frames may vary
+            second = video.get(cv2.CAP_PROP_POS_MSEC) / 1000 + shift
+        if second <= last:  # times start again in joined recordings, and some files have none
+            shift += last + 1 / rate - second
+            second = last + 1 / rate
+        last = second
+        yield second
 
 # %% ../nbs/12a_video.ipynb #3893ff76
 def video_frames(
@@ -87,7 +102,10 @@ def video_frames(
     every: float = 1.0,  # Seconds between frames; 0 for every frame
     seconds: float | None = None,  # Stop after this many seconds; required for a camera
 ) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
-    "Yield frames of a video at regular intervals; raises `FileNotFoundError`, or `ValueError` if it is no video"
+    """Yield frames of a video at regular intervals; warns of a file that is shorter than it says
+
+    Raises `FileNotFoundError`, and `ValueError` for a file that is no video, a frame that cannot be decoded, a camera
+    that is not there or has no `seconds`, and a value out of range."""
     if not 0 <= every < math.inf:
         raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
     if seconds is not None and not seconds > 0:
@@ -96,17 +114,11 @@ def video_frames(
     if camera and seconds is None:
         raise ValueError(f"{file}: a camera has no end, say after how many seconds to stop")
     video = _open(file)
-    rate, start = _rate(video), time.monotonic()
-    i, due = 0, 0.0
+    rate, due, second = _rate(video), 0.0, -math.inf
     try:
-        while video.grab():
-            if camera:
-                second = time.monotonic() - start
-            else:  # a file's own times, as the rate of frames may vary
-                second = video.get(cv2.CAP_PROP_POS_MSEC) / 1000 or i / rate
+        for second in _grabbed(video, rate, camera):
             if seconds is not None and second >= seconds:
                 break
-            i += 1
             if second < due - 1e-6:
                 continue
             ok, frame = video.retrieve()
@@ -116,10 +128,10 @@ def video_frames(
             # the first time after this frame; a slow consumer of a camera may have missed several
             due += every * (1 + math.floor((second - due + 1e-6) / every)) if every else 0
         else:
-            _warn_if_short(file, i, video.get(cv2.CAP_PROP_FRAME_COUNT))
+            _warn_if_short(file, second + 1 / rate, video.get(cv2.CAP_PROP_FRAME_COUNT) / rate)
     finally:
         video.release()
-    if not i:
+    if second == -math.inf:
         raise ValueError(f"cannot read {file}: no frame in it")
 
 # %% ../nbs/12a_video.ipynb #3ab1c5de
@@ -158,7 +170,9 @@ class FaceTracker:
         boxes,  # (n, 4): left, top, right, bottom
         probs,  # (n, n_classes)
     ):  # Track numbers from 1 (list of n), and smoothed probabilities (n, n_classes)
-        "Add the faces of the next frame"
+        "Add the faces of the next frame; raises `ValueError` for a frame that is not later than the one before"
+        if not second > self.now:
+            raise ValueError(f"second: expected a frame after {self.now:g} s, got {second:g}")
         alive = [t for t in self.tracks if t["second"] == self.now or second - t["second"] <= self.forget]
         matched = _match(np.reshape(boxes, (-1, 4)), alive, self.min_iou)
         numbers, smoothed = [], np.array(probs, float)
@@ -205,6 +219,12 @@ def draw_faces(
     return np.asarray(drawn)
 
 # %% ../nbs/12a_video.ipynb #3a4d9510
+def _even(frame):
+    "Repeat the last row and column of a frame of odd size, which codecs would cut off"
+    height, width = frame.shape[:2]
+    return cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+
+
 def _n_frames(file):
     "Count the frames that can be read"
     video = cv2.VideoCapture(str(file))
@@ -244,7 +264,10 @@ class VideoWriter:
         try:
             if error is None:
                 if (n := _n_frames(part)) != self.n:  # OpenCV does not say that a disk is full
-                    raise OSError(f"cannot write {self.file}: only {n} of {self.n} frames are in it; is the disk full?")
+                    raise OSError(
+                        f"cannot write {self.file}: only {n} of {self.n} frames are in it; is the disk full, or does "
+                        f"{self.file.suffix} not take {self.rate:g} frames a second?"
+                    )
                 os.replace(part, self.file)
         finally:
             part.unlink(missing_ok=True)
@@ -261,12 +284,12 @@ def write(
         raise ValueError(f"expected all frames of shape {self.shown.shape}, got {frame.shape}")
     if self.video is None:
         codec = cv2.VideoWriter.fourcc(*self.codecs[self.file.suffix.lower()])
-        self.video = cv2.VideoWriter(str(part_of(self.file)), codec, self.rate, frame.shape[1::-1])
+        self.video = cv2.VideoWriter(str(part_of(self.file)), codec, self.rate, _even(frame).shape[1::-1])
         if not self.video.isOpened():
             raise ValueError(f"OpenCV cannot write {self.file}: try another of .mp4, .avi, .webm")
     frame = np.ascontiguousarray(frame[..., ::-1])
     at, before = round(second * self.rate), frame if self.shown is None else self.shown
     while self.n <= at:
-        self.video.write(frame if self.n == at else before)
+        self.video.write(_even(frame if self.n == at else before))
         self.n += 1
     self.shown = frame

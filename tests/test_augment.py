@@ -25,6 +25,12 @@ def test_five_crop_is_part_of_strong_fer2013_alone():
     assert [crop_size(l, "rafdb", 224) for l in LEVELS] == [224] * 3
 
 
+def test_unknown_crops_are_refused():
+    for cut in (lambda: eval_boxes(48, 40, "six"), lambda: image_side("strong", "fer2013", 48, "six")):
+        with pytest.raises(ValueError, match="unknown evaluation crops 'six', expected one of center, flip, five, ten"):
+            cut()
+
+
 def test_level_none_is_the_picture_itself():
     img = picture()
     assert np.array_equal(train_pipeline("none", "fer2013", 48, 1)(image=img)["image"], img)

@@ -436,6 +436,22 @@ def test_a_batch_cancelled_before_the_model_pushes_nothing():
     assert EVENTS[3:] == ["update", "push4"] * 2
 
 
+def test_keys_of_an_epoch_that_was_cancelled_are_not_pushed_in_the_next():
+    class Cut(Callback):
+        def before_batch(self):
+            if self.training and self.epoch == 1:
+                raise CancelBatchException()
+
+        def after_loss(self):
+            if self.training:
+                raise CancelEpochException()
+
+    learn = noise_learner(Cut())
+    EVENTS.clear()
+    learn.fit(2)
+    assert [e for e in EVENTS[3:] if e.startswith("push")] == []
+
+
 def test_keys_of_a_fit_that_failed_are_not_pushed_in_the_next():
     class Fail(Callback):
         def after_loss(self):

@@ -127,6 +127,8 @@ def test_unused_settings_follow_from_the_methods():
         (dict(valid_pct=1.0), "valid_pct must be above 0 and below 1, got 1.0"),
         (dict(seed=-1), "seed must be 0 or more, got -1"),
         (dict(workers=-1), "workers must be 0 or more"),
+        (dict(epochs=True), "epochs must be of type int, got True"),
+        (dict(lr=False), "lr must be of type float, got False"),
         (dict(epochs="3"), "epochs must be of type int, got '3'"),
         (dict(epochs=3.0), "epochs must be of type int, got 3.0"),
         (dict(seed=np.int64(3)), "seed must be of type int"),

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -12,13 +13,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small_runs import SMALL, small_config
 
-from ecan_fastai import experiments
+from ecan_fastai import experiments, runs
 from ecan_fastai.cli import ecan_reproduce
 from ecan_fastai.config import RunConfig
 from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
+from ecan_fastai.readers.records import Face
+from ecan_fastai.runfiles import read_json
 from ecan_fastai.runs import start_run
 from ecan_fastai.runstate import Diverged
 from ecan_fastai.weights import shipped_run
@@ -687,5 +691,37 @@ def test_a_record_that_is_none_is_named(tmp_path, text, said):
     (tmp_path / "foo.json").write_text("{}")
     with pytest.raises(ValueError, match="foo.json is not the record of an experiment: no name in it"):
         list(recorded_experiments(tmp_path))
+    (tmp_path / "foo.json").rename(tmp_path / ".part-foo.json")  # as a killed process leaves it
+    assert list(recorded_experiments(tmp_path)) == []
     with pytest.raises(FileNotFoundError, match="no such folder"):
         list(recorded_experiments(tmp_path / "nowhere"))
+
+
+def test_a_record_counts_only_for_the_weights_that_its_run_started_from(faces, tmp_path, monkeypatch):
+    "Two files of one name, and records made from one of them"
+    files = [tmp_path / name / "best.pth" for name in "ab"]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        torch.save(dict(w=torch.full((2,), float(i))), file)
+    cfg = small_config(faces, kind="folder", pretrained=str(files[0]))
+    monkeypatch.setattr(runs, "run_learner", lambda *args: None)
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    start_run(cfg, tmp_path / "run")
+    sha256 = read_json(tmp_path / "run" / "config.json")["about"]["pretrained_sha256"]
+    assert sha256 == hashlib.sha256(files[0].read_bytes()).hexdigest()
+    monkeypatch.setattr(experiments, "start_run", lambda cfg, folder: pytest.fail(f"{folder} was started"))
+    counted = Counter(f.split for f in read_faces(faces, "folder"))
+    images = {"train": counted["train"] - 10, "valid": 10, "test": counted["test"]}
+    given = dict(out=tmp_path, records=tmp_path / "r", say=lambda s: None)
+    for each in experiment_runs("affinity", faces, "folder", pretrained=str(files[0])).values():
+        record = json.loads((file := fake_record(tmp_path / "r", each, images=images)).read_text())
+        file.write_text(json.dumps({**record, "pretrained_sha256": sha256}))
+    assert list(reproduce("affinity", faces, pretrained=str(files[0]), **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
+    with pytest.raises(ValueError, match="started from other weights than .*b/best.pth"):
+        reproduce("affinity", faces, pretrained=str(files[1]), **given)
+
+
+def test_a_figure_of_runs_needs_their_folders():
+    faces = [Face("a.png", "happy", "test")]
+    for name in ("figure5", "figure7"):
+        assert experiment_figure(name, pd.DataFrame(dict(split=[])), "fer2013", faces) is None

@@ -84,6 +84,24 @@ def test_the_key_encoder_of_a_learner(make_dls):
     assert torch.equal(keys.model.classifier.encoder.conv1.weight, 2 * queries.model.classifier.encoder.conv1.weight)
 
 
+def test_looking_at_a_learner_changes_no_random_number_of_its_training(make_dls):
+    learn, before = baseline_learner(make_dls(n_views=1), "resnet10t"), torch.get_rng_state()
+    Predictor.from_learner(learn)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_logits_can_be_trained_on(make_dls):
+    "As a user's own calibration does"
+    learn = baseline_learner(make_dls(n_views=1), "resnet10t")
+    items = learn.dls.valid_ds.items[:3]
+    logits, t = (
+        Predictor.from_learner(learn).logits([f.image for f in items]).mean(1),
+        torch.ones(1, requires_grad=True),
+    )
+    torch.nn.functional.cross_entropy(logits / t, torch.tensor([0, 1, 2])).backward()
+    assert t.grad is not None and t.grad != 0
+
+
 def test_a_compiled_model_of_a_learner(make_dls):
     learn = baseline_learner(make_dls(n_views=1), "resnet10t")
     images = [f.image for f in learn.dls.valid_ds.items[:3]]

@@ -851,6 +851,8 @@ def test_more_groups_than_the_bank_holds_are_warned_of(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         make(n_groups=3, bank_groups=2)
+    with pytest.raises(ValueError, match="bank_groups must be a whole number of at least 1, got 2.5"):
+        make(bank_groups=2.5)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,11 @@ def test_the_interval_of_a_group_is_wilsons():
     assert table.loc["up", ["accuracy", "low", "high"]].isna().all()
 
 
+def test_every_prediction_needs_a_row_of_people():
+    with pytest.raises(ValueError, match="expected a row of people for each of 5 predictions, got 2"):
+        subgroup_table([1, 0, 1, 1, 1], pd.DataFrame(dict(age=[1, 2])))
+
+
 def test_groups_of_numbers_are_in_their_order():
     ages = pd.DataFrame(dict(age=[12, 5, 67, 25.5, np.nan], who=["b", "a", "c", "a", "b"]))
     table = subgroup_table([1] * 5, ages)

@@ -501,6 +501,9 @@ def test_affectnet_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not AffectNet"):
         affectnet_faces(tmp_path)
     path = affectnet_npy(tmp_path / "a")
+    before = affectnet_faces(path)
+    (path / "val_set" / "annotations" / "._3_exp.npy").write_bytes(b"of a Mac's archive")
+    assert affectnet_faces(path) == before
     np.save(path / "val_set" / "annotations" / "3_exp.npy", np.array("12"))
     with pytest.raises(ValueError, match="3_exp.npy: expected a label from 0 to 7, got '12'"):
         affectnet_faces(path)

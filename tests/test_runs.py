@@ -145,6 +145,9 @@ def test_a_run_folder_holds_everything(faces, tmp_path, method):
         *parts,
         "seconds",
     ] and list(history.epoch) == [0, 1]
+    if method == "ecan":
+        first, last = history["alpha"]
+        assert record["alpha"] == pytest.approx(dict(first=first, last=last, highest=max(first, last)), rel=1e-6)
     assert ("alpha" in record) == (method == "ecan")
     assert ("mean_cosines" in record) == (method in ("ecan", "supcon", "ensc"))
     if "mean_cosines" in record:
@@ -329,6 +332,33 @@ def test_a_run_that_goes_on_elsewhere_says_so(faces, tmp_path, monkeypatch):
 def test_settings_arrive(faces, tmp_path, options, where):
     cfg = config(faces, **options).resolve()
     assert where(runs.run_learner(cfg, runs.run_loaders(cfg, tmp_path), tmp_path)) == list(options.values())[-1]
+
+
+def test_settings_of_the_data_arrive(faces, tmp_path):
+    def loaders(data=faces, **options):
+        return runs.run_loaders(config(data, **options).resolve(), tmp_path)
+
+    n = len(loaders(valid_pct=0.2).train_ds) + len(loaders(valid_pct=0.2).valid_ds)
+    assert [round(n * pct) for pct in (0.1, 0.3)] == [len(loaders(valid_pct=pct).valid_ds) for pct in (0.1, 0.3)]
+    x, _ = loaders(all_crops=True, level="strong", size=48, bs=8).one_batch()
+    assert x[0].shape == x[1].shape == (8, 5, 1, 40, 40)
+    broken = shutil.copytree(faces, tmp_path / "broken")
+    (broken / "train" / "happy" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="broken.png"):
+        loaders(broken)
+    with pytest.warns(UserWarning, match="broken.png"):
+        dls = loaders(broken, skip_broken=True)
+    assert len(dls.train_ds) + len(dls.valid_ds) == n
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_the_schedule_is_the_one_that_was_asked_for(faces, tmp_path, monkeypatch, schedule):
+    called = []
+    for name in ("fit_one_cycle", "fit_cosine"):
+        monkeypatch.setattr(Learner, name, lambda *args, name=name, **kwargs: called.append(name))
+    monkeypatch.setattr(runs, "write_results", lambda *args: None)
+    start_run(config(faces, schedule=schedule, method="baseline"), tmp_path / "run")
+    assert called == ["fit_cosine" if schedule == "cosine" else "fit_one_cycle"]
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,66 @@ def test_a_file_gives_the_times_of_its_frames(tmp_path, monkeypatch):
     assert [s for s, _ in video_frames(file, 1)] == pytest.approx([0, 1.4, 2.4, 3.4, 4.4, 5.4])
 
 
+def test_times_that_start_again_go_on(tmp_path):
+    "Two recordings in one file, as `cat` joins them"
+    parts = []
+    for grey in (20, 150):
+        file = tmp_path / f"{grey}.mpg"
+        video = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"PIM1"), 25, (64, 48))
+        for i in range(50):
+            video.write(np.full((48, 64, 3), grey + i, np.uint8))
+        video.release()
+        parts.append(file.read_bytes())
+    (tmp_path / "joined.mpg").write_bytes(b"".join(parts))
+    seconds, frames = zip(*video_frames(tmp_path / "joined.mpg", 0))
+    assert len(seconds) >= 99 and all(0.03 < gap < 0.09 for gap in np.diff(seconds))
+    assert [round(s, 1) for s, _ in video_frames(tmp_path / "joined.mpg", 1)][:4] == [0, 1, 2, 3]
+    with VideoWriter(tmp_path / "copy.avi", 25) as copy:
+        for second, frame in zip(seconds, frames):
+            copy.write(second, frame)
+    greys = [f.mean() for _, f in video_frames(tmp_path / "copy.avi", 0)]
+    assert len(set(np.round(greys[52:]))) > 40  # no still
+
+
+def test_a_track_needs_times_that_increase():
+    tracker = FaceTracker()
+    tracker.update(1, [box(0)], [[1, 0]])
+    with pytest.raises(ValueError, match="second: expected a frame after 1 s, got 1"):
+        tracker.update(1, [box(0)], [[1, 0]])
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mp4", ".webm"])
+def test_a_frame_of_odd_size_keeps_its_last_row_and_column(tmp_path, suffix):
+    frame = np.zeros((49, 63, 3), np.uint8)
+    with VideoWriter(tmp_path / f"v{suffix}", 10) as video:
+        video.write(0, frame)
+    ((_, found),) = video_frames(tmp_path / f"v{suffix}", 0)
+    assert found.shape == (50, 64, 3)
+
+
+def test_a_video_of_varying_rate_is_not_called_damaged(tmp_path, monkeypatch, recwarn):
+    "A file that counts as frames its duration at the nominal rate, as Matroska does"
+    file, capture = grey_video(tmp_path / "v.avi", 20), cv2.VideoCapture
+
+    class Sparse:
+        def __init__(self, file):
+            self.video, self.i = capture(file), -1
+
+        def grab(self):
+            self.i += 1
+            return self.video.grab()
+
+        def get(self, prop):
+            said = {cv2.CAP_PROP_POS_MSEC: 500 * self.i, cv2.CAP_PROP_FRAME_COUNT: 100}
+            return said.get(prop, self.video.get(prop))
+
+        def __getattr__(self, name):
+            return getattr(self.video, name)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Sparse)
+    assert len(list(video_frames(file, 0))) == 20 and not [w for w in recwarn if "damaged" in str(w.message)]
+
+
 def test_a_damaged_video_is_said(tmp_path, monkeypatch):
     file, capture = grey_video(tmp_path / "v.avi", 40), cv2.VideoCapture
 
@@ -249,7 +309,7 @@ def test_a_damaged_video_is_said(tmp_path, monkeypatch):
             return getattr(self.video, name)
 
     monkeypatch.setattr(cv2, "VideoCapture", Damaged)
-    with pytest.warns(UserWarning, match="v.avi ends after 10 of 40 frames: it is cut short or damaged"):
+    with pytest.warns(UserWarning, match="v.avi ends after 1.0 of 4.0 seconds: it is cut short or damaged"):
         assert len(list(video_frames(file, 0))) == 10
     assert len(list(video_frames(file, 0, seconds=0.5))) == 5  # stopped here, not damaged
     with pytest.raises(ValueError, match="every: expected 0 or more seconds"):

@@ -163,6 +163,8 @@ def test_the_card_holds_what_the_records_say():
 def test_a_card_names_the_terms_of_the_weights_that_training_started_from():
     written, metrics = (read_json(shipped_run() / f"{name}.json") for name in ("config", "metrics"))
     terms = {}
+    ferplus = {**written["config"], "kind": "ferplus", "pretrained": None}  # FER2013's images with other labels
+    assert "FER2013's images were collected" in model_card({**written, "config": ferplus}, metrics)
     for start in (None, "fer2013", "/a/run"):
         config = {**written["config"], "kind": "folder", "pretrained": start}
         terms[start] = re.search(r"\*\*Terms:\*\* (.*)", model_card({**written, "config": config}, metrics))[1]

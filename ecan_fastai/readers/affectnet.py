@@ -51,7 +51,7 @@ def _affectnet_npy(path):
     faces = []
     for folder, split in _AFFECTNET_SETS.items():
         images = existing_folder(path / folder / "images")
-        files = sorted(existing_folder(path / folder / "annotations").glob("*_exp.npy"))
+        files = sorted(existing_folder(path / folder / "annotations").glob("[!.]*_exp.npy"))
         if not files:
             raise ValueError(f"{path / folder / 'annotations'} has no file <id>_exp.npy")
         for file in files:

@@ -166,7 +166,8 @@ def class_folders(
 
     Raises `ValueError` for images beside the class folders, and for a class folder without an image. Folders `models`
     and `runs` without images are passed over: fastai's `save` and `ecan_train` make them."""
-    loose = [p.name for p in sorted(path.iterdir()) if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES]
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    loose = [p.name for p in files if p.suffix.lower() in IMAGE_SUFFIXES]
     if loose:
         raise ValueError(
             f"{path} holds images beside its class folders, such as {loose[0]}: put each into a class folder"
