@@ -447,7 +447,7 @@ def test_one_run_alone(tmp_path, monkeypatch):
     stems = [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 2, "folder")]
     table = reproduce("affinity", "x", 2, tmp_path, "folder", say=lambda s: None, only=stems[3])
     assert [f.name for f in started] == [stems[3]] and list(table.index) == ["sum"]
-    with pytest.raises(ValueError, match=f"affinity has no run ecan, but {stems[0]}, "):
+    with pytest.raises(ValueError, match=f"affinity has no run ecan; its runs: {stems[0]}, "):
         reproduce("affinity", "x", 2, tmp_path, "folder", only="ecan")
 
 
@@ -715,6 +715,7 @@ def test_a_record_counts_only_for_the_weights_that_its_run_started_from(faces, t
     given = dict(out=tmp_path, records=tmp_path / "r", say=lambda s: None)
     for each in experiment_runs("affinity", faces, "folder", pretrained=str(files[0])).values():
         record = json.loads((file := fake_record(tmp_path / "r", each, images=images)).read_text())
+        record["config"]["pretrained"] = "best.pth"
         file.write_text(json.dumps({**record, "pretrained_sha256": sha256}))
     assert list(reproduce("affinity", faces, pretrained=str(files[0]), **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
     with pytest.raises(ValueError, match="started from other weights than .*b/best.pth"):
