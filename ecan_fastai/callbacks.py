@@ -68,6 +68,9 @@ class MemoryBankUpdate(Callback):
 
     def before_fit(self):
         self.pending = None
+        for kind in (MomentumUpdate, MemoryBankUpdate):
+            if sum(isinstance(cb, kind) for cb in self.learn.cbs) > 1:
+                raise ValueError(f"the learner has its own {kind.__name__}: leave it out of cbs")
         mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
         if mixing:
             raise ValueError(

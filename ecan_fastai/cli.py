@@ -94,6 +94,8 @@ def _script(f):
     def _inner(args=None):
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet
+        if hasattr(sys.stdout, "reconfigure"):  # a name that the terminal's encoding lacks must not end a command
+            sys.stdout.reconfigure(errors="backslashreplace")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = lambda message, category, *_, **__: (
@@ -397,7 +399,7 @@ def ecan_evaluate(args=None):
         "Measure a model on labelled faces: accuracy, average accuracy and macro-F1 of each split.",
         "ecan_evaluate path/to/rafdb --run runs/mine --split test",
     )
-    p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
+    p.add_argument("data", type=_path, metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--split",
@@ -416,14 +418,14 @@ def ecan_evaluate(args=None):
 
         predictor = Predictor(given.run, given.crops, given.device)
         record = predictor.evaluate(given.data, given.kind, given.split, given.skip_broken)
+        if given.out:
+            write_whole(given.out, lambda f: f.write_text(json.dumps(record, indent=1)))
         _print_evaluation(record)
         if "train" in record["splits"] and not given.split:
             note = (
                 "the data has no test split: these numbers say nothing about other images if the model has seen these"
             )
             print(f"{p.prog}: {note}", file=sys.stderr)
-        if given.out:
-            write_whole(given.out, lambda f: f.write_text(json.dumps(record, indent=1)))
 
 
 def _print_evaluation(record):
@@ -447,7 +449,7 @@ def ecan_check(args=None):
         description="Count the images of every class and split, and find broken and duplicate images.",
         epilog="Example: ecan_check path/to/fer2013 --out pairs.csv --figure pairs.png",
     )
-    p.add_argument("data", metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
+    p.add_argument("data", type=_path, metavar="DATA", help="folder or csv file of any kind that ecan_train takes")
     p.add_argument("--kind", choices=("auto", *KINDS), default="auto", help="kind of DATA; default auto")
     p.add_argument(
         "--distance",

@@ -9,6 +9,7 @@ __all__ = ['FoundFace', 'FaceFinder', 'media_files', 'readable_media', 'accuracy
 
 # %% ../nbs/12_detector.ipynb #22166428
 import math
+import unicodedata
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -259,14 +260,19 @@ def predict_faces(
     faces = [t for t in tables if len(t)]
     return pd.concat(faces, ignore_index=True) if faces else tables[0]
 
+# %% ../nbs/12_detector.ipynb #ed2dd165
+def _nfc(name):
+    "A name in one Unicode form; a Mac writes another one than other systems"
+    return unicodedata.normalize("NFC", name)
+
 # %% ../nbs/12_detector.ipynb #ed2dd166
 def _rows_of_people(files, people):
     "Index of the row of `people` for each file, None where there is none"
     keys = people.iloc[:, 0].astype(str)
     if keys.duplicated().any():
         raise ValueError(f"{people.columns[0]} {keys[keys.duplicated()].iloc[0]!r} has several rows in the table")
-    row = {key: i for i, key in enumerate(keys)}
-    return [row.get(Path(f).name, row.get(Path(f).stem)) for f in files]
+    row = {_nfc(key): i for i, key in enumerate(keys)}
+    return [row.get(_nfc(Path(f).name), row.get(_nfc(Path(f).stem))) for f in files]
 
 
 def accuracy_by_group(

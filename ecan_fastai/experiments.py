@@ -192,7 +192,7 @@ def experiment_results(
                 )
             )
             for split, m in record["splits"].items():
-                if not split.endswith("_seen"):
+                if split != "valid_seen":
                     rows.append(
                         dict(
                             label=label,

@@ -39,7 +39,7 @@ from .metrics import calibrated_temperature, per_class_table, split_metrics
 from .model import ECANModel, FaceClassifier
 from .progress import progress
 from .readers.factory import read_faces
-from .readers.records import IMAGE_SUFFIXES, Face, check_names, expression_name, image_files
+from .readers.records import IMAGE_SUFFIXES, Face, check_names, expression_name, image_files, plain_name
 from .runfiles import check_file, write_whole
 from .weights import shipped_run
 
@@ -457,7 +457,9 @@ def shared_classes(
     "Match the classes of a model and a data set by name, else by meaning"
     labels, shared = sorted(set(labels)), {}
     for label in labels:
-        same = [v for v in vocab if v == label] or [v for v in vocab if expression_name(v) == expression_name(label)]
+        for form in (str, plain_name, expression_name):
+            if same := [v for v in vocab if form(v) == form(label)]:
+                break
         if len(same) > 1:
             raise ValueError(f"the data's class {label!r} can be any of the model's classes {', '.join(same)}")
         if same:

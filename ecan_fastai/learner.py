@@ -21,6 +21,7 @@ from fastai.callback import hook, progress  # noqa: F401  `summary`, and the pro
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import TfmdDL
+from fastai.imports import is_listy
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import BalancedAccuracy, F1Score, accuracy
@@ -210,6 +211,13 @@ class ECANLearner(Learner):
         return PrettyString(text)
 
 # %% ../nbs/07_learner.ipynb #07c0de5a
+def _check_splitter(splitter, model):
+    "Raise `ValueError` if a splitter leaves the class centres out, which would then stay as they are"
+    given = [p for group in splitter(model) for p in (group if is_listy(group) else [group])]
+    if not any(p is model.centers for p in given):
+        raise ValueError("splitter: no group has the class centres (model.centers), which the loss trains: add them")
+
+
 _BANK_GROUPS = 16
 
 
@@ -367,6 +375,8 @@ def _learner(cls, dls, model, loss_func, metrics, cbs, pretrained, stats, opt, k
         given = {**paper_opt, "lr": paper_opt["lr"] * images_per_step(dls) / 256, **given}
     metrics = face_metrics() if metrics is None else metrics
     given = {"splitter": face_splitter, **given}
+    if getattr(loss_func, "l2", 0):
+        _check_splitter(given["splitter"], model)
     learn = cls(dls, model, loss_func, metrics=metrics, cbs=cbs, **given, **kwargs)
     settle_stats(dls, stats)
     if pretrained:

@@ -286,6 +286,25 @@ def _with_pooling(body):
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 # %% ../nbs/05_model.ipynb #593f01f2
+def _body(arch, in_chans, pretrained):
+    "Make a network by a function and cut off its head, as fastai does; raises `ValueError` if that cuts off too much"
+    as_module = f"give a module that ends in its features instead, {arch_name(arch)}(...)"
+    try:
+        whole = arch(pretrained=pretrained)
+        total = sum(p.numel() for p in whole.parameters())
+        body = create_body(whole, in_chans, pretrained, model_meta.get(arch, {}).get("cut"))
+    except (AssertionError, StopIteration, TypeError) as e:
+        reason = str(e) or "it has no pooling layer"
+        raise ValueError(f"{arch_name(arch)} gives no body for {in_chans} channels ({reason}): {as_module}") from e
+    kept = sum(p.numel() for p in body.parameters())
+    if arch not in model_meta and 2 * kept < total:
+        raise ValueError(
+            f"without the layers from its last pooling on, {arch_name(arch)} keeps {kept:,} of {total:,} parameters: "
+            f"{as_module}"
+        )
+    return body
+
+
 @torch.no_grad()
 def _features(encoder, in_chans, size):
     "Return an encoder's output for one blank image in evaluation mode; the encoder stays as it is"
@@ -330,8 +349,7 @@ def _encoder(arch, in_chans, pretrained, size):
     elif isinstance(arch, str):
         encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):
-        cut = model_meta.get(arch, {}).get("cut")
-        encoder = _with_pooling(create_body(arch(pretrained=pretrained is True), in_chans, pretrained is True, cut))
+        encoder = _with_pooling(_body(arch, in_chans, pretrained is True))
     else:
         raise ValueError(
             f"arch must be the name of a timm model, a function that makes a model, or a module, got {arch!r}"

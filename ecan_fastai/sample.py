@@ -148,10 +148,8 @@ def sample_faces(
     path = Path(path)
     if n < 28 or not 0 < test_pct < 1:
         raise ValueError(f"expected n of at least 28 and test_pct between 0 and 1, got n={n} and test_pct={test_pct}")
-    if size < 8:
-        raise ValueError(f"size must be at least 8 pixels, got {size}")
-    if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+    if size < 8 or channels not in (1, 3):
+        raise ValueError(f"expected a size of at least 8 and 1 or 3 channels, got size={size} and channels={channels}")
     settings = dict(n=n, test_pct=test_pct, size=size, channels=channels, seed=seed)
     done = path / "sample_faces.json"
     if done.exists():

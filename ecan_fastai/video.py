@@ -177,8 +177,7 @@ class FaceTracker:
         matched = _match(np.reshape(boxes, (-1, 4)), alive, self.min_iou)
         numbers, smoothed = [], np.array(probs, float)
         for i, box in enumerate(boxes):
-            track = matched.get(i)
-            if track is None:
+            if (track := matched.get(i)) is None:
                 self.n_tracks += 1
                 track = dict(number=self.n_tracks)
                 alive.append(track)
@@ -264,10 +263,8 @@ class VideoWriter:
         try:
             if error is None:
                 if (n := _n_frames(part)) != self.n:  # OpenCV does not say that a disk is full
-                    raise OSError(
-                        f"cannot write {self.file}: only {n} of {self.n} frames are in it; is the disk full, or does "
-                        f"{self.file.suffix} not take {self.rate:g} frames a second?"
-                    )
+                    reason = f"is the disk full, or {self.rate:g} frames a second too few?"
+                    raise OSError(f"cannot write {self.file}: only {n} of {self.n} frames are in it; {reason}")
                 os.replace(part, self.file)
         finally:
             part.unlink(missing_ok=True)

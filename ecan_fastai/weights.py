@@ -68,7 +68,7 @@ def named_weights(
     check_file(file := shipped_run(name) / "model.safetensors")
     return load_file(file)
 
-# %% ../nbs/00_weights.ipynb #65dc4b0a
+# %% ../nbs/00_weights.ipynb #65dc4b0b
 def weights_file(
     weights: str | Path,  # One of `NAMES`, a run's folder, or a file of weights
 ) -> Path:
@@ -78,7 +78,7 @@ def weights_file(
     path = shipped_run(weights) if weights in NAMES else Path(weights)
     return path / "model.safetensors" if path.is_dir() else path
 
-
+# %% ../nbs/00_weights.ipynb #65dc4b0a
 def _written(weights):
     "Content of config.json beside weights of a run, given by name, folder or model.safetensors; empty for others"
     path = shipped_run(weights) if weights in NAMES else Path(weights)
@@ -208,7 +208,7 @@ _MEASURES = {
 
 def _splits_table(splits):
     used = {name: key for name, key in _MEASURES.items() if any(key in m for m in splits.values())}
-    named = {s: "part of train" if s.endswith("_seen") else s for s in splits}
+    named = {s: "part of train" if s == "valid_seen" else s for s in splits}
     rows = [[named[s], m["n"], *[_percent(m.get(key)) for key in used.values()]] for s, m in splits.items()]
     return markdown_table(["split", "images", *used], rows)
 

@@ -436,6 +436,14 @@ def test_a_batch_cancelled_before_the_model_pushes_nothing():
     assert EVENTS[3:] == ["update", "push4"] * 2
 
 
+@pytest.mark.parametrize("cb", [MomentumUpdate(0.5), MemoryBankUpdate()], ids=["MomentumUpdate", "MemoryBankUpdate"])
+def test_a_second_update_in_a_fit_is_refused(cb):
+    learn = noise_learner()
+    with pytest.raises(ValueError, match=f"the learner has its own {type(cb).__name__}: leave it out of cbs"):
+        learn.fit(1, cbs=cb)
+    assert EVENTS == []
+
+
 def test_keys_of_an_epoch_that_was_cancelled_are_not_pushed_in_the_next():
     class Cut(Callback):
         def before_batch(self):

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ecan_fastai import cli, runs
-from ecan_fastai.cli import ecan_predict, ecan_reproduce, ecan_train
+from ecan_fastai.cli import ecan_check, ecan_evaluate, ecan_predict, ecan_reproduce, ecan_train
 from ecan_fastai.config import GROUPS, RunConfig, help_text, setting_types
 
 
@@ -173,7 +174,10 @@ def test_commands_train_nothing_and_name_weights_from_anywhere(tmp_path, capsys,
 @pytest.mark.parametrize(
     "args,said",
     [
-        (["affinity", "--data", "sample", "--only", "ecan-seed7"], "affinity has no run ecan-seed7, but ecan-seed0"),
+        (
+            ["affinity", "--data", "sample", "--only", "ecan-seed7"],
+            "affinity has no run ecan-seed7; its runs: ecan-seed0",
+        ),
         (["affinity", "--data", "sample", "--only", "x", "--commands"], "not allowed with argument"),
         (["--data", "sample", "--commands"], "EXPERIMENT is missing: --commands, --data has no effect without it"),
     ],
@@ -280,3 +284,20 @@ def test_slips_of_the_fingers(tmp_path, monkeypatch, capsys, command, args, said
 def test_the_default_folder_of_a_run_has_the_whole_name_of_a_folder(tmp_path):
     (tmp_path / "faces.2024").mkdir()
     assert cli._data_name(tmp_path / "faces.2024") == "faces.2024" and cli._data_name(tmp_path / "a.b.csv") == "a.b"
+
+
+def test_a_terminal_without_the_characters_of_a_name_does_not_end_a_command(faces, tmp_path):
+    data = shutil.copytree(faces, tmp_path / "data")
+    for split in ("train", "test"):
+        (data / split / "happy").rename(data / split / "\u5f00\u5fc3")
+    script = "from ecan_fastai.cli import ecan_check; ecan_check()"
+    env = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    ended = subprocess.run([sys.executable, "-c", script, str(data)], capture_output=True, env=env)
+    assert ended.returncode == 0 and b"\\u5f00\\u5fc3" in ended.stdout and b"broken images" in ended.stdout
+
+
+@pytest.mark.parametrize("command", [ecan_check, ecan_evaluate])
+def test_an_empty_path_of_data_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command([""])
+    assert "expected a path, got an empty text" in capsys.readouterr().err

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -100,6 +101,12 @@ def test_logits_can_be_trained_on(make_dls):
     )
     torch.nn.functional.cross_entropy(logits / t, torch.tensor([0, 1, 2])).backward()
     assert t.grad is not None and t.grad != 0
+
+
+def test_classes_are_the_same_in_any_unicode_form():
+    "A Mac writes names of folders with combining marks"
+    vocab, labels = ([unicodedata.normalize(form, name) for name in ("fröhlich", "traurig")] for form in ("NFD", "NFC"))
+    assert vocab[0] != labels[0] and shared_classes(vocab, labels) == dict(zip(labels, vocab))
 
 
 def test_a_compiled_model_of_a_learner(make_dls):

@@ -933,3 +933,34 @@ def test_what_a_baseline_does_not_use_is_refused(make, make_dls):
     plain = torch.utils.data.DataLoader([(torch.zeros(1, 32, 32), 0)] * 4, batch_size=2)
     with pytest.raises(ValueError, match="expected fastai's DataLoaders, got loaders of type DataLoader"):
         baseline_learner(DataLoaders(plain, plain), "resnet10t")
+
+
+class _Encoder3(torch.nn.Module):
+    "An encoder that holds all layers, its pooling included, in one part"
+
+    def __init__(self, pretrained=False):
+        super().__init__()
+        conv = torch.nn.Conv2d(3, 8, 3)
+        self.layers = torch.nn.Sequential(conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_function_whose_network_would_be_lost_is_refused(make_dls):
+    dls = make_dls(channels=3)
+    for maker in MAKERS:
+        with pytest.raises(ValueError, match="_Encoder3 keeps 0 of 224 parameters: give a module"):
+            maker(dls, _Encoder3)
+        assert maker(dls, _Encoder3()).model.classifier.in_features == 8
+    with pytest.raises(ValueError, match="gives no body for 3 channels .*pretrained.*: give a module"):
+        baseline_learner(dls, lambda: _Encoder3())
+
+
+def test_a_splitter_without_the_centres_is_refused(make):
+    def without(model):
+        return [list(model.encoder.parameters()), list(model.classifier.parameters())]
+
+    with pytest.raises(ValueError, match="splitter: no group has the class centres"):
+        make(splitter=without)
+    make(splitter=without, loss_func=ECANLoss(l2=0))

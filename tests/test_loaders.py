@@ -94,7 +94,9 @@ def test_sample_again_is_found_and_other_content_is_refused(tmp_path):
     assert before == {f: f.stat().st_mtime_ns for f in path.rglob("*.png")}
     with pytest.raises(ValueError, match="other settings"):
         sample_faces(path, n=41)
-    with pytest.raises(ValueError, match="size must be at least 8 pixels, got 0"):
+    with pytest.raises(
+        ValueError, match="expected a size of at least 8 and 1 or 3 channels, got size=0 and channels=1"
+    ):
         sample_faces(tmp_path / "small", size=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
@@ -610,6 +612,14 @@ def test_images_beside_class_folders_are_not_lost_in_silence(tmp_path):
     put(tmp_path / "more" / "happy" / "a.png")
     with pytest.raises(ValueError, match="happy holds images beside its class folders"):
         folder_faces(tmp_path / "more")
+
+
+def test_a_column_of_splits_in_any_spelling_and_one_that_may_be_meant(tmp_path):
+    rows = pd.DataFrame(dict(image=["a.png", "b.png"], label=["happy", "sad"], Split=["train", "test"]))
+    assert [f.split for f in table_faces(rows)] == ["train", "test"]
+    with pytest.warns(UserWarning, match="the column 'is_valid' is not read"):
+        faces = table_faces(rows.drop(columns="Split").assign(is_valid=[False, True]))
+    assert [f.split for f in faces] == ["train", "train"]
 
 
 def test_splits_of_a_table_in_any_spelling(tmp_path):

@@ -8,6 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/folder.html.md"""
 __all__ = ['folder_faces', 'table_faces', 'csv_faces']
 
 # %% ../../nbs/03a_folder.ipynb #0deaf7aa
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,21 @@ def folder_faces(
     return faces
 
 # %% ../../nbs/03a_folder.ipynb #5f965687
+_MAYBE_SPLITS = {"fold", "is_valid", "partition", "set", "subset", "usage"}
+
+
+def _split_column(columns):
+    "Name of the column of splits if none is given; warns of a column that may be meant"
+    named = {str(c).strip().lower(): c for c in columns}
+    other = next((c for name, c in named.items() if name in _MAYBE_SPLITS), None)
+    if "split" not in named and other is not None:
+        warnings.warn(f"the column {other!r} is not read: if it says which split an image is in, rename it to split")
+    return named.get("split", "split")
+
+
 def _rows(df, path, image_col, label_col, split_col, place):
     "Faces of the rows of a table that has the columns"
-    split_col = split_col or "split"
+    split_col = split_col or _split_column(df.columns)
     splits = df[split_col] if split_col in df else ["train"] * len(df)
     faces = []
     for row, image, label, split in zip(df.index, df[image_col], df[label_col], splits):

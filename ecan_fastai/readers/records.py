@@ -6,8 +6,8 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/records.html.md"""
 
 # %% auto #0
 __all__ = ['EXPRESSIONS', 'EXPRESSIONS_8', 'IMAGE_SUFFIXES', 'Face', 'expression_name', 'existing_folder', 'subfolders',
-           'split_name', 'image_files', 'class_folders', 'check_names', 'data_root', 'first_existing', 'name_of_id',
-           'read_csv', 'write_csv', 'read_lines', 'warn_counts', 'split_by_group']
+           'split_name', 'image_files', 'class_folders', 'plain_name', 'check_names', 'data_root', 'first_existing',
+           'name_of_id', 'read_csv', 'write_csv', 'read_lines', 'warn_counts', 'split_by_group']
 
 # %% ../../nbs/03_records.ipynb #a61a9118
 import os
@@ -182,6 +182,13 @@ def class_folders(
         faces += [Face(f, folder.name, split, str(f)) for f in files]
     return faces
 
+# %% ../../nbs/03_records.ipynb #6968c750
+def plain_name(
+    name: str,  # Of a class or a split
+) -> str:
+    "Return a name without blanks, in small letters and in one Unicode form (NFKC), to compare it with others"
+    return "".join(unicodedata.normalize("NFKC", name).split()).casefold()
+
 # %% ../../nbs/03_records.ipynb #6968c74f
 def _name_problem(name, what):
     "What makes a name unusable, or None"
@@ -207,8 +214,7 @@ def check_names(
     for name in dict.fromkeys(names):
         if problem := _name_problem(name, what):
             raise ValueError(problem)
-        key = "".join(unicodedata.normalize("NFKC", name).split()).casefold()
-        other = plain.setdefault(key, name)
+        other = plain.setdefault(plain_name(name), name)
         if other != name:
             raise ValueError(f"the {what} names {other!r} and {name!r} differ only in case or blanks: use one name")
 
