@@ -263,15 +263,15 @@ def predict_faces(
 # %% ../nbs/12_detector.ipynb #ed2dd165
 def _nfc(name):
     "A name in one Unicode form; a Mac writes another one than other systems"
-    return unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", str(name))
 
 # %% ../nbs/12_detector.ipynb #ed2dd166
 def _rows_of_people(files, people):
     "Index of the row of `people` for each file, None where there is none"
-    keys = people.iloc[:, 0].astype(str)
+    keys = people.iloc[:, 0].map(_nfc)
     if keys.duplicated().any():
         raise ValueError(f"{people.columns[0]} {keys[keys.duplicated()].iloc[0]!r} has several rows in the table")
-    row = {_nfc(key): i for i, key in enumerate(keys)}
+    row = {key: i for i, key in enumerate(keys)}
     return [row.get(_nfc(Path(f).name), row.get(_nfc(Path(f).stem))) for f in files]
 
 

@@ -341,7 +341,7 @@ def check_fits(
 ):
     """Raise `ValueError` early if a model rejects views of this size or number of channels
 
-    The model is tried in evaluation mode, and is in the mode that it was in afterwards."""
+    The model is tried in evaluation mode, and then returns to the mode that it was in."""
     if view.ndim == 4:
         view = view[0]
     training = model.training

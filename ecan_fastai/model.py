@@ -286,21 +286,27 @@ def _with_pooling(body):
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 # %% ../nbs/05_model.ipynb #593f01f2
+def _n_below_head(model):
+    "Count the parameters outside linear layers, of which a network's head consists"
+    layers = [m for m in model.modules() if not isinstance(m, nn.Linear)]
+    return sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+
+
 def _body(arch, in_chans, pretrained):
     "Make a network by a function and cut off its head, as fastai does; raises `ValueError` if that cuts off too much"
     as_module = f"give a module that ends in its features instead, {arch_name(arch)}(...)"
     try:
         whole = arch(pretrained=pretrained)
-        total = sum(p.numel() for p in whole.parameters())
+        total = _n_below_head(whole)
         body = create_body(whole, in_chans, pretrained, model_meta.get(arch, {}).get("cut"))
     except (AssertionError, StopIteration, TypeError) as e:
         reason = str(e) or "it has no pooling layer"
         raise ValueError(f"{arch_name(arch)} gives no body for {in_chans} channels ({reason}): {as_module}") from e
-    kept = sum(p.numel() for p in body.parameters())
+    kept = _n_below_head(body)
     if arch not in model_meta and 2 * kept < total:
         raise ValueError(
-            f"without the layers from its last pooling on, {arch_name(arch)} keeps {kept:,} of {total:,} parameters: "
-            f"{as_module}"
+            f"without the layers from its last pooling on, {arch_name(arch)} keeps {kept:,} of {total:,} parameters "
+            f"below its head: {as_module}"
         )
     return body
 

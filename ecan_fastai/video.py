@@ -263,7 +263,7 @@ class VideoWriter:
         try:
             if error is None:
                 if (n := _n_frames(part)) != self.n:  # OpenCV does not say that a disk is full
-                    reason = f"is the disk full, or {self.rate:g} frames a second too few?"
+                    reason = f"is the disk full, or are {self.rate:g} frames a second too few?"
                     raise OSError(f"cannot write {self.file}: only {n} of {self.n} frames are in it; {reason}")
                 os.replace(part, self.file)
         finally:

@@ -950,11 +950,13 @@ class _Encoder3(torch.nn.Module):
 def test_a_function_whose_network_would_be_lost_is_refused(make_dls):
     dls = make_dls(channels=3)
     for maker in MAKERS:
-        with pytest.raises(ValueError, match="_Encoder3 keeps 0 of 224 parameters: give a module"):
+        with pytest.raises(ValueError, match="_Encoder3 keeps 0 of 224 parameters below its head: give a module"):
             maker(dls, _Encoder3)
         assert maker(dls, _Encoder3()).model.classifier.in_features == 8
     with pytest.raises(ValueError, match="gives no body for 3 channels .*pretrained.*: give a module"):
         baseline_learner(dls, lambda: _Encoder3())
+    body = baseline_learner(dls, torchvision.models.mobilenet_v3_small).model.encoder  # most of it is its head
+    assert sum(p.numel() for p in body.parameters()) == 927_008
 
 
 def test_a_splitter_without_the_centres_is_refused(make):

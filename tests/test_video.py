@@ -265,10 +265,11 @@ def test_a_track_needs_times_that_increase():
 @pytest.mark.parametrize("suffix", [".avi", ".mp4", ".webm"])
 def test_a_frame_of_odd_size_keeps_its_last_row_and_column(tmp_path, suffix):
     frame = np.zeros((49, 63, 3), np.uint8)
+    frame[32:, 40:] = 255
     with VideoWriter(tmp_path / f"v{suffix}", 10) as video:
         video.write(0, frame)
     ((_, found),) = video_frames(tmp_path / f"v{suffix}", 0)
-    assert found.shape == (50, 64, 3)
+    assert found.shape == (50, 64, 3) and found[48, 62].min() > 200 and found[8, 8].max() < 50
 
 
 def test_a_video_of_varying_rate_is_not_called_damaged(tmp_path, monkeypatch, recwarn):

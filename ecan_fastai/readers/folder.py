@@ -55,10 +55,14 @@ _MAYBE_SPLITS = {"fold", "is_valid", "partition", "set", "subset", "usage"}
 
 def _split_column(columns):
     "Name of the column of splits if none is given; warns of a column that may be meant"
+    if "split" in columns:
+        return "split"
     named = {str(c).strip().lower(): c for c in columns}
     other = next((c for name, c in named.items() if name in _MAYBE_SPLITS), None)
     if "split" not in named and other is not None:
-        warnings.warn(f"the column {other!r} is not read: if it says which split an image is in, rename it to split")
+        warnings.warn(
+            f"the column {other!r} is not read: to give splits, write train, valid or test into a column split"
+        )
     return named.get("split", "split")
 
 
