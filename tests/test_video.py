@@ -14,6 +14,22 @@ from ecan_fastai.video import (
 )
 
 
+class Played:
+    "A video that `cv2` opened; tests replace some of its methods"
+
+    capture = cv2.VideoCapture
+
+    def __init__(self, file):
+        self.video, self.i = self.capture(file), -1
+
+    def grab(self):
+        self.i += 1
+        return self.video.grab()
+
+    def __getattr__(self, name):
+        return getattr(self.video, name)
+
+
 def grey_video(file, n=25, rate=10):
     with VideoWriter(file, rate) as video:
         for i in range(n):
@@ -122,17 +138,10 @@ def test_a_video_that_does_not_say_its_rate_has_25_frames_a_second(tmp_path, mon
         for second in (0, 0.2):
             video.write(second, np.zeros((48, 64, 3), np.uint8))
 
-    class Silent:
-        def __init__(self, file):
-            self.video = capture(file)
-
+    class Silent(Played):
         def get(self, prop):
             return {cv2.CAP_PROP_FPS: said, cv2.CAP_PROP_POS_MSEC: 0.0}.get(prop, self.video.get(prop))
 
-        def __getattr__(self, name):
-            return getattr(self.video, name)
-
-    capture = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", Silent)
     assert frame_rate(tmp_path / "v.avi") == 25
     assert [second for second, _ in video_frames(tmp_path / "v.avi", 0)] == pytest.approx([0, 0.04, 0.08])
@@ -214,21 +223,10 @@ def test_a_file_gives_the_times_of_its_frames(tmp_path, monkeypatch):
     "Here frames are 0.1 s apart at first, then 0.5 s, as in recordings of a screen"
     file, times = grey_video(tmp_path / "v.avi", 20), [0.1 * i if i < 10 else 0.9 + 0.5 * (i - 9) for i in range(20)]
 
-    class Varying:
-        def __init__(self, file):
-            self.video, self.i = capture(file), -1
-
-        def grab(self):
-            self.i += 1
-            return self.video.grab()
-
+    class Varying(Played):
         def get(self, prop):
             return 1000 * times[self.i] if prop == cv2.CAP_PROP_POS_MSEC else self.video.get(prop)
 
-        def __getattr__(self, name):
-            return getattr(self.video, name)
-
-    capture = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", Varying)
     assert [s for s, _ in video_frames(file, 0)] == pytest.approx(times)
     assert [s for s, _ in video_frames(file, 1)] == pytest.approx([0, 1.4, 2.4, 3.4, 4.4, 5.4])
@@ -274,40 +272,23 @@ def test_a_frame_of_odd_size_keeps_its_last_row_and_column(tmp_path, suffix):
 
 def test_a_video_of_varying_rate_is_not_called_damaged(tmp_path, monkeypatch, recwarn):
     "A file that counts as frames its duration at the nominal rate, as Matroska does"
-    file, capture = grey_video(tmp_path / "v.avi", 20), cv2.VideoCapture
+    file = grey_video(tmp_path / "v.avi", 20)
 
-    class Sparse:
-        def __init__(self, file):
-            self.video, self.i = capture(file), -1
-
-        def grab(self):
-            self.i += 1
-            return self.video.grab()
-
+    class Sparse(Played):
         def get(self, prop):
             said = {cv2.CAP_PROP_POS_MSEC: 500 * self.i, cv2.CAP_PROP_FRAME_COUNT: 100}
             return said.get(prop, self.video.get(prop))
-
-        def __getattr__(self, name):
-            return getattr(self.video, name)
 
     monkeypatch.setattr(cv2, "VideoCapture", Sparse)
     assert len(list(video_frames(file, 0))) == 20 and not [w for w in recwarn if "damaged" in str(w.message)]
 
 
 def test_a_damaged_video_is_said(tmp_path, monkeypatch):
-    file, capture = grey_video(tmp_path / "v.avi", 40), cv2.VideoCapture
+    file = grey_video(tmp_path / "v.avi", 40)
 
-    class Damaged:
-        def __init__(self, file):
-            self.video, self.left = capture(file), 11
-
+    class Damaged(Played):
         def grab(self):
-            self.left -= 1
-            return self.left > 0 and self.video.grab()
-
-        def __getattr__(self, name):
-            return getattr(self.video, name)
+            return self.i < 9 and super().grab()
 
     monkeypatch.setattr(cv2, "VideoCapture", Damaged)
     with pytest.warns(UserWarning, match="v.avi ends after 1.0 of 4.0 seconds: it is cut short or damaged"):
