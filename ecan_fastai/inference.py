@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from albumentations import Resize
 from fastai.data.transforms import Normalize
 from fastai.imports import is_listy
 from fastai.torch_core import get_model
@@ -31,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side
+from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side, resize_to
 from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces, without_broken
@@ -277,7 +276,7 @@ class Predictor:
         side, view_size = image_side(level, recipe, size, crops), crop_size(level, recipe, size)
         self.vocab, self.channels, self.crops = list(vocab), views["channels"], crops
         self.model = ImageModel(classifier, *stats, side, view_size, crops, temperature).eval()
-        self.device, self.resize = _to_device(self.model, device), Resize(side, side)
+        self.device, self.resize = _to_device(self.model, device), resize_to(side)
 
     @property
     def center_view(self):

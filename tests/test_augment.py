@@ -1,4 +1,5 @@
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 
@@ -125,6 +126,27 @@ def test_a_random_rotation_is_that_of_albumentations(shape):
         assert np.array_equal(out, theirs(image=img)["image"])
         turned += not np.array_equal(out, img)
     assert 30 < turned < 70
+
+
+@pytest.mark.parametrize("level, recipe", [("none", "rafdb"), ("weak", "rafdb"), ("weak", "fer2013")])
+def test_an_image_that_shrinks_is_averaged(level, recipe):
+    noise = np.random.default_rng(0).integers(0, 256, (480, 480, 1), np.uint8)  # 74 from its mean, a pixel
+    pipes = [*eval_pipelines(level, recipe, 48), train_pipeline(level, recipe, 48, 1)]
+    train = pipes[-1].transforms
+    pipes[-1] = A.Compose([t for t in train if isinstance(t, (A.Resize, A.RandomResizedCrop))])
+    for pipe in pipes:
+        small = pipe(image=noise)["image"]
+        assert small.shape == (48, 48, 1) and abs(small.mean() - 127.5) < 1
+        assert small.std() < 74 / 8  # the mean of about 10x10 pixels; of four it would be 74 / 2
+
+
+def test_resize_to_is_exact_for_whole_blocks_and_bilinear_for_what_grows():
+    img = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    blocks = img.reshape(48, 2, 48, 2, 3).mean((1, 3))
+    assert abs(resize_to(48)(image=img)["image"] - blocks).max() <= 0.5
+    grown = cv2.resize(img, (144, 144), interpolation=cv2.INTER_LINEAR)
+    assert np.array_equal(resize_to(144)(image=img)["image"], grown)
+    assert np.array_equal(resize_to(96)(image=img)["image"], img)
 
 
 def test_random_five_crop_is_one_of_five_crops_with_equal_chance():
