@@ -297,6 +297,7 @@ def ecan_predict(args=None):
     given = p.parse_args(args)
     with _one_sentence(p):
         _check_predict(p, given)
+        from ecan_fastai.detector import media_files
         from ecan_fastai.inference import Predictor, find_images
         from ecan_fastai.video import is_video
 
@@ -304,10 +305,13 @@ def ecan_predict(args=None):
         if videos and not given.faces:
             raise ValueError(f"{videos[0]} is a video or a camera: add --faces")
         predictor = Predictor(given.run, given.crops, given.device)
+        find = media_files if given.faces else find_images
+        files = [f for path in given.images for f in find(path)]
+        if given.by:
+            _check_people(files, given.by, predictor.vocab)
         if given.faces:
-            files, readable, table = _found_faces(predictor, given)
+            readable, table = _found_faces(predictor, files, given)
         else:
-            files = [f for path in given.images for f in find_images(path)]
             table = predictor.predict(files, skip_broken=True)
             readable = table["image"]
             _note_photographs(readable[:16], 8 * predictor.model.side)
@@ -323,10 +327,9 @@ def ecan_predict(args=None):
             p.exit(1, f"{p.prog}: {len(files) - len(readable)} of {len(files)} files are left out\n")
 
 
-def _found_faces(predictor, given):
-    from ecan_fastai.detector import media_files, readable_media
+def _found_faces(predictor, files, given):
+    from ecan_fastai.detector import readable_media
 
-    files = [f for path in given.images for f in media_files(path)]
     readable = [files[i] for i in readable_media(predictor, files)]
     options = {k: v for k in ("every", "seconds", "smoothing", "annotated") if (v := getattr(given, k)) is not None}
     table = predictor.predict_faces(readable, **options)
@@ -334,7 +337,18 @@ def _found_faces(predictor, given):
     for f in readable:
         if str(f) not in with_faces:
             print(f"ecan_predict: no face found in {printable(f)}", file=sys.stderr)
-    return files, readable, table
+    return readable, table
+
+
+def _check_people(files, people, vocab):
+    "Raise the errors of `accuracy_by_group` before the faces are labelled, which may take long"
+    import pandas as pd
+
+    from ecan_fastai.detector import accuracy_by_group
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accuracy_by_group(pd.DataFrame(columns=["image", "label"]), files, people, vocab)
 
 
 def _print_groups(table, files, people, vocab, faces):

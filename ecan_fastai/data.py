@@ -11,6 +11,7 @@ __all__ = ['grey_stats', 'FaceImage', 'TwoView', 'PhotoCrop', 'read_face', 'Face
 # %% ../nbs/02_data.ipynb #0c0a5058
 import os
 import random
+import reprlib
 import stat
 import struct
 from collections.abc import Callable
@@ -88,6 +89,7 @@ class PhotoCrop:
 # %% ../nbs/02_data.ipynb #0fece0ab
 _LARGEST_FILE = 2**28  # bytes
 _LARGEST_IMAGE = 2**28  # pixels
+_HEIC = "it is a HEIC image, convert it to JPEG"
 
 
 def _bytes(file):
@@ -141,7 +143,7 @@ def _decode(x, channels):
     except cv2.error:  # the header gives more pixels than OpenCV accepts
         img = None
     if img is None:
-        problem = "not an image, or broken" if whole else "the file was cut short"
+        problem = _HEIC if data[4:10] == b"ftyphe" else "not an image, or broken" if whole else "the file was cut short"
         raise ValueError(f"cannot decode {name}: {problem} ({len(data)} bytes)")
     return img[..., None] if channels == 1 else img
 
@@ -171,7 +173,9 @@ def read_face(
         elif x.ndim == 3:
             raise ValueError(f"expected a tensor with 1 or 3 channels first as an image, got shape {tuple(x.shape)}")
     if not isinstance(x, np.ndarray):
-        raise ValueError(f"expected a path, bytes, a PIL image, an array or a tensor as an image, got {x!r}")
+        raise ValueError(
+            f"expected a path, bytes, a PIL image, an array or a tensor as an image, got {reprlib.repr(x)}"
+        )
     if x.ndim == 2:
         x = x[..., None]
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] not in (1, 3) or not x.size:

@@ -265,7 +265,7 @@ def _nfc(name):
     "A name in one Unicode form; a Mac writes another one than other systems"
     return unicodedata.normalize("NFC", str(name))
 
-# %% ../nbs/12_detector.ipynb #ed2dd166
+# %% ../nbs/12_detector.ipynb #ed2dd167
 def _rows_of_people(files, people):
     "Index of the row of `people` for each file, None where there is none"
     keys = people.iloc[:, 0].map(_nfc)
@@ -274,7 +274,7 @@ def _rows_of_people(files, people):
     row = {key: i for i, key in enumerate(keys)}
     return [row.get(_nfc(Path(f).name), row.get(_nfc(Path(f).stem))) for f in files]
 
-
+# %% ../nbs/12_detector.ipynb #ed2dd166
 def accuracy_by_group(
     table: pd.DataFrame,  # As `Predictor.predict_faces` or `Predictor.predict` returns it
     files,  # All photographs that were given to the model
@@ -287,13 +287,17 @@ def accuracy_by_group(
     Warns if files are left out. Raises `ValueError` if none is left, if a person has several rows, or if there is no
     column to group by."""
     people = people if isinstance(people, pd.DataFrame) else read_csv(people)
+    people = people.rename(columns={c: "label" for c in people if str(c).strip().lower() == "label"})
     attributes = people.drop(columns=[people.columns[0], "label"], errors="ignore")
     if not len(attributes.columns):
         raise ValueError("the table of people has no column to group by, beside the names of files and `label`")
     rows = _rows_of_people(files, people)
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]
     if not known:
-        raise ValueError(f"no file has its name in the column {people.columns[0]!r} of the table of people")
+        raise ValueError(
+            f"no file has its name in the column {people.columns[0]!r} of the table of people: it has names such as "
+            f"{people.iloc[0, 0]}, and the files such as {', '.join(Path(f).name for f in files[:1])}"
+        )
     named = people["label"].fillna("") if "label" in people else None
     labels = [Path(f).absolute().parent.name if named is None else named.iloc[row] for f, row in known]
     shared = shared_classes(vocab, labels)

@@ -248,6 +248,12 @@ def _to_device(model, device):
         model.to(memory_format=torch.channels_last)
     return device
 
+# %% ../nbs/10_inference.ipynb #98a9c773
+def _run_folder(run):
+    if not isinstance(run, (str, Path, type(None))):
+        raise TypeError(f"expected the folder of a run, got {type(run).__name__}: use from_learner for a learner")
+    return shipped_run() if run is None else Path(run)
+
 # %% ../nbs/10_inference.ipynb #98a9c774
 class Predictor:
     "The model of a run's folder or of a learner; raises `FileNotFoundError`, or `ValueError` if a file is broken"
@@ -264,7 +270,7 @@ class Predictor:
         crops: str | None = None,  # "center", "flip", "five" or "ten" views; default as the run was evaluated
         device: str | torch.device | None = None,  # Default: a GPU if there is one
     ):
-        self.run: Path | None = shipped_run() if run is None else Path(run)
+        self.run: Path | None = _run_folder(run)
         cfg, about, model = _read_run(self.run)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         views = {k: cfg[k] for k in ("level", "recipe", "size", "channels")}
@@ -533,7 +539,7 @@ def evaluate(
 def calibrate(
     self: Predictor,
     images,  # List of images that training has not seen
-    labels,  # Names of their classes, of `vocab`
+    labels,  # Names of their classes, or of classes with the same meaning
 ) -> float:  # The temperature; above 1 if the model was too sure
     """Fit the temperature that divides the logits; probabilities and exports use it from then on
 
@@ -541,10 +547,11 @@ def calibrate(
     images, labels = image_list(images), list(labels)
     if len(images) != len(labels):
         raise ValueError(f"expected a label for each of {len(images)} images, got {len(labels)}")
-    unknown = sorted({str(v) for v in labels if v not in self.vocab})
+    shared = shared_classes(self.vocab, labels)
+    unknown = sorted({str(v) for v in labels if v not in shared})
     if unknown:
         raise ValueError(f"no class {', '.join(unknown)} in this model, the classes are {', '.join(self.vocab)}")
-    temperature = calibrated_temperature(self.logits(images).mean(1), [self.vocab.index(v) for v in labels])
+    temperature = calibrated_temperature(self.logits(images).mean(1), [self.vocab.index(shared[v]) for v in labels])
     if temperature is None:
         raise ValueError(
             f"{len(images)} images are too few to calibrate on: expected some that the model labels rightly and some "
@@ -593,6 +600,8 @@ def export(
     file = Path(file)
     if file.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"expected a name ending in .onnx or .pt2, got {file}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {file.parent}")
     if file.suffix == ".onnx":
         _check_onnx()
     model = self.model.cpu()

@@ -103,6 +103,17 @@ def subgroup_table(
             rows.append((attribute, group, len(right), n, k, *_share_with_interval(k, n)))
     return pd.DataFrame(rows, columns="attribute group images found correct accuracy low high".split())
 
+# %% ../nbs/08_metrics.ipynb #c4a1b0e1
+def _outputs_and_targets(outputs, targets):
+    "Check that there is one class index for each row of a model's outputs; return both as arrays"
+    outputs = np.asarray(outputs, dtype=float)
+    if outputs.ndim != 2 or not len(outputs):
+        raise ValueError(f"expected a row for each image and a column for each class, got shape {outputs.shape}")
+    targets = class_indices(targets, range(outputs.shape[1]))
+    if targets.shape != outputs.shape[:1]:
+        raise ValueError(f"expected a class index for each of {len(outputs)} rows, got shape {targets.shape}")
+    return outputs, targets
+
 # %% ../nbs/08_metrics.ipynb #c4a1b0e2
 def calibration_error(
     probabilities,  # (n, n_classes), each row with the sum 1
@@ -111,9 +122,12 @@ def calibration_error(
 ) -> float:  # 0 to 1
     """Return the expected calibration error (ECE; Guo et al., 2017)
 
-    It is the gap between mean confidence and accuracy in each bin, weighted by the bin's share of the images."""
-    probabilities = np.asarray(probabilities)
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == np.asarray(targets)
+    It is the gap between mean confidence and accuracy in each bin, weighted by the bin's share of the images. Raises
+    `ValueError` if rows do not sum to 1, or if targets are not the index of a class for each row."""
+    probabilities, targets = _outputs_and_targets(probabilities, targets)
+    if not (np.allclose(probabilities.sum(1), 1, atol=1e-3) and (probabilities >= 0).all()):
+        raise ValueError("expected probabilities, whose rows sum to 1")
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == targets
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     gaps = np.bincount(bins, confidence - right, n_bins)
     return float(np.abs(gaps).sum() / len(confidence))
@@ -125,8 +139,10 @@ def fit_temperature(
 ) -> float:  # Above 1 for an overconfident model
     """Return the temperature from 1/20 to 20 with the smallest cross-entropy
 
-    It is 1 if all predictions are right, because a lower temperature would then always be better."""
-    logits, targets, rows = np.asarray(logits, dtype=float), np.asarray(targets), np.arange(len(targets))
+    It is 1 if all predictions are right, because a lower temperature would then always be better. Raises `ValueError`
+    if targets are not the index of a class for each row."""
+    logits, targets = _outputs_and_targets(logits, targets)
+    rows = np.arange(len(targets))
     if (logits.argmax(1) == targets).all():
         return 1.0
     best = minimize_scalar(

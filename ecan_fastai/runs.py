@@ -357,6 +357,8 @@ def resume_run(
 
     In one process the result is the same as without the stop."""
     out = Path(out)
+    if not out.is_dir():
+        raise ValueError(f"no run to resume: no such folder: {out}")
     with _alone(out):
         return _resume(out, data)
 
@@ -438,6 +440,19 @@ def _own_messages():
         raise
 
 
+def _print_plan(dls, cfg, done):
+    "Print what is trained on what"
+    view, channels = crop_size(cfg.level, cfg.recipe, cfg.size), {1: "grey", 3: "colour"}[cfg.channels]
+    images = ", ".join(f"{name} {len(dl.dataset)}" for name, dl in zip(dls.split_names, dls.loaders))
+    steps = len(dls.train) // max(1, num_distrib())
+    print(f"{cfg.kind}: {images} images; {channels}, {cfg.size}x{cfg.size} pixels, views of {view}x{view}")
+    print(
+        f"{cfg.method}, {cfg.arch}: epochs {done} to {cfg.epochs - 1} of {steps} steps, "
+        f"{images_per_step(dls)} images a step, {cfg.precision} on {dls.device}",
+        flush=True,
+    )
+
+
 def _train(learn, cfg, out, state):
     "Train the remaining epochs, then write the results in the process of rank 0"
     keeper, done = RunState(out, asdict(cfg), state), state["epochs"] if state else 0
@@ -446,6 +461,7 @@ def _train(learn, cfg, out, state):
         warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
         if done < cfg.epochs:
             if not rank_distrib():
+                _print_plan(learn.dls, cfg, done)
                 _warn_short(learn, cfg)
             cbs = [keeper, StopOnDivergence(), EpochLines(), *([WatchTests()] if cfg.watch_tests else [])]
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle

@@ -30,7 +30,7 @@ from torchvision.ops import box_iou
 from .runfiles import part_of
 
 # %% ../nbs/12a_video.ipynb #9a1a7718
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+VIDEO_SUFFIXES = tuple(".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv".split())
 
 
 def camera_index(

@@ -314,11 +314,13 @@ def test_accuracy_by_group_counts_by_hand(tmp_path):
     people = pd.DataFrame(dict(file=["01.jpg", "02.jpg", "03"], label=["sad", "happy", "happy"], group=["a", "b", "c"]))
     found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])  # labels of the table, not of the folders
     assert list(found["accuracy"]) == [0, 0, 1]
+    found = accuracy_by_group(table, files[:3], people.rename(columns={"label": "Label "}), ["Happy", "sad"])
+    assert list(found["attribute"]) == ["group"] * 3 and list(found["accuracy"]) == [0, 0, 1]
     people["label"] = ["sad", None, "happy"]
     with pytest.warns(UserWarning, match="1 of 3 files are left out"):
         found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])
     assert found[["group", "correct"]].values.tolist() == [["a", 0], ["c", 1]]
-    with pytest.raises(ValueError, match="no file has its name in the column 'id'"):
+    with pytest.raises(ValueError, match="column 'id' .* such as 01, and the files such as x.jpg"):
         accuracy_by_group(table, [tmp_path / "x.jpg"], tmp_path / "people.csv", ["happy"])
     with pytest.raises(ValueError, match="id '01' has several rows"):
         accuracy_by_group(table, files, pd.DataFrame(dict(id=["01", "01"], group=["a", "b"])), ["happy"])
@@ -344,6 +346,14 @@ def test_ecan_predict_by_group_and_heatmaps(faces, run, tmp_path, capsys):
     counts = [line.split()[2:4] for line in said.splitlines() if line.split()[:1] == ["age"]]
     assert sum(int(n) for n, _ in counts) == 8 and sum(int(k) for _, k in counts) == right and "found" not in said
     assert min(cv2.imread(str(tmp_path / "h.png")).shape[:2]) > 100
+
+
+def test_a_wrong_table_of_people_is_refused_before_faces_are_labelled(faces, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Predictor, "predict", lambda *args, **kwargs: pytest.fail("labelled"))
+    (tmp_path / "people.csv").write_text("id,age\nnobody,30\n")
+    with pytest.raises(SystemExit):
+        ecan_predict(["--run", str(run), str(faces / "test"), "--by", str(tmp_path / "people.csv")])
+    assert "no file has its name in the column 'id'" in capsys.readouterr().err
 
 
 def test_a_photograph_without_faces_gets_a_note_and_a_face_none(faces, run, photo, tmp_path, capsys):

@@ -284,12 +284,32 @@ def test_calibrate_finds_the_smallest_loss_of_the_probabilities_over_all_views(r
     "n,labels,message",
     [
         (2, ["happy"], "a label for each of 2 images, got 1"),
-        (1, ["bored"], "no class bored in this model, the classes are angry"),
+        (2, ["happy", "bored"], "no class bored in this model, the classes are angry"),
+        (1, ["bored"], "the model knows none of the data's classes: it has angry"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused_in_calibration(run, faces, n, labels, message):
     with pytest.raises(ValueError, match=message):
         Predictor(run).calibrate(test_files(faces)[:n], labels)
+
+
+def test_calibration_takes_the_names_that_evaluation_takes(run, faces):
+    images = test_files(faces)
+    labels, found = [f.parent.name for f in images], []
+    for named in (str, lambda v: {"happy": "Happiness", "sad": "sadness"}.get(v, v)):
+        predictor = Predictor(run)
+        with torch.no_grad():
+            for p in predictor.model.classifier.classifier.parameters():
+                p.mul_(8)
+        found.append(predictor.calibrate(images, [named(v) for v in labels]))
+    assert found[0] == found[1] != 1
+
+
+def test_a_learner_is_no_run_and_an_export_needs_its_folder(run, tmp_path):
+    with pytest.raises(TypeError, match="expected the folder of a run, got Linear: use from_learner for a learner"):
+        Predictor(torch.nn.Linear(2, 2))
+    with pytest.raises(FileNotFoundError, match="no such folder: .*nowhere"):
+        Predictor(run).export(tmp_path / "nowhere" / "model.onnx")
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(run, tmp_path, monkeypatch):

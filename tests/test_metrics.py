@@ -58,6 +58,26 @@ def test_a_model_that_is_always_right_keeps_its_probabilities():
     assert fit_temperature(np.tile(logits, (10, 1)), [0, 1] * 9 + [0, 2]) != 1
 
 
+@pytest.mark.parametrize("measure", [calibration_error, fit_temperature])
+def test_calibration_refuses_what_is_no_class_index_and_other_lengths(measure):
+    outputs = np.full((2, 4), 0.25)
+    for targets, message in (
+        (["happy", "sad"], "class indices from 0 to 3, got .*happy"),
+        ([0, 4], "class indices from 0 to 3, got .*4"),
+        ([0], r"a class index for each of 2 rows, got shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(outputs, targets)
+    with pytest.raises(ValueError, match=r"a column for each class, got shape \(4,\)"):
+        measure(outputs[0], [0])
+
+
+@pytest.mark.parametrize("logits", [[[2.0, -1.0]], [[2.0, 3.0]]])
+def test_calibration_error_refuses_logits(logits):
+    with pytest.raises(ValueError, match="expected probabilities, whose rows sum to 1"):
+        calibration_error(logits, [0])
+
+
 @pytest.mark.parametrize("wrong", ["happy", 2, -1])
 def test_what_is_no_class_index_is_refused(wrong):
     for targets, predicted in (([wrong, wrong], [0, 1]), ([0, 1], [wrong, wrong])):

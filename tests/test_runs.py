@@ -597,6 +597,21 @@ def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
         assert learn.model.encoder.conv1[0].weight.requires_grad
 
 
+def test_a_run_says_what_it_trains_on_what(faces, tmp_path, capsys):
+    start_run(config(faces, method="baseline", epochs=1, level="strong", size=48, train_all=True), tmp_path / "run")
+    said, history = capsys.readouterr().out.splitlines(), pd.read_csv(tmp_path / "run" / "history.csv")
+    n = len(list((faces / "train").glob("*/*")))
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert said[0].startswith(f"folder: train {n}, valid_seen ") and said[0].endswith(
+        " images; grey, 48x48 pixels, views of 40x40"
+    )
+    assert said[1] == (
+        f"baseline, {cfg['arch']}: epochs 0 to 0 of {n // cfg['bs']} steps, {cfg['bs']} images a step, "
+        f"{cfg['precision']} on cpu"
+    )
+    assert said[2].startswith("epoch 0  train_loss") and len(history) == 1
+
+
 @pytest.mark.slow
 def test_short_runs_are_told(faces, tmp_path):
     with pytest.warns(
@@ -663,6 +678,12 @@ def test_a_damaged_run_folder_is_named(tmp_path, capsys):
     (tmp_path / "checkpoint.pth").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="checkpoint.pth is broken"):
         runs._read_checkpoint(tmp_path, "cpu")
+
+
+def test_no_run_is_resumed_from_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no run to resume: no such folder: .*nope"):
+        resume_run(tmp_path / "nope")
+    assert not list(tmp_path.iterdir())  # nor a lock
 
 
 def test_a_finished_run_is_not_resumed(tmp_path):
