@@ -103,7 +103,7 @@ def subgroup_table(
             rows.append((attribute, group, len(right), n, k, *_share_with_interval(k, n)))
     return pd.DataFrame(rows, columns="attribute group images found correct accuracy low high".split())
 
-# %% ../nbs/08_metrics.ipynb #c4a1b0e1
+# %% ../nbs/08_metrics.ipynb #6adb168a
 def _outputs_and_targets(outputs, targets):
     "Check that there is one class index for each row of a model's outputs; return both as arrays"
     outputs = np.asarray(outputs, dtype=float)
