@@ -17,7 +17,7 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Recorder
-from fastai.torch_core import get_model, maybe_gather, to_device
+from fastai.torch_core import get_model, maybe_gather, num_distrib, rank_distrib, to_device
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 
@@ -26,7 +26,9 @@ from .progress import progress
 
 # %% ../nbs/06_callbacks.ipynb #b43935b6
 class MomentumUpdate(Callback):
-    "Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)"
+    """Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)
+
+    Warns if a fit has too few steps for its momentum."""
 
     run_valid = False
 
@@ -37,7 +39,20 @@ class MomentumUpdate(Callback):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         store_attr()
-        self.skipped = False
+        self.skipped, self.taken = False, 0
+
+    def before_train(self):
+        frozen = self.opt.frozen_idx > 0  # then there is nothing to follow
+        unused = not getattr(self.loss_func, "l1", 1)
+        if self.epoch or frozen or unused or hasattr(self.learn, "lr_finder") or rank_distrib():
+            return
+        steps = self.taken + self.n_epoch * len(self.dls.train) // max(1, num_distrib())
+        if steps < round(3 / (1 - self.momentum)):
+            warnings.warn(
+                f"{steps} steps are few for a key encoder of momentum {self.momentum}, which averages over about "
+                f"{1 / (1 - self.momentum):.0f}: {100 * self.momentum**steps:.0f} % of it will still be its start; "
+                "train longer or use a smaller momentum"
+            )
 
     def after_cancel_step(self):
         self.skipped = True
@@ -45,6 +60,7 @@ class MomentumUpdate(Callback):
     def after_step(self):
         if not self.skipped:
             get_model(self.model).update_keys(self.momentum)
+            self.taken += 1
         self.skipped = False
 
 # %% ../nbs/06_callbacks.ipynb #d9a7908f

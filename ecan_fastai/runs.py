@@ -407,18 +407,6 @@ def _first_process_first(load, *args):
     return rank0_first(load, *args)
 
 
-def _warn_short(learn, cfg):
-    if cfg.method in ("baseline", "center"):
-        return
-    steps, memory = cfg.epochs * len(learn.dls.train) // max(1, num_distrib()), 1 / (1 - cfg.momentum)
-    if steps < 3 * memory:
-        warnings.warn(
-            f"{steps} steps are few for a key encoder of momentum {cfg.momentum}, which averages over about "
-            f"{memory:.0f}: {100 * cfg.momentum**steps:.0f} % of it will still be its start; "
-            "train longer or use a smaller momentum"
-        )
-
-
 def _distributed(learn):
     "Return the context of a fit: fastai's distributed training if several processes were launched"
     if num_distrib() < 2:
@@ -462,7 +450,6 @@ def _train(learn, cfg, out, state):
         if done < cfg.epochs:
             if not rank_distrib():
                 _print_plan(learn.dls, cfg, done)
-                _warn_short(learn, cfg)
             cbs = [keeper, StopOnDivergence(), EpochLines(), *([WatchTests()] if cfg.watch_tests else [])]
             fit = learn.fit_cosine if cfg.schedule == "cosine" else learn.fit_one_cycle
             with _own_messages(), _distributed(learn), nullcontext() if sys.stdout.isatty() else learn.no_bar():

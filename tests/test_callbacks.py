@@ -714,3 +714,21 @@ def test_the_bank_is_filled_under_a_loss_of_ones_own():
     learn.loss_func = lambda out, y: nn.functional.cross_entropy(out["logits"] if isinstance(out, dict) else out, y)
     learn.fit(1)
     assert learn.model.bank.full
+
+
+def test_a_fit_that_is_short_for_its_momentum_says_so():
+    learn = noise_learner(n=12, bs=4, momentum=0.9)  # 3 steps an epoch, an average over 10
+    with pytest.warns(UserWarning, match="6 steps are few .* momentum 0.9, .* about 10: 53 % of it will still"):
+        learn.fit(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        learn.fit(8)  # with those before, 30 steps
+        noise_learner(momentum=0.9).fit(10)
+        noise_learner(momentum=0.9).lr_find(show_plot=False, num_it=4)
+        frozen = noise_learner(momentum=0.999)
+        frozen.splitter = lambda m: [list(m.encoder.parameters()), [*m.classifier.parameters(), m.centers]]
+        frozen.freeze()
+        frozen.fit(1)
+        without = noise_learner(momentum=0.999)
+        without.loss_func = ECANLoss(l1=0)
+        without.fit(1)
