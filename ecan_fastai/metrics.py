@@ -65,11 +65,14 @@ def split_metrics(
 
 # %% ../nbs/08_metrics.ipynb #49803c8e
 def _bands(values):
-    "Groups as text: numbers with more than ten values as bands of ten, missing values as unknown"
+    "Groups as text: numbers with more than ten values in bands, missing values as unknown"
     numbers = pd.to_numeric(values, errors="coerce")
     if numbers.nunique() > 10 and numbers.isna().equals(values.isna()):
-        first = (numbers // 10 * 10).astype("Int64")
-        values = first.astype("string") + "-" + (first + 9).astype("string")
+        spread = numbers.max() - numbers.min()
+        width = 10.0 if spread > 10 else 10.0 ** (math.ceil(math.log10(spread)) - 1)
+        first = np.floor(numbers / width + 1e-9) * width
+        bands = {f: f"{f:.0f}-{f + 9:.0f}" if width == 10 else f"{f:.6g} to {f + width:.6g}" for f in first.dropna()}
+        values = first.map(bands)
     return values.astype("string").fillna("unknown")
 
 
@@ -90,9 +93,9 @@ def subgroup_table(
 ) -> pd.DataFrame:  # attribute, group, images, found, correct (numbers), accuracy, low, high (shares, 0 to 1)
     """Count right predictions by group of people, a row each; accuracy is over the images with a prediction
 
-    Columns with more than ten different numbers, such as ages, are grouped in bands of ten; a missing value is group
-    unknown. low and high bound the 95 % interval of accuracy (Wilson, 1927). Raises `ValueError` if the lengths
-    differ."""
+    Columns with more than ten different numbers, such as ages, are grouped in bands of ten, or of 1, 0.1 and so on if
+    they differ by 10, 1 or less; a missing value is group unknown. low and high bound the 95 % interval of accuracy
+    (Wilson, 1927). Raises `ValueError` if the lengths differ."""
     correct, rows = pd.Series(list(correct), dtype=float), []
     if len(correct) != len(people):
         raise ValueError(f"expected a row of people for each of {len(correct)} predictions, got {len(people)}")

@@ -401,5 +401,11 @@ def test_ages_are_put_into_bands_of_ten():
         ["code", "0", 7],
         ["code", "1", 8],
     ]
+    shares, turned = [k / 20 for k in range(20)], [k / 4 for k in range(20)]  # 0 to 0.95, and 0 to 4.75
+    table = subgroup_table([1] * 20, pd.DataFrame(dict(quality=shares, yaw=turned)))
+    assert table[["attribute", "group", "images"]].values.tolist() == [
+        *(["quality", f"{k / 10:g} to {(k + 1) / 10:g}", 2] for k in range(10)),
+        *(["yaw", f"{k} to {k + 1}", 4] for k in range(5)),
+    ]
     few = subgroup_table([1] * 12, pd.DataFrame(dict(age=[*range(18, 29), "old"])))
     assert len(few) == 12  # not all of them are numbers

@@ -672,3 +672,10 @@ def test_photographs_of_a_format_that_is_not_read_are_told(faces):
             assert not [f for f in read_faces(faces) if str(f.image).endswith(".HEIC")]
     finally:
         (faces / "train" / "happy" / "IMG_1.HEIC").unlink()
+
+
+@pytest.mark.parametrize("mark, sep", [("sep=;\n", ";"), ("SEP=,\r\n", ","), ("\nsep=\t\n", "\t")])
+def test_a_line_that_names_the_separator_is_no_header(tmp_path, mark, sep):
+    write(tmp_path / "a.csv", mark + f"image{sep}label\na.png{sep}happy\n")
+    table = read_csv(tmp_path / "a.csv", ("image", "label"))
+    assert table.values.tolist() == [["a.png", "happy"]] and table.index[0] == mark.count("\n") + 2
