@@ -253,7 +253,7 @@ def read_csv(
         blank, first = next(((i, line) for i, line in enumerate(f) if line.strip()), (0, None))
     if first is None:
         raise ValueError(f"{csv} is empty")
-    if marked := re.match("sep=(.)$", first.rstrip("\r\n"), re.I):  # a line that some spreadsheets write before the header
+    if marked := re.match("sep=(.)$", first.rstrip("\r\n"), re.I):  # some spreadsheets write it before the header
         blank, first = blank + 1, marked[1]
     sep = next((s for s in ",;\t" if s in first), ",")
     lines = dict(skiprows=blank, nrows=n_lines, skip_blank_lines=False)
