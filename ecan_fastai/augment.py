@@ -55,7 +55,7 @@ def _five_crops(size, side):
 def resize_to(
     side: int,  # Side of the result in pixels
 ) -> A.Resize:
-    "Resize to a square, without keeping proportions: bilinear, or `cv2.INTER_AREA` for an image that shrinks"
+    "Resize to a square, without keeping proportions: bilinear, or `cv2.INTER_AREA` if a side shrinks"
     return A.Resize(side, side, area_for_downscale="image")
 
 # %% ../nbs/01_augment.ipynb #c7be42a3

@@ -16,19 +16,35 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Recorder
-from fastai.torch_core import get_model, maybe_gather, num_distrib, rank_distrib, to_device
+from fastai.torch_core import get_model, maybe_gather, rank_distrib, to_device
 from fastcore.basics import patch, store_attr
 from torch import Tensor
 
 from .fastai_internals import add_columns, fill_columns
 from .progress import progress
 
+# %% ../nbs/06_callbacks.ipynb #c0de5a70
+def _warn_short(update):
+    "Warn if a fit has too few steps for the momentum of a `MomentumUpdate`"
+    if not update.momentum or not getattr(update.loss_func, "reads_keys", True):
+        return
+    batches, train = update.n_epoch * len(update.dls.train), update.dls.train
+    images = next((cb.n_acc for cb in update.learn.cbs if isinstance(cb, GradientAccumulation)), train.bs)
+    steps, memory = update.taken + batches * train.bs // max(images, train.bs), 1 / (1 - update.momentum)
+    if steps < round(3 * memory):
+        warnings.warn(
+            f"{steps} steps are few for a key encoder of momentum {update.momentum}, which averages over about "
+            f"{memory:.0f} steps: {100 * update.momentum**steps:.0f} % of it will still be its initial state; "
+            "train longer or use a smaller momentum"
+        )
+
 # %% ../nbs/06_callbacks.ipynb #b43935b6
 class MomentumUpdate(Callback):
     """Move the key encoder towards the query encoder after every real optimizer step (Eq. 1)
 
-    Warns if a fit has too few steps for its momentum."""
+    Warns if a fit has too few steps for the momentum."""
 
     run_valid = False
 
@@ -41,18 +57,14 @@ class MomentumUpdate(Callback):
         store_attr()
         self.skipped, self.taken = False, 0
 
+    @property
+    def follows(self):
+        "Whether the encoder that the keys follow is trained"
+        return self.opt.frozen_idx == 0 and not hasattr(self.learn, "lr_finder")
+
     def before_train(self):
-        frozen = self.opt.frozen_idx > 0  # then there is nothing to follow
-        unused = not getattr(self.loss_func, "l1", 1)
-        if self.epoch or frozen or unused or hasattr(self.learn, "lr_finder") or rank_distrib():
-            return
-        steps = self.taken + self.n_epoch * len(self.dls.train) // max(1, num_distrib())
-        if steps < round(3 / (1 - self.momentum)):
-            warnings.warn(
-                f"{steps} steps are few for a key encoder of momentum {self.momentum}, which averages over about "
-                f"{1 / (1 - self.momentum):.0f}: {100 * self.momentum**steps:.0f} % of it will still be its start; "
-                "train longer or use a smaller momentum"
-            )
+        if self.epoch == 0 and self.follows and not rank_distrib():
+            _warn_short(self)
 
     def after_cancel_step(self):
         self.skipped = True
@@ -60,7 +72,7 @@ class MomentumUpdate(Callback):
     def after_step(self):
         if not self.skipped:
             get_model(self.model).update_keys(self.momentum)
-            self.taken += 1
+            self.taken += self.follows
         self.skipped = False
 
 # %% ../nbs/06_callbacks.ipynb #d9a7908f

@@ -89,7 +89,6 @@ class PhotoCrop:
 # %% ../nbs/02_data.ipynb #0fece0ab
 _LARGEST_FILE = 2**28  # bytes
 _LARGEST_IMAGE = 2**28  # pixels
-_HEIC = "it is a HEIC image, convert it to JPEG"
 
 
 def _bytes(file):
@@ -143,7 +142,9 @@ def _decode(x, channels):
     except cv2.error:  # the header gives more pixels than OpenCV accepts
         img = None
     if img is None:
-        problem = _HEIC if data[4:10] == b"ftyphe" else "not an image, or broken" if whole else "the file was cut short"
+        problem = "not an image, or broken" if whole else "the file was cut short"
+        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
+            problem = "it is a HEIC image, convert it to JPEG"
         raise ValueError(f"cannot decode {name}: {problem} ({len(data)} bytes)")
     return img[..., None] if channels == 1 else img
 

@@ -274,6 +274,14 @@ def _rows_of_people(files, people):
     row = {key: i for i, key in enumerate(keys)}
     return [row.get(_nfc(Path(f).name), row.get(_nfc(Path(f).stem))) for f in files]
 
+# %% ../nbs/12_detector.ipynb #ed2dd168
+def _with_label(people):
+    "Name the column of true classes `label`, whatever its capital letters"
+    columns = [c for c in people.columns[1:] if str(c).strip().lower() == "label"]
+    if len(columns) > 1:
+        raise ValueError(f"the table of people has several columns of labels: {', '.join(map(repr, columns))}")
+    return people.rename(columns=dict.fromkeys(columns, "label"))
+
 # %% ../nbs/12_detector.ipynb #ed2dd166
 def accuracy_by_group(
     table: pd.DataFrame,  # As `Predictor.predict_faces` or `Predictor.predict` returns it
@@ -287,16 +295,17 @@ def accuracy_by_group(
     Warns if files are left out. Raises `ValueError` if none is left, if a person has several rows, or if there is no
     column to group by."""
     people = people if isinstance(people, pd.DataFrame) else read_csv(people)
-    people = people.rename(columns={c: "label" for c in people if str(c).strip().lower() == "label"})
+    people = _with_label(people)
     attributes = people.drop(columns=[people.columns[0], "label"], errors="ignore")
     if not len(attributes.columns):
         raise ValueError("the table of people has no column to group by, beside the names of files and `label`")
     rows = _rows_of_people(files, people)
     known = [(str(f), row) for f, row in zip(files, rows) if row is not None]
     if not known:
+        one, other = [*people.iloc[:1, 0], "none"][0], [*(Path(f).name for f in files), "none"][0]
         raise ValueError(
-            f"no file has its name in the column {people.columns[0]!r} of the table of people: it has names such as "
-            f"{people.iloc[0, 0]}, and the files such as {', '.join(Path(f).name for f in files[:1])}"
+            f"no file has its name in the column {people.columns[0]!r} of the table of people: the first is {one} in "
+            f"the table, and {other} among the files"
         )
     named = people["label"].fillna("") if "label" in people else None
     labels = [Path(f).absolute().parent.name if named is None else named.iloc[row] for f, row in known]

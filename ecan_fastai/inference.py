@@ -543,12 +543,15 @@ def calibrate(
 ) -> float:  # The temperature; above 1 if the model was too sure
     """Fit the temperature that divides the logits; probabilities and exports use it from then on
 
-    Raises `ValueError` for too few images: all are labelled rightly, or an end of the range from 1/20 to 20 is best."""
+    Raises `ValueError` for another number of labels, for a class that the model does not have, and for too few images:
+    all are labelled rightly, or an end of the range from 1/20 to 20 is best."""
     images, labels = image_list(images), list(labels)
     if len(images) != len(labels):
         raise ValueError(f"expected a label for each of {len(images)} images, got {len(labels)}")
+    if no_names := [v for v in labels if not isinstance(v, str)]:
+        raise ValueError(f"expected names of classes as labels, got {no_names[0]!r}")
     shared = shared_classes(self.vocab, labels)
-    unknown = sorted({str(v) for v in labels if v not in shared})
+    unknown = sorted({v for v in labels if v not in shared})
     if unknown:
         raise ValueError(f"no class {', '.join(unknown)} in this model, the classes are {', '.join(self.vocab)}")
     temperature = calibrated_temperature(self.logits(images).mean(1), [self.vocab.index(shared[v]) for v in labels])

@@ -591,6 +591,12 @@ class ECANLoss(_CrossEntropy):
         "Names of `parts`: ce, terms with a weight above 0, MVA's alpha, mean cosines within and between classes"
         return _part_names(self.l1, self.l2, self.contrast, self.compact)
 
+# %% ../nbs/04_losses.ipynb #b034fcb0
+@patch(as_prop=True)
+def reads_keys(self: ECANLoss):
+    "Whether the loss depends on the key encoder"
+    return bool(self.l1 or self.l2 and self.compact == "mva" and self.n_groups > 1)
+
 # %% ../nbs/04_losses.ipynb #bd934e62
 @patch
 def extra_repr(self: ECANLoss):

@@ -429,13 +429,13 @@ def _own_messages():
 
 
 def _print_plan(dls, cfg, done):
-    "Print what is trained on what"
+    "Print the data, model and number of steps of a run"
     view, channels = crop_size(cfg.level, cfg.recipe, cfg.size), {1: "grey", 3: "colour"}[cfg.channels]
     images = ", ".join(f"{name} {len(dl.dataset)}" for name, dl in zip(dls.split_names, dls.loaders))
-    steps = len(dls.train) // max(1, num_distrib())
+    steps = -(-len(dls.train) // max(1, num_distrib()))
     print(f"{cfg.kind}: {images} images; {channels}, {cfg.size}x{cfg.size} pixels, views of {view}x{view}")
     print(
-        f"{cfg.method}, {cfg.arch}: epochs {done} to {cfg.epochs - 1} of {steps} steps, "
+        f"{cfg.method}, {cfg.arch}: epochs {done} to {cfg.epochs - 1}, {steps} steps each, "
         f"{images_per_step(dls)} images a step, {cfg.precision} on {dls.device}",
         flush=True,
     )

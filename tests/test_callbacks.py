@@ -716,19 +716,58 @@ def test_the_bank_is_filled_under_a_loss_of_ones_own():
     assert learn.model.bank.full
 
 
-def test_a_fit_that_is_short_for_its_momentum_says_so():
+def short_fits(learn, fit):
+    "What a fit says of its momentum"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(learn)
+    return [str(w.message) for w in said if "momentum" in str(w.message)]
+
+
+def test_a_fit_that_is_short_for_its_momentum_says_so_once():
     learn = noise_learner(n=12, bs=4, momentum=0.9)  # 3 steps an epoch, an average over 10
-    with pytest.warns(UserWarning, match="6 steps are few .* momentum 0.9, .* about 10: 53 % of it will still"):
-        learn.fit(2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        learn.fit(8)  # with those before, 30 steps
-        noise_learner(momentum=0.9).fit(10)
-        noise_learner(momentum=0.9).lr_find(show_plot=False, num_it=4)
-        frozen = noise_learner(momentum=0.999)
-        frozen.splitter = lambda m: [list(m.encoder.parameters()), [*m.classifier.parameters(), m.centers]]
-        frozen.freeze()
-        frozen.fit(1)
-        without = noise_learner(momentum=0.999)
-        without.loss_func = ECANLoss(l1=0)
-        without.fit(1)
+    (said,) = short_fits(learn, lambda learn: learn.fit(2))
+    assert said.startswith(
+        "6 steps are few for a key encoder of momentum 0.9, which averages over about 10 steps: 53 %"
+    )
+    assert not short_fits(learn, lambda learn: learn.fit(8))  # with those before, 30 steps
+    assert not short_fits(noise_learner(momentum=0.9), lambda learn: learn.fit(10))
+    assert not short_fits(noise_learner(momentum=0), lambda learn: learn.fit(1))
+    assert not short_fits(learn, lambda learn: (learn.validate(), learn.get_preds()))
+
+
+def test_only_steps_that_the_keys_can_follow_count():
+    learn = noise_learner(momentum=0.9)
+    learn.splitter = lambda m: [list(m.encoder.parameters()), [*m.classifier.parameters(), m.centers]]
+    assert not short_fits(learn, lambda learn: learn.lr_find(show_plot=False, num_it=40))  # restores the weights
+    learn.freeze()
+    assert not short_fits(learn, lambda learn: learn.fit(10))
+    learn.unfreeze()
+    (said,) = short_fits(learn, lambda learn: learn.fit(9))
+    assert said.startswith("27 steps are few")
+    (said,) = short_fits(noise_learner(GradientAccumulation(12), momentum=0.9), lambda learn: learn.fit(29))
+    assert said.startswith("29 steps are few")  # one for three batches
+
+
+@pytest.mark.parametrize(
+    "loss, reads",
+    [
+        (ECANLoss(), True),
+        (ECANLoss(l1=0), True),  # the older groups of MVA are keys
+        (ECANLoss(l1=0, n_groups=1), False),
+        (ECANLoss(l1=0, compact="center"), False),
+        (ECANLoss(l2=0), True),
+        (ECANLoss(l1=0, l2=0), False),
+    ],
+)
+def test_a_loss_knows_whether_it_depends_on_the_keys(loss, reads):
+    torch.manual_seed(0)
+    z = torch.randn(4, 8, 5)
+    out = dict(logits=torch.randn(8, 3), z_q=z[0], bank_y=torch.arange(16) % 3, bank_order=torch.arange(16))
+    out |= dict(centers=torch.randn(3, 5), z_k=z[1], bank_z=torch.cat([z[2], z[3]]))
+    y = torch.arange(8) % 3
+    other = out | dict(z_k=torch.randn(8, 5), bank_z=torch.randn(16, 5))
+    assert loss.reads_keys == reads == (not torch.equal(loss(out, y), loss(other, y)))
+    learn = noise_learner(momentum=0.999)
+    learn.loss_func = loss
+    assert bool(short_fits(learn, lambda learn: learn.fit(1))) == reads

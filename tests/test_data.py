@@ -293,7 +293,7 @@ def test_read_face_takes_every_form(tmp_path, channels):
     [
         (b"", "cannot decode"),
         (b"text", "cannot decode"),
-        (b"\0\0\0\x18ftypheic" + bytes(40), "cannot decode .*: it is a HEIC image, convert it to JPEG"),
+        (b"\0\0\0\x18ftypmif1" + bytes(40), "cannot decode .*: it is a HEIC image, convert it to JPEG"),
         ("missing.png", "no such image file: missing.png"),
         (np.zeros((4, 4), np.float32), "got float32"),
         (np.zeros((4, 4, 2), np.uint8), r"\(4, 4, 2\)"),

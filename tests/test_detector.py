@@ -316,11 +316,18 @@ def test_accuracy_by_group_counts_by_hand(tmp_path):
     assert list(found["accuracy"]) == [0, 0, 1]
     found = accuracy_by_group(table, files[:3], people.rename(columns={"label": "Label "}), ["Happy", "sad"])
     assert list(found["attribute"]) == ["group"] * 3 and list(found["accuracy"]) == [0, 0, 1]
+    found = accuracy_by_group(table, files[:3], people.rename(columns={"file": "Label"}), ["Happy", "sad"])
+    assert list(found["accuracy"]) == [0, 0, 1]  # the first column is the file's name, whatever it is called
+    with pytest.raises(ValueError, match="several columns of labels: 'label', 'Label'"):
+        accuracy_by_group(table, files[:3], people.assign(Label="sad"), ["Happy", "sad"])
+    for empty, none in ((people[:0], files[:3]), (people, [])):
+        with pytest.raises(ValueError, match="the first is .*none"):
+            accuracy_by_group(table, none, empty, ["Happy", "sad"])
     people["label"] = ["sad", None, "happy"]
     with pytest.warns(UserWarning, match="1 of 3 files are left out"):
         found = accuracy_by_group(table, files[:3], people, ["Happy", "sad"])
     assert found[["group", "correct"]].values.tolist() == [["a", 0], ["c", 1]]
-    with pytest.raises(ValueError, match="column 'id' .* such as 01, and the files such as x.jpg"):
+    with pytest.raises(ValueError, match="column 'id' .*: the first is 01 in the table, and x.jpg"):
         accuracy_by_group(table, [tmp_path / "x.jpg"], tmp_path / "people.csv", ["happy"])
     with pytest.raises(ValueError, match="id '01' has several rows"):
         accuracy_by_group(table, files, pd.DataFrame(dict(id=["01", "01"], group=["a", "b"])), ["happy"])

@@ -135,6 +135,13 @@ def test_the_rate_follows_the_images_of_a_step(seen):
     assert [s["whole"]["lr"] for s in seen] == [pytest.approx(0.1 * 16 / 256)] * 2
 
 
+def test_steps_are_counted_in_one_process_and_told_once(seen):
+    first, second = (s["whole"] for s in seen)
+    (said,) = first["said"]
+    taken = sum(map(len, first["parts"]))
+    assert taken <= int(said.split()[0]) <= taken + 2 and not second["said"]  # fastai counts the last batch of an epoch
+
+
 def test_draws_differ_between_processes_and_repeat_from_the_seed(seen):
     first, second = (s["draws"] for s in seen)
     views = torch.cat([first[0], second[0], first[2], second[2]])

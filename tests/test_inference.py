@@ -286,6 +286,8 @@ def test_calibrate_finds_the_smallest_loss_of_the_probabilities_over_all_views(r
         (2, ["happy"], "a label for each of 2 images, got 1"),
         (2, ["happy", "bored"], "no class bored in this model, the classes are angry"),
         (1, ["bored"], "the model knows none of the data's classes: it has angry"),
+        (2, [0, 1], "expected names of classes as labels, got 0"),
+        (2, ["happy", float("nan")], "expected names of classes as labels, got nan"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused_in_calibration(run, faces, n, labels, message):

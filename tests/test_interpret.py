@@ -404,8 +404,12 @@ def test_ages_are_put_into_bands_of_ten():
     shares, turned = [k / 20 for k in range(20)], [k / 4 for k in range(20)]  # 0 to 0.95, and 0 to 4.75
     table = subgroup_table([1] * 20, pd.DataFrame(dict(quality=shares, yaw=turned)))
     assert table[["attribute", "group", "images"]].values.tolist() == [
-        *(["quality", f"{k / 10:g} to {(k + 1) / 10:g}", 2] for k in range(10)),
+        *(["quality", f"{k / 10:.1f} to {(k + 1) / 10:.1f}", 2] for k in range(10)),
         *(["yaw", f"{k} to {k + 1}", 4] for k in range(5)),
     ]
+    years = subgroup_table([1] * 11, pd.DataFrame(dict(born=range(1990, 2001))))
+    assert list(years["group"]) == ["1990-1999", "2000-2009"]  # whole numbers
+    times = subgroup_table([1] * 11, pd.DataFrame(dict(time=[1e5 + k / 10 for k in range(11)])))
+    assert list(times["group"]) == [f"{1e5 + k / 10:.1f} to {1e5 + (k + 1) / 10:.1f}" for k in range(11)]
     few = subgroup_table([1] * 12, pd.DataFrame(dict(age=[*range(18, 29), "old"])))
     assert len(few) == 12  # not all of them are numbers

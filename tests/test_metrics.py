@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.special import softmax
 
 from ecan_fastai.metrics import calibration_error, fit_temperature, split_metrics, subgroup_table
@@ -76,6 +77,15 @@ def test_calibration_refuses_what_is_no_class_index_and_other_lengths(measure):
 def test_calibration_error_refuses_logits(logits):
     with pytest.raises(ValueError, match="expected probabilities, whose rows sum to 1"):
         calibration_error(logits, [0])
+
+
+def test_calibration_error_takes_probabilities_of_low_precision():
+    logits = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0)) * 2
+    targets = torch.arange(1000) % 7
+    exact, rough = (
+        calibration_error(logits.to(t).softmax(1).float(), targets) for t in (torch.float32, torch.bfloat16)
+    )
+    assert rough == pytest.approx(exact, abs=0.005)
 
 
 @pytest.mark.parametrize("wrong", ["happy", 2, -1])

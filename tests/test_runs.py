@@ -597,7 +597,7 @@ def test_a_pretrained_encoder_is_trained_too(faces, tmp_path, monkeypatch):
         assert learn.model.encoder.conv1[0].weight.requires_grad
 
 
-def test_a_run_says_what_it_trains_on_what(faces, tmp_path, capsys):
+def test_a_run_prints_its_data_model_and_steps_first(faces, tmp_path, capsys):
     start_run(config(faces, method="baseline", epochs=1, level="strong", size=48, train_all=True), tmp_path / "run")
     said, history = capsys.readouterr().out.splitlines(), pd.read_csv(tmp_path / "run" / "history.csv")
     n = len(list((faces / "train").glob("*/*")))
@@ -606,7 +606,7 @@ def test_a_run_says_what_it_trains_on_what(faces, tmp_path, capsys):
         " images; grey, 48x48 pixels, views of 40x40"
     )
     assert said[1] == (
-        f"baseline, {cfg['arch']}: epochs 0 to 0 of {n // cfg['bs']} steps, {cfg['bs']} images a step, "
+        f"baseline, {cfg['arch']}: epochs 0 to 0, {n // cfg['bs']} steps each, {cfg['bs']} images a step, "
         f"{cfg['precision']} on cpu"
     )
     assert said[2].startswith("epoch 0  train_loss") and len(history) == 1
@@ -616,7 +616,7 @@ def test_a_run_says_what_it_trains_on_what(faces, tmp_path, capsys):
 def test_short_runs_are_told(faces, tmp_path):
     with pytest.warns(
         UserWarning,
-        match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000: 100 % of it",
+        match=r"5 steps are few for a key encoder of momentum 0.999, which averages over about 1000 steps: 100 % of it",
     ):
         start_run(config(faces, epochs=1, momentum=0.999), tmp_path / "run")
 

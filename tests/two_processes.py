@@ -5,6 +5,7 @@ fastai's distributed training is written for GPUs in two places. `DistributedDL`
 `.cuda()`: here they are sent as they lie. Its `SyncBatchNorm` refuses CPU tensors: `sync_bn=False` leaves it out."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -57,12 +58,15 @@ def whole(folder):
     learn = ecan_learner(dls, bank_groups=3, cbs=Look(), path=folder / f"process{rank_distrib()}")
     lr = learn.lr
     with learn.distrib_ctx(sync_bn=False), learn.no_bar(), learn.no_logging():
-        learn.fit(2, 1e-3)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            learn.fit(2, 1e-3)
+    said = [str(w.message) for w in said if "momentum" in str(w.message)]
     learn.save("weights"), learn.export("learner.pkl")
     written = [p.name for p in (folder / f"process{rank_distrib()}").rglob("*.p*")]
     names = learn.recorder.metric_names[1:-1]
     rows = [dict(zip(names, v)) for v in learn.recorder.values]
-    return dict(model=learn.model.state_dict(), rows=rows, parts=parts, written=written, lr=lr)
+    return dict(model=learn.model.state_dict(), rows=rows, parts=parts, written=written, lr=lr, said=said)
 
 
 def draws(folder):
