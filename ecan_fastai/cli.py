@@ -547,7 +547,8 @@ def _setting(text):
     try:
         return key, types[key](value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{key} must be a number, got {value!r}") from None
+        number = "a whole number" if types[key] is int else "a number"
+        raise argparse.ArgumentTypeError(f"{key} must be {number}, got {value!r}") from None
 
 
 def _reproduce_parser():

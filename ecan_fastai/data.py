@@ -136,7 +136,9 @@ def _decode(x, channels):
     width, height, whole = _header(data)
     if width * height > _LARGEST_IMAGE:
         raise ValueError(f"{name} has {width}x{height} pixels: expected an image of at most {_LARGEST_IMAGE}")
-    colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    # a colour PNG is converted below: OpenCV's decoder gives other greys
+    grey = channels == 1 and not (data[:4] == b"\x89PNG" and data[25:26] in (b"\2", b"\3", b"\6"))
+    colours = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR_RGB
     try:
         img = cv2.imdecode(np.frombuffer(data, np.uint8), colours) if data and whole else None
     except cv2.error:  # the header gives more pixels than OpenCV accepts
@@ -146,6 +148,8 @@ def _decode(x, channels):
         if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1"):
             problem = "it is a HEIC image, convert it to JPEG"
         raise ValueError(f"cannot decode {name}: {problem} ({len(data)} bytes)")
+    if channels == 1 and not grey:
+        img = cv2.cvtColor(img, cv2.COLOR_RGB2GRAY)
     return img[..., None] if channels == 1 else img
 
 # %% ../nbs/02_data.ipynb #ba18a693

@@ -244,6 +244,8 @@ def predict_faces(
     for name, value in dict(every=every, seconds=seconds, smoothing=smoothing).items():
         if value is not None and not any(map(is_video, items)):
             raise ValueError(f"{name} has no effect without a video")
+    if n_frames < 1:
+        raise ValueError(f"n_frames must be at least 1, got {n_frames}")
     kept = readable_media(self, items) if skip_broken else range(len(items))
     every = (1.0 if annotated is None else 0.0) if every is None else every
     smoothing = 0.5 if smoothing is None else smoothing

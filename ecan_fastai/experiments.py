@@ -27,11 +27,11 @@ from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .loaders import without_broken
 from .readers.factory import detect_kind, read_faces
 from .readers.records import existing_folder
-from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, sha256, write_whole
-from .runs import NoEffect, read_config, resolve_config, resume_run, start_run
+from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
+from .runs import NoEffect, check_start, read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
 from .sample import sample_faces
-from .weights import markdown_table, weights_file, weights_settings
+from .weights import markdown_table, weights_settings
 
 # %% ../nbs/13_experiments.ipynb #696e083c
 EXPERIMENTS = json.loads((Path(ecan_fastai.__file__).parent / "experiments.json").read_text())
@@ -136,6 +136,11 @@ def _check_same_data(record, file, other):
             f"{file} was made from other data than these runs: it has images {record['images']}, these have "
             f"{other['images']}; choose another folder for the records"
         )
+    for key, what in (("data_sha256", "images, labels or splits"), ("pretrained_sha256", "weights")):
+        if len({r[key] for r in (record, other) if key in r}) > 1:
+            raise ValueError(
+                f"{file} was made from other {what} than these runs: choose another folder for the records"
+            )
 
 # %% ../nbs/13_experiments.ipynb #9f39b0cf
 def _save_record(folder, file):
@@ -421,6 +426,7 @@ def _check_same_settings(cfg, folder):
             f"{folder} holds a run with {k} {getattr(written, k)}, expected {getattr(cfg, k)}: choose another folder "
             "for the runs, or move that one away"
         )
+    check_start(read_json(folder / "config.json").get("about", {}), cfg, folder)
 
 # %% ../nbs/13_experiments.ipynb #f38d986e
 def run_stem(
@@ -504,12 +510,7 @@ def _needed_faces(exp, name, data, kind, out):
 def _check_record(file, cfg, faces):
     "Raise `ValueError` unless a record belongs to this run and, if given, to these faces"
     record = _read_record(file, cfg)
-    started = record.get("pretrained_sha256")
-    if started and isinstance(cfg.pretrained, str) and started != sha256(weights_file(cfg.pretrained)):
-        raise ValueError(
-            f"{file} is the record of a run that started from other weights than {cfg.pretrained}; choose another "
-            "folder for the records"
-        )
+    check_start(record, cfg, file)
     if faces is not None:
         _check_faces(record, file, faces)
 

@@ -14,14 +14,13 @@ import math
 import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from fastai.data.transforms import Normalize
-from fastai.imports import is_listy
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fasttransform import compose_tfms
@@ -441,15 +440,15 @@ def find_images(
 
 # %% ../nbs/10_inference.ipynb #1875bb56
 def image_list(
-    x,  # Image file, folder, list or Series of images, array or tensor of 4 dimensions, or one image
+    x,  # Image file, folder, iterable of images, array or tensor of 4 dimensions, or one image
 ) -> list:  # Images in a form that `read_face` takes
     "Return the images that a user gives as a list; raises `ValueError` if there is none"
     if isinstance(x, (str, Path)):
         return find_images(x)
-    if is_listy(x) or isinstance(x, pd.Series) or isinstance(x, (np.ndarray, Tensor)) and x.ndim == 4:
-        x = list(x)
+    if isinstance(x, (np.ndarray, Tensor)):
+        x = list(x) if x.ndim in (1, 4) else [x]
     else:
-        x = [x]
+        x = list(x) if isinstance(x, Iterable) and not isinstance(x, (bytes, io.IOBase)) else [x]
     if not x:
         raise ValueError("no images to predict")
     return x

@@ -11,6 +11,7 @@ __all__ = ['MemoryBank', 'load_encoder', 'resnet18_half', 'resnet18_cifar', 'cho
 # %% ../nbs/05_model.ipynb #29827abf
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,9 +139,10 @@ def _read_weights(path):
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
     except pickle.UnpicklingError as e:
+        code = re.search(r"GLOBAL (\S+)", str(e))
         raise ValueError(
-            f"{file} is no file of weights, or needs code to load, as an exported learner does: use a run's folder, or "
-            "a file of `learn.save`"
+            f"{file} is no file of weights, or needs code to load{f' ({code[1]})' if code else ''}, as an exported "
+            "learner does: use a run's folder, a file of `learn.save`, or a file of the state dict alone"
         ) from e
     except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError) as e:
         raise ValueError(f"{file} is no file of weights: {str(e).partition(chr(10))[0] or type(e).__name__}") from e
@@ -149,6 +151,9 @@ def _read_weights(path):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds no tensors with names: expected the weights of a model")
+    inner = [v for v in state.values() if isinstance(v, dict) and any(isinstance(t, Tensor) for t in v.values())]
+    if len(inner) == 1 and not any(isinstance(v, Tensor) for v in state.values()):  # a wrapper of another name
+        state = inner[0]
     state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     spoiled = next((k for k, v in state.items() if not v.isfinite().all()), None)
     if spoiled is not None:
@@ -335,6 +340,8 @@ def _module_encoder(module, in_chans, size):
 # %% ../nbs/05_model.ipynb #00bc1824
 def _encoder(arch, in_chans, pretrained, size):
     "Build an encoder that gives features (n, d); return it and d"
+    if pretrained == "":
+        raise ValueError("pretrained is empty: expected True, False, the name of weights, or a path")
     arch = choose_arch(arch, pretrained)
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")

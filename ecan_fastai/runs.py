@@ -1,6 +1,7 @@
 """A training run from its configuration to its folder: what `ecan_train` does. The method itself is in the
 notebooks."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -212,6 +213,20 @@ def _read_checkpoint(out, device):
         raise ValueError(f"{file} is broken: {str(e).partition(chr(10))[0]}") from e
 
 
+def check_start(
+    about: dict,  # Of config.json, or a record
+    cfg,  # Settings of the run
+    name,  # Its folder or record, for the message
+):
+    "Raise `ValueError` if the weights that a run started from have changed"
+    started = about.get("pretrained_sha256")
+    if started and isinstance(cfg.pretrained, str) and started != sha256(weights_file(cfg.pretrained)):
+        raise ValueError(
+            f"{name} started from other weights than {cfg.pretrained} holds now: put the original back, or choose "
+            "another folder"
+        )
+
+
 def _check_state(state, cfg, out):
     "Raise `ValueError` if a checkpoint was made with settings other than config.json's"
     if not isinstance(state, dict) or "config" not in state:
@@ -249,6 +264,12 @@ def _data_table(dls, cfg):
     for split, dl in zip(dls.split_names, dls.loaders):
         rows += [(split, face.label, *_image_mark(face.image, root)) for face in dl.dataset.items]
     return pd.DataFrame(rows, columns=["split", "label", "image", "size"]).astype(str)
+
+
+def _data_sha256(table):
+    "Return the checksum of a table of `_data_table`, the same for every seed and for `train_all`"
+    table = table[table["split"] != "valid_seen"].replace({"split": {"valid": "train"}})
+    return hashlib.sha256("\n".join(sorted(map("\t".join, table.to_numpy()))).encode()).hexdigest()
 
 
 def _image_mark(image, root):
@@ -344,7 +365,10 @@ def _start(cfg, out):
     )
     if isinstance(cfg.pretrained, str):
         about["pretrained_sha256"] = sha256(weights_file(cfg.pretrained))
-    write_run_file(out / _DATA_FILE, lambda f: write_table(_data_table(dls, cfg), f, compression="gzip"))
+    table = _data_table(dls, cfg)
+    if cfg.kind != "sample":
+        about["data_sha256"] = _data_sha256(table)
+    write_run_file(out / _DATA_FILE, lambda f: write_table(table, f, compression="gzip"))
     write_json(out / "config.json", dict(config=asdict(cfg), about=about, environment=environment(dls)))
     return _train(learn, cfg, out, None)
 
@@ -390,6 +414,8 @@ def _resume(out, data):
     state = _read_checkpoint(out, dls.device)
     if state:
         _check_state(state, cfg, out)
+    else:
+        check_start(written["about"], cfg, out)
     learn = run_learner(replace(cfg, pretrained=False) if state else cfg, dls, out)  # a checkpoint has its own weights
     if state:
         _load_state(learn, state, out)

@@ -97,6 +97,8 @@ def weights_settings(
     weights: str | Path,  # One of `NAMES`, a run's folder or its model.safetensors, or another file of weights
 ) -> dict:  # arch and channels; of a run also size and recipe; empty if unknown
     "Return the run settings that weights need"
+    if weights == "":
+        raise ValueError("pretrained is empty: expected the name of weights, or a path")
     if weights == "imagenet":
         return dict(arch=_IMAGENET["arch"], channels=3)
     config = _written(weights).get("config", {})

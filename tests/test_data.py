@@ -1,7 +1,9 @@
+import io
 import multiprocessing
 import os
 import random
 import signal
+import zlib
 
 import cv2
 import numpy as np
@@ -303,6 +305,20 @@ def test_read_face_takes_every_form(tmp_path, channels):
 def test_read_face_names_what_is_wrong(x, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         read_face(x)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1"])
+@pytest.mark.parametrize("gamma", [False, True])
+def test_a_png_has_the_greys_of_its_pixels(mode, gamma):
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    image, file = Image.fromarray(rgb).convert(mode), io.BytesIO()
+    image.save(file, "PNG")
+    png = file.getvalue()
+    if gamma:  # a chunk gAMA after the header, as editors write it
+        chunk = b"gAMA" + (45455).to_bytes(4, "big")
+        png = png[:33] + (4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + png[33:]
+    seen = cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2GRAY)
+    assert np.abs(read_face(png, 1)[..., 0].astype(int) - seen).max() <= (mode in ("L", "LA", "1"))
 
 
 def test_broken_file_is_named(tmp_path):

@@ -23,7 +23,7 @@ from ecan_fastai.experiments import *
 from ecan_fastai.readers.factory import read_faces
 from ecan_fastai.readers.records import Face
 from ecan_fastai.runfiles import read_json
-from ecan_fastai.runs import start_run
+from ecan_fastai.runs import resume_run, start_run
 from ecan_fastai.runstate import Diverged
 from ecan_fastai.weights import shipped_run
 
@@ -649,7 +649,7 @@ def test_watching_the_tests_changes_nothing_but_the_record(faces, tmp_path):
         (["table3", "--data", "sample", "--seeds", "0"], "at least one seed"),
         (["figure3a", "--data", "sample", "--set", "l1=0.3"], "varies l1 itself"),
         (["table3", "--data", "sample", "--set", "epoch=3"], "a setting of ecan_train"),
-        (["table3", "--data", "sample", "--set", "epochs=many"], "epochs must be a number"),
+        (["table3", "--data", "sample", "--set", "epochs=many"], "epochs must be a whole number"),
         (["table3", "--data", "sample", "--set", "train_all=1"], "true or false"),
         (
             ["figure6", "--data", "sample", "--set", "epochs=8"],
@@ -720,6 +720,45 @@ def test_a_record_counts_only_for_the_weights_that_its_run_started_from(faces, t
     assert list(reproduce("affinity", faces, pretrained=str(files[0]), **given)["valid: accuracy"]) == ["50.00 (1)"] * 2
     with pytest.raises(ValueError, match="started from other weights than .*b/best.pth"):
         reproduce("affinity", faces, pretrained=str(files[1]), **given)
+    other = {**json.loads(file.read_text()), "pretrained_sha256": "0" * 64}
+    file.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="was made from other weights than these runs"):
+        experiment_results("affinity", tmp_path / "r", "folder", pretrained="best.pth")
+
+
+def test_a_run_is_neither_resumed_nor_counted_with_weights_that_changed(faces, tmp_path, monkeypatch):
+    weights = tmp_path / "best.pth"
+    torch.save(dict(w=torch.zeros(2)), weights)
+    ((_, cfg), *_) = planned_runs("affinity", str(faces), 1, "folder", pretrained=str(weights))
+    monkeypatch.setattr(runs, "run_learner", lambda *args: None)
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    folder = tmp_path / "folder" / run_stem(cfg)
+    start_run(cfg, folder)
+    resume_run(folder)
+    torch.save(dict(w=torch.ones(2)), weights)
+    with pytest.raises(ValueError, match="started from other weights than .*best.pth holds now"):
+        resume_run(folder)
+    with pytest.raises(ValueError, match="started from other weights than .*best.pth holds now"):
+        reproduce("affinity", faces, out=tmp_path, pretrained=str(weights), say=lambda s: None)
+
+
+def test_records_of_other_labels_are_not_put_into_one_table(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "run_learner", lambda *args: None)
+    monkeypatch.setattr(runs, "_train", lambda *args: None)
+    shutil.copytree(faces, tmp_path / "faces")
+
+    def checksum(name, **settings):
+        start_run(small_config(tmp_path / "faces", kind="folder", **settings), tmp_path / name)
+        return read_json(tmp_path / name / "config.json")["about"]["data_sha256"]
+
+    same = {checksum("a"), checksum("b", seed=1), checksum("c", train_all=True), checksum("d", method="baseline")}
+    happy = min((tmp_path / "faces" / "train" / "happy").iterdir())
+    happy.rename(tmp_path / "faces" / "train" / "sad" / happy.name)
+    assert len(same) == 1 and checksum("e") not in same
+    for cfg, sha256 in zip(experiment_runs("affinity", "x", "fer2013").values(), "ab"):
+        fake_record(tmp_path / "r", cfg, data_sha256=sha256)
+    with pytest.raises(ValueError, match="was made from other images, labels or splits than these runs"):
+        experiment_results("affinity", tmp_path / "r", "fer2013")
 
 
 def test_a_figure_of_runs_needs_their_folders():

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -305,6 +306,23 @@ def test_calibration_takes_the_names_that_evaluation_takes(run, faces):
                 p.mul_(8)
         found.append(predictor.calibrate(images, [named(v) for v in labels]))
     assert found[0] == found[1] != 1
+
+
+def test_images_come_in_any_iterable(run, faces):
+    predictor, files = Predictor(run), test_files(faces)[:3]
+    expected = predictor.probabilities(files)
+    for images in (
+        iter(files),
+        map(str, files),
+        (f for f in files),
+        dict(zip("abc", files)).values(),
+        pd.Index(map(str, files)),
+        np.array(list(map(str, files))),
+    ):
+        assert np.array_equal(predictor.probabilities(images), expected)
+    assert len(predictor.probabilities(files[0].read_bytes())) == 1
+    with pytest.raises(ValueError, match="expected a path, bytes, .* as an image"):
+        predictor.probabilities(io.BytesIO(files[0].read_bytes()))
 
 
 def test_a_learner_is_no_run_and_an_export_needs_its_folder(run, tmp_path):

@@ -538,6 +538,10 @@ def test_affectnet_mistakes_are_named(tmp_path):
     write(old / "validation.csv", text.replace("validation/2.jpg,", ","))
     with pytest.raises(ValueError, match="line 4 has no subDirectory_filePath"):
         affectnet_faces(old)
+    write(old / "validation.csv", text)
+    (old / "Manually_Annotated_Images").rename(old / "images")
+    with pytest.raises(ValueError, match="images are missing: expected the folder Manually_Annotated_Images"):
+        affectnet_faces(old)
     (old / "validation.csv").unlink()
     with pytest.raises(FileNotFoundError, match="no such file: .*validation.csv"):
         affectnet_faces(old)
@@ -679,3 +683,10 @@ def test_a_line_that_names_the_separator_is_no_header(tmp_path, mark, sep):
     write(tmp_path / "a.csv", mark + f"image{sep}label\na.png{sep}happy\n")
     table = read_csv(tmp_path / "a.csv", ("image", "label"))
     assert table.values.tolist() == [["a.png", "happy"]] and table.index[0] == mark.count("\n") + 2
+
+
+def test_expw_without_its_images_names_their_folder(tmp_path):
+    path = expw(tmp_path / "e")
+    (path / "image").rename(path / "images")
+    with pytest.raises(ValueError, match="images are missing: expected the folder .*image/origin"):
+        expw_faces(path)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 
@@ -10,7 +11,7 @@ from small_runs import small_config
 from ecan_fastai import runs
 from ecan_fastai.learner import baseline_learner, ecan_learner
 from ecan_fastai.model import ECANModel, FaceClassifier, load_encoder
-from ecan_fastai.runs import resume_run, start_run
+from ecan_fastai.runs import resolve_config, resume_run, start_run
 
 
 def face_network():
@@ -34,6 +35,8 @@ def checkpoint(tmp_path, net, wrap="state_dict", prefix="module."):
         ("model_state_dict", "module.encoder."),
         ("model", "backbone."),
         ("net", "encoder_q."),
+        ("backbone", ""),
+        ("weights of my thesis", "module."),
     ],
 )
 def test_wrappers_prefixes_and_heads_are_seen_through(tmp_path, capsys, wrap, prefix):
@@ -184,3 +187,16 @@ def test_a_run_starts_from_another_and_resumes_without_it(faces, tmp_path, monke
     assert json.loads((tmp_path / "second" / "config.json").read_text())["config"]["pretrained"] == str(
         tmp_path / "first"
     )
+
+
+def test_a_checkpoint_with_other_things_in_it_names_them(tmp_path):
+    torch.save({"state_dict": face_network().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"net.pth .* needs code to load \(argparse.Namespace\).* state dict alone"):
+        FaceClassifier.create("resnet18", pretrained=tmp_path / "net.pth")
+
+
+def test_empty_weights_are_no_weights(faces):
+    with pytest.raises(ValueError, match="pretrained is empty"):
+        FaceClassifier.create("resnet18", pretrained="")
+    with pytest.raises(ValueError, match="pretrained is empty"):
+        resolve_config(small_config(faces, kind="folder", pretrained=""))

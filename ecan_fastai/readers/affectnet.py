@@ -74,6 +74,8 @@ def _affectnet_csv(path):
                 raise ValueError(f"{where} has no subDirectory_filePath")
             if label is not None:
                 faces.append(Face(images / file, label, split, str(images / file)))
+    if images == path and not any(f.image.exists() for f in faces[:100]):
+        raise ValueError(f"{path}: images are missing: expected the folder Manually_Annotated_Images")
     return faces
 
 # %% ../../nbs/03e_affectnet.ipynb #3bc5ffa9
