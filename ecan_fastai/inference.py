@@ -439,6 +439,9 @@ def find_images(
     return files
 
 # %% ../nbs/10_inference.ipynb #1875bb56
+_ONE_IMAGE = (bytes, bytearray, memoryview, io.IOBase)  # iterables that are no images each
+
+
 def image_list(
     x,  # Image file, folder, iterable of images, array or tensor of 4 dimensions, or one image
 ) -> list:  # Images in a form that `read_face` takes
@@ -448,7 +451,7 @@ def image_list(
     if isinstance(x, (np.ndarray, Tensor)):
         x = list(x) if x.ndim in (1, 4) else [x]
     else:
-        x = list(x) if isinstance(x, Iterable) and not isinstance(x, (bytes, io.IOBase)) else [x]
+        x = list(x) if isinstance(x, Iterable) and not isinstance(x, _ONE_IMAGE) else [x]
     if not x:
         raise ValueError("no images to predict")
     return x

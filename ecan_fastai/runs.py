@@ -219,8 +219,8 @@ def check_start(
     name,  # Its folder or record, for the message
 ):
     "Raise `ValueError` if the weights that a run started from have changed"
-    started = about.get("pretrained_sha256")
-    if started and isinstance(cfg.pretrained, str) and started != sha256(weights_file(cfg.pretrained)):
+    started, file = about.get("pretrained_sha256"), isinstance(cfg.pretrained, str) and weights_file(cfg.pretrained)
+    if started and file and file.is_file() and started != sha256(file):
         raise ValueError(
             f"{name} started from other weights than {cfg.pretrained} holds now: put the original back, or choose "
             "another folder"

@@ -740,6 +740,8 @@ def test_a_run_is_neither_resumed_nor_counted_with_weights_that_changed(faces, t
         resume_run(folder)
     with pytest.raises(ValueError, match="started from other weights than .*best.pth holds now"):
         reproduce("affinity", faces, out=tmp_path, pretrained=str(weights), say=lambda s: None)
+    weights.unlink()  # a finished run needs them no more
+    runs.check_start(read_json(folder / "config.json")["about"], cfg, folder)
 
 
 def test_records_of_other_labels_are_not_put_into_one_table(faces, tmp_path, monkeypatch):
