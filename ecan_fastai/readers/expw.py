@@ -61,9 +61,9 @@ def expw_faces(
     file = first_existing(path, "label.lst", "label/label.lst")
     if not file.is_file():
         raise ValueError(f"{path} is not ExpW: expected label.lst and image/origin/")
+    lines = [_expw_line(line, where, path / "image" / "origin") for where, line in read_lines(file)]
     if not (path / "image" / "origin").is_dir():
         raise ValueError(f"images are missing: expected the folder {path / 'image' / 'origin'}")
-    lines = [_expw_line(line, where, path / "image" / "origin") for where, line in read_lines(file)]
     groups, faces = zip(*lines)
     warn_counts(faces, {"train": EXPW_COUNTS}, "ExpW")
     return split_by_group(list(faces), list(groups), fold)

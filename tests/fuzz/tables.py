@@ -146,6 +146,7 @@ def _rafdb(folder):
 
 def _expw(folder):
     lines = [[f"p{i}.jpg", "0", "5", "10", "40", "25", "9.9", str(i % 7)] for i in range(80)]
+    (folder / "image" / "origin").mkdir(parents=True)
     names = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
     return lines, folder / "label.lst", " ", [names[i % 7] for i in range(80)]
 
@@ -154,6 +155,7 @@ def _affectnet(folder):
     header = ["subDirectory_filePath", "face_x", "expression"]
     lines = [header, *([f"1/{i}.jpg", "0", str(i % 8)] for i in range(16))]
     (folder / "validation.csv").write_text(_csv(lines))
+    (folder / "Manually_Annotated_Images").mkdir()
     return lines, folder / "training.csv", ",", [AFFECTNET_IDS[i % 8] for i in range(16)] * 2
 
 
