@@ -30,9 +30,9 @@ def _warn_short(update):
     "Warn if a fit has too few steps for the momentum of a `MomentumUpdate`"
     if not update.momentum or not getattr(update.loss_func, "reads_keys", True):
         return
-    batches, train = update.n_epoch * len(update.dls.train), update.dls.train
+    train, memory = update.dls.train, 1 / (1 - update.momentum)
     images = next((cb.n_acc for cb in update.learn.cbs if isinstance(cb, GradientAccumulation)), train.bs)
-    steps, memory = update.taken + batches * train.bs // max(images, train.bs), 1 / (1 - update.momentum)
+    steps = update.taken + update.n_epoch * len(train) * train.bs // max(images, train.bs)
     if steps < round(3 * memory):
         warnings.warn(
             f"{steps} steps are few for a key encoder of momentum {update.momentum}, which averages over about "

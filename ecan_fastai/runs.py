@@ -219,8 +219,10 @@ def check_start(
     name,  # Its folder or record, for the message
 ):
     "Raise `ValueError` if the weights that a run started from have changed"
-    started, file = about.get("pretrained_sha256"), isinstance(cfg.pretrained, str) and weights_file(cfg.pretrained)
-    if started and file and file.is_file() and started != sha256(file):
+    if "pretrained_sha256" not in about or not isinstance(cfg.pretrained, str):
+        return
+    file = weights_file(cfg.pretrained)
+    if file.is_file() and sha256(file) != about["pretrained_sha256"]:  # a missing one is told where it is needed
         raise ValueError(
             f"{name} started from other weights than {cfg.pretrained} holds now: put the original back, or choose "
             "another folder"

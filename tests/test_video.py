@@ -296,3 +296,17 @@ def test_a_damaged_video_is_said(tmp_path, monkeypatch):
     assert len(list(video_frames(file, 0, seconds=0.5))) == 5  # stopped here, not damaged
     with pytest.raises(ValueError, match="every: expected 0 or more seconds"):
         list(video_frames(file, float("inf")))
+
+
+@pytest.mark.parametrize(
+    "suffix, codec", [(".3gp", "mp4v"), (".flv", "FLV1"), (".m2ts", "MPG2"), (".mpg", "MPG1"), (".wmv", "WMV2")]
+)
+def test_containers_of_cameras_and_older_systems_are_read(tmp_path, suffix, codec):
+    file = tmp_path / f"v{suffix}"
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter_fourcc(*codec), 25, (64, 48))
+    for i in range(25):
+        writer.write(np.full((48, 64, 3), 10 * i, np.uint8))
+    writer.release()
+    seconds, frames = zip(*video_frames(file, 0.4))
+    assert is_video(file) and seconds == pytest.approx((0, 0.4, 0.8), abs=0.01)
+    assert [frame.mean() for frame in frames] == pytest.approx([0, 100, 200], abs=12)
