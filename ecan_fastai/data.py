@@ -44,7 +44,7 @@ from plum import dispatch
 from torch.utils.data import get_worker_info
 
 from .augment import eval_pipelines, seed_pipeline, train_pipeline
-from .fastai_internals import batch_types
+from .fastai_internals import acts_on, batch_types
 
 # %% ../nbs/02_data.ipynb #97d410e1
 class FaceImage(TensorImage):
@@ -202,6 +202,19 @@ def _process_seed():
     return torch.randint(2**31, ()).item() if info is None else info.seed % 2**32
 
 # %% ../nbs/02_data.ipynb #674de89d
+def _item_pipeline(item_tfms):
+    "Pipeline of item transforms; refuses one that would leave every image as it is"
+    if not item_tfms:
+        return None
+    pipeline, image = Pipeline(item_tfms), PILImage.create(np.zeros((1, 1, 3), np.uint8))
+    for tfm in pipeline.fs:
+        if not acts_on(tfm, image):
+            raise ValueError(
+                f"{tfm.name.split()[0]} does not act on a PILImage, only on batches: give it as batch_tfms"
+            )
+    return pipeline
+
+
 def _read_and_transform(x, channels, item_tfms, split_idx):
     "Decode an image and apply fastai's item transforms, if any"
     img = read_face(x, channels)
@@ -226,7 +239,7 @@ class FaceTransform(Transform):
     ):
         super().__init__()
         self.seeded_in = None  # process and pass in which the augmentation was seeded
-        item_tfms = Pipeline(item_tfms) if item_tfms else None
+        item_tfms = _item_pipeline(item_tfms)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels!r}")
         if n_views not in (1, 2):

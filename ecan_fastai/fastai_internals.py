@@ -2,9 +2,11 @@
 names what a release of fastai has changed."""
 
 import math
+from types import MethodType
 
 import torch
 from fastcore.foundation import L
+from plum import NotFoundLookupError
 
 
 def batch_types(
@@ -77,3 +79,19 @@ def set_recorder_state(
     recorder.values, recorder.lrs, recorder.iters = L(map(L, state["values"])), state["lrs"], state["iters"]
     recorder.losses = [torch.tensor(x) for x in state["losses"]]
     recorder.smooth_loss.count, recorder.smooth_loss.val = state["smooth"][0], torch.tensor(state["smooth"][1])
+
+
+def acts_on(
+    tfm,  # A fastai transform
+    x,  # What it would get
+) -> bool:
+    "Whether a transform has an `encodes` for the type of `x`; without one, fastai returns `x` as it is"
+    encodes = getattr(tfm, "encodes", None)
+    if encodes is None:  # a class with a `__call__` of its own
+        return True
+    function, args = (encodes._f, (tfm, x)) if isinstance(encodes, MethodType) else (encodes, (x,))
+    try:
+        function.resolve_method(args)
+    except NotFoundLookupError:
+        return False
+    return True

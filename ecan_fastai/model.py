@@ -154,11 +154,7 @@ def _read_weights(path):
     inner = [v for v in state.values() if isinstance(v, dict) and any(isinstance(t, Tensor) for t in v.values())]
     if len(inner) == 1 and not any(isinstance(v, Tensor) for v in state.values()):  # a wrapper of another name
         state = inner[0]
-    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    spoiled = next((k for k, v in state.items() if not v.isfinite().all()), None)
-    if spoiled is not None:
-        raise ValueError(f"{file} has values in {spoiled} that are not finite numbers")
-    return state
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 # %% ../nbs/05_model.ipynb #01ad0c14
 def _fit_channels(w, want):
@@ -206,17 +202,19 @@ def load_encoder(
     """Load an encoder's weights in place; wrappers, prefixes of names and the head of the file are skipped
 
     Raises `FileNotFoundError`, and `ValueError` if fewer than half of the encoder's tensors match, if the file holds a
-    deeper network, or if it cannot be read."""
+    deeper network, or values that are not finite, or if it cannot be read."""
     tensors, state = encoder.state_dict(), _read_weights(path)
     prefix, matched = _best_prefix(tensors, state)
     left = [k for k in state if k.removeprefix(prefix) not in matched]
     report = _match_report(path, len(matched), len(tensors), prefix, left)
-    deeper = 2 * sum(k.startswith(prefix) for k in left) > len(matched)
-    if 2 * len(matched) < len(tensors) or deeper:
-        raise ValueError(
-            f"{report}; expected at least half, and nothing but a head that is not used: are these the weights "
-            "of the same architecture?"
-        )
+    if 2 * len(matched) < len(tensors):
+        raise ValueError(f"{report}; expected at least half: are these the weights of the same architecture?")
+    parts = tuple({prefix + k.partition(".")[0] + "." for k in tensors})  # a head or a copy has another name
+    if 2 * sum(k.startswith(parts) for k in left) > len(matched):
+        raise ValueError(f"{report}: these are the weights of a deeper network")
+    spoiled = next((prefix + k for k, v in matched.items() if not v.isfinite().all()), None)
+    if spoiled is not None:
+        raise ValueError(f"{path} has values in {spoiled} that are not finite numbers")
     encoder.load_state_dict({**tensors, **matched})
     return report
 

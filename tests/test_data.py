@@ -15,7 +15,7 @@ from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize, get_image_files, parent_label
 from fastai.torch_core import TensorCategory, TensorImage, defaults, set_seed
-from fastai.vision.augment import Brightness, Flip, FlipItem, RandomCrop
+from fastai.vision.augment import Brightness, Flip, FlipItem, RandomCrop, RandomErasing
 from fasttransform import Transform
 from PIL import Image
 
@@ -352,6 +352,19 @@ def test_item_transforms_of_a_data_block_are_refused(faces):
 
     with pytest.raises(ValueError, match=r"Resize would change no view: give it as TwoViewBlock\(item_tfms="):
         faces_block(faces, item_tfms=Resize(64)).dataloaders(faces, bs=8, num_workers=0)
+
+
+def test_item_transforms_that_act_on_batches_alone_are_refused():
+    for tfm in (RandomErasing(), Brightness(), Flip(), RandomErasing):
+        with pytest.raises(ValueError, match=r"^(RandomErasing|Brightness|Flip) does not act on a PILImage, only on"):
+            TwoViewBlock(item_tfms=[FlipItem(), tfm])
+
+    class Own(Transform):
+        def __call__(self, x, **kwargs):
+            return x
+
+    for tfm in (FlipItem, Own(), np.asarray, Transform(lambda image: image.rotate(90)), [FlipItem(), np.asarray]):
+        assert TwoViewBlock(item_tfms=tfm).type_tfms[0].item_tfms
 
 
 def test_images_of_pillow_are_read_like_their_files(tmp_path):

@@ -87,8 +87,7 @@ def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_
     torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), tmp_path / "deep.pth")
     with pytest.raises(
         ValueError,
-        match="120 of 120 tensors found in .*deep.pth; not used: .* and 94 more; "
-        "expected .* nothing but a head that is not used",
+        match="120 of 120 tensors found in .*deep.pth; not used: .* and 94 more: these are the weights of a deeper",
     ):
         load_encoder(encoder, tmp_path / "deep.pth")
     query, key = face_network(), torchvision.models.resnet18(num_classes=100)
@@ -105,6 +104,27 @@ def test_a_deeper_network_is_refused_and_of_two_encoders_the_first_is_taken(tmp_
     assert "under 'module.encoder_q.'" in load_encoder(encoder, tmp_path / "moco.pth") and torch.equal(
         encoder.conv1.weight, query.conv1.weight
     )
+
+
+@pytest.mark.parametrize("copy_first", [False, True])
+def test_a_copy_beside_the_encoder_is_left_out(tmp_path, copy_first):
+    encoder, net = FaceClassifier.create("resnet18", 7, 3).encoder, face_network()
+    state, ema = net.state_dict(), {f"ema.{k}": v + 1 for k, v in net.state_dict().items()}
+    torch.save({**ema, **state} if copy_first else {**state, **ema}, tmp_path / "ema.pth")
+    assert "120 of 120" in load_encoder(encoder, tmp_path / "ema.pth")
+    assert torch.equal(encoder.conv1.weight, net.conv1.weight + copy_first)
+
+
+def test_values_that_are_not_finite_are_refused_where_they_would_be_used(tmp_path):
+    encoder, state = FaceClassifier.create("resnet18", 7, 3).encoder, face_network().state_dict()
+    before = encoder.conv1.weight.clone()
+    torch.save({**state, "fc.bias": torch.full((7,), torch.nan)}, tmp_path / "head.pth")
+    assert "120 of 120" in load_encoder(encoder, tmp_path / "head.pth")
+    encoder.conv1.weight.data = before
+    torch.save({**state, "conv1.weight": torch.full((64, 3, 7, 7), torch.inf)}, tmp_path / "body.pth")
+    with pytest.raises(ValueError, match="body.pth has values in conv1.weight that are not finite numbers"):
+        load_encoder(encoder, tmp_path / "body.pth")
+    assert torch.equal(encoder.conv1.weight, before)
 
 
 class Harmful:
