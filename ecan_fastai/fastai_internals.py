@@ -89,9 +89,8 @@ def acts_on(
     encodes = getattr(tfm, "encodes", None)
     if encodes is None:  # a class with a `__call__` of its own
         return True
-    function, args = (encodes._f, (tfm, x)) if isinstance(encodes, MethodType) else (encodes, (x,))
     try:
-        function.resolve_method(args)
+        getattr(encodes, "_f", encodes).resolve_method((tfm, x) if isinstance(encodes, MethodType) else (x,))
     except NotFoundLookupError:
         return False
     return True

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .augment import CROPS, LEVELS, RECIPES, crop_size, eval_boxes, image_side, resize_to
+from .augment import crop_size, eval_boxes, image_side, resize_to
+from .config import RunConfig
 from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces, without_broken
@@ -83,10 +84,6 @@ class ImageModel(nn.Module):
         return (self.each_view(self.classifier, x).mean(1) / self.temperature).softmax(-1)
 
 # %% ../nbs/10_inference.ipynb #106a095a
-def _is_whole(value):
-    return type(value) is int
-
-
 def _are_numbers(values, least=-math.inf):
     "Whether a list holds finite numbers above `least`"
     return isinstance(values, list) and all(type(v) in (int, float) and least < v < math.inf for v in values)
@@ -97,22 +94,13 @@ def _are_names(values):
     return are_names and 1 < len(values) == len(set(values))
 
 
-_EXPECTED = dict(
-    config=dict(
-        arch=(lambda v: isinstance(v, str) and len(v) < 100, "the name of an architecture"),
-        level=(lambda v: v in LEVELS, f"one of {', '.join(LEVELS)}"),
-        recipe=(lambda v: v in RECIPES, f"one of {', '.join(RECIPES)}"),
-        size=(_is_whole, "a number of pixels"),
-        channels=(lambda v: _is_whole(v) and v in (1, 3), "1 or 3"),
-        eval_crops=(lambda v: v in CROPS, f"one of {', '.join(CROPS)}"),
-    ),
-    about=dict(
-        vocab=(_are_names, "a list of at least two different class names"),
-        mean=(_are_numbers, "a list of numbers"),
-        std=(lambda v: _are_numbers(v, 0), "a list of numbers above 0"),
-        view_size=(_is_whole, "a number of pixels"),
-        temperature=(lambda v: _are_numbers([v], 0), "a number above 0"),
-    ),
+_NEEDED = ("arch", "level", "recipe", "size", "channels", "eval_crops")  # settings of a run
+_FACTS = dict(  # what a run wrote about its data, and how it is checked
+    vocab=(_are_names, "a list of at least two different class names"),
+    mean=(_are_numbers, "a list of numbers"),
+    std=(lambda v: _are_numbers(v, 0), "a list of numbers above 0"),
+    view_size=(lambda v: type(v) is int, "a number of pixels"),
+    temperature=(lambda v: _are_numbers([v], 0), "a number above 0"),
 )
 
 # %% ../nbs/10_inference.ipynb #66c11e29
@@ -122,23 +110,24 @@ def _read_config(file):
         parts = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{file} is not the configuration of a run: it is not JSON") from e
-    for part in _EXPECTED:
+    # a run without a held-out split has no temperature
+    for part, keys, defaults in (("config", _NEEDED, {}), ("about", _FACTS, dict(temperature=1.0))):
         if not isinstance(parts, dict) or not isinstance(parts.get(part), dict):
             raise ValueError(f"{file} is not the configuration of a run: no {part} in it")
-    parts["about"].setdefault("temperature", 1.0)  # a run without a held-out split has none
-    for part, keys in _EXPECTED.items():
-        for key, (is_right, expected) in keys.items():
-            if key not in parts[part]:
-                raise ValueError(f"{file} is not the configuration of a run: no {key} in its {part}")
-            value = parts[part][key]
-            if not is_right(value):
-                raise ValueError(f"{file}: expected {expected} as {part}.{key}, got {reprlib.repr(value)}")
+        parts[part] = defaults | parts[part]
+        missing = [key for key in keys if parts[part].get(key) is None]
+        if missing:
+            raise ValueError(f"{file} is not the configuration of a run: no {missing[0]} in its {part}")
     return parts["config"], parts["about"]
 
 # %% ../nbs/10_inference.ipynb #e6e42938
 def _check_config(config, about, file):
-    "Check that the settings of a run fit together"
+    "Check each setting of a run, and that they fit together"
+    for key, (is_right, expected) in _FACTS.items():
+        if not is_right(about[key]):
+            raise ValueError(f"{file}: expected {expected} as about.{key}, got {reprlib.repr(about[key])}")
     try:
+        RunConfig("the run's", **{key: config[key] for key in _NEEDED})
         check_names(about["vocab"])
         side = crop_size(config["level"], config["recipe"], config["size"])
     except ValueError as e:
