@@ -89,8 +89,10 @@ def acts_on(
     encodes = getattr(tfm, "encodes", None)
     if encodes is None:  # a class with a `__call__` of its own
         return True
+    bound = isinstance(encodes, MethodType)
+    function = encodes._f if bound else encodes  # type: ignore[attr-defined]
     try:
-        getattr(encodes, "_f", encodes).resolve_method((tfm, x) if isinstance(encodes, MethodType) else (x,))
+        function.resolve_method((tfm, x) if bound else (x,))
     except NotFoundLookupError:
         return False
     return True
