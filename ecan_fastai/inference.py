@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from .augment import crop_size, eval_boxes, image_side, resize_to
 from .config import RunConfig
-from .data import EachView, FaceImage, FaceTransform, PhotoCrop, read_face
+from .data import EachView, FaceImage, FaceTransform, PhotoCrop, existing_device, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces, without_broken
 from .metrics import calibrated_temperature, per_class_table, split_metrics
@@ -227,11 +227,7 @@ def _outputs(predictor, part, x, bs, num_workers=0):
 # %% ../nbs/10_inference.ipynb #a0b89e3e
 def _to_device(model, device):
     "Move a model to a device, in the memory layout that is fast there; return the device"
-    try:
-        torch.zeros(1, device=(device := torch.device(device))).cpu()
-        model.to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"no such device here: {device}") from e
+    model.to(device := existing_device(device))
     if channels_last_is_faster(device):
         model.to(memory_format=torch.channels_last)
     return device

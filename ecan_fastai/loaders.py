@@ -29,7 +29,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fasttransform import Transform
 
-from .data import TwoViewBlock, read_face
+from .data import TwoViewBlock, existing_device, read_face
 from .progress import progress
 from .readers.factory import READERS, detect_kind, read_faces
 from .readers.folder import csv_faces, folder_faces, table_faces
@@ -311,6 +311,8 @@ def _loaders(
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
     _check_options(kwargs, (*_LOADER_OPTIONS, *inspect.signature(_loaders).parameters))
+    if kwargs.get("device") is not None:
+        existing_device(kwargs["device"])
     stats, batch_tfms = _split_normalize(batch_tfms)
     _check_sampling(bs, balanced, kwargs)
     views = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, stats, item_tfms)

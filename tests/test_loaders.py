@@ -481,6 +481,12 @@ def test_an_argument_that_is_none_is_named_with_the_nearest(faces, wrong, near):
         loaders(faces, **{wrong: 1})
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:7", "meta"])
+def test_a_device_that_is_not_here_is_named_before_any_image_is_read(device):
+    with pytest.raises(ValueError, match=f"no such device here: {device}"):
+        ExpressionDataLoaders.from_faces([Face("none.png", "happy"), Face("none.png", "sad")], device=device)
+
+
 def test_a_test_split_may_be_validated_on(faces):
     plain, own = loaders(faces), loaders(faces, valid="test")
     assert own.split_names == ("train", "valid") and len(own.valid_ds) == len(plain["test"].dataset)
