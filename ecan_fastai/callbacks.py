@@ -9,6 +9,7 @@ __all__ = ['MomentumUpdate', 'MemoryBankUpdate', 'unfold_crops', 'CropsAsImages'
            'LossPartsRecorder', 'CPUMixedPrecision']
 
 # %% ../nbs/06_callbacks.ipynb #5492425b
+import math
 import warnings
 
 import torch
@@ -32,7 +33,7 @@ def _warn_short(update):
         return
     train, memory = update.dls.train, 1 / (1 - update.momentum)
     images = next((cb.n_acc for cb in update.learn.cbs if isinstance(cb, GradientAccumulation)), train.bs)
-    steps = update.taken + update.n_epoch * len(train) * train.bs // max(images, train.bs)
+    steps = update.taken + update.n_epoch * len(train) // max(1, math.ceil(images / train.bs))
     if steps < round(3 * memory):
         warnings.warn(
             f"{steps} steps are few for a key encoder of momentum {update.momentum}, which averages over about "

@@ -119,11 +119,12 @@ def check_data(
     path,  # Data of any kind that `read_faces` reads
     kind: str = "auto",  # Kind of the data
     distance: int = 2,  # Bits of 64 by which the hashes of a near pair may differ
+    **reading,  # Other arguments of `read_faces`, such as `votes` of FER+
 ) -> "DataReport":
     "Check every image of a data set: counts, broken images, and images that occur twice"
     if not 0 <= distance <= 16:
         raise ValueError(f"expected a distance from 0 to 16 bits of 64, got {distance}")
-    faces = read_faces(path, kind)
+    faces = read_faces(path, kind, **reading)
     with ThreadPoolExecutor() as pool:
         looked = list(progress(pool.map(_look, faces), "check images", len(faces)))
     whole = [i for i, (problem, *_) in enumerate(looked) if problem is None]

@@ -332,7 +332,7 @@ def _found_faces(predictor, files, given):
 
     readable = [files[i] for i in readable_media(predictor, files)]
     options = {k: v for k in ("every", "seconds", "smoothing", "annotated") if (v := getattr(given, k)) is not None}
-    table = predictor.predict_faces(readable, **options)
+    table = predictor.predict_faces(readable, skip_broken=True, **options)
     with_faces = set(table["image"])
     for f in readable:
         if str(f) not in with_faces:
@@ -603,7 +603,8 @@ def _commands(given):
 
     script = Path(sys.executable).with_name("ecan_reproduce")
     command = [str(script) if script.exists() else script.name, given.experiment]
-    command += ["--data", given.data if given.data == "sample" else os.path.abspath(given.data)]
+    drawn = given.data == "sample" and given.kind in ("auto", "sample")
+    command += ["--data", given.data if drawn else os.path.abspath(given.data)]
     command += ["--kind", given.kind, "--seeds", str(given.seeds), "--out", os.path.abspath(given.out)]
     if given.records is not None:
         command += ["--records", os.path.abspath(given.records)]

@@ -299,11 +299,11 @@ def _seeded(seed):
 def existing_device(
     device: "str | torch.device",  # Such as "cpu" or "cuda:0"
 ) -> torch.device:
-    "Return a device; raises `ValueError` if there is none of this name here"
+    "Return a device; raises `ValueError` if it cannot be used here"
     try:
         torch.zeros(1, device=(device := torch.device(device))).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"no such device here: {device}") from e
+        raise ValueError(f"cannot use device {device}: {str(e).partition(chr(10))[0]}") from e
     return device
 
 # %% ../nbs/02_data.ipynb #5d7e0c1a

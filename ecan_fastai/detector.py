@@ -23,7 +23,7 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 
-from .data import read_face
+from .data import existing_device, read_face
 from .inference import Predictor, find_images, image_list, shared_classes
 from .metrics import subgroup_table
 from .progress import progress
@@ -65,17 +65,15 @@ def _upright(img, box, eyes, margin):
     return cv2.warpAffine(img, turn, (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE), angle
 
 # %% ../nbs/12_detector.ipynb #6b8ba5e3
-def _mtcnn(min_size, device):
+def _mtcnn(threshold, min_size, device):
     "Build the detector, by default on a GPU if there is one"
     try:
         from facenet_pytorch import MTCNN
     except ImportError as e:
         raise ImportError(f'finding faces needs the package {e.name}: pip install "ecan_fastai[faces]"') from e
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    try:
-        return MTCNN(min_face_size=min_size, device=torch.device(device))
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"no such device here: {device}") from e
+    thresholds = [0.6, 0.7, min(0.7, threshold)]  # its own, of its three stages, unless less is asked for
+    return MTCNN(min_face_size=min_size, thresholds=thresholds, device=existing_device(device))
 
 # %% ../nbs/12_detector.ipynb #d217e953
 def _cut_out(image, boxes, probs, points, threshold, margin):
@@ -106,7 +104,7 @@ class FaceFinder:
         if not margin > -1:
             raise ValueError(f"margin: expected more than -1 of the box's side, got {margin}")
         self.threshold, self.min_size, self.margin = threshold, min_size, margin
-        self.mtcnn = _mtcnn(min_size, device)
+        self.mtcnn = _mtcnn(threshold, min_size, device)
 
     def __call__(
         self,
@@ -146,7 +144,7 @@ def readable_media(
     for i in set(range(len(items))).difference(photos):
         try:
             if camera_index(items[i]) is None:
-                frame_rate(items[i])
+                next(video_frames(items[i]))
             kept.add(i)
         except (ValueError, OSError) as e:
             warnings.warn(f"left out: {e}")
@@ -155,15 +153,19 @@ def readable_media(
     return sorted(kept)
 
 # %% ../nbs/12_detector.ipynb #f4c22f7e
-def _frames(items, kept, every, seconds):
-    "Yield the index, name, second (of a video's frame) and image of the items with the indices `kept`"
-    for i in kept:
-        item = items[i]
+def _frames(items, videos, skip_broken):
+    "Yield the index, name, second (of a video's frame) and image of all items; `videos` are frames by index"
+    for i, item in enumerate(items):
         name = str(item) if isinstance(item, (str, Path)) else f"image {i}"
-        if is_video(item):
-            yield from ((i, name, second, frame) for second, frame in video_frames(item, every, seconds))
-        else:
-            yield i, name, math.nan, read_face(item, 3)
+        try:
+            if i in videos:
+                yield from ((i, name, second, frame) for second, frame in videos[i])
+            else:
+                yield i, name, math.nan, read_face(item, 3)
+        except (ValueError, OSError) as e:
+            if not skip_broken:
+                raise
+            warnings.warn(f"left out: {e}")
 
 # %% ../nbs/12_detector.ipynb #89fbc766
 _PIXELS_AT_ONCE = 2**24  # of all images in a batch
@@ -234,7 +236,7 @@ def predict_faces(
     smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
-    skip_broken: bool = False,  # Leave out photographs and videos that cannot be read, with a warning
+    skip_broken: bool = False,  # Leave out photographs and (rests of) videos that cannot be read, with a warning
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
     """Find and label the faces in photographs and videos, one row per face
 
@@ -246,19 +248,21 @@ def predict_faces(
             raise ValueError(f"{name} has no effect without a video")
     if n_frames < 1:
         raise ValueError(f"n_frames must be at least 1, got {n_frames}")
-    kept = readable_media(self, items) if skip_broken else range(len(items))
     every = (1.0 if annotated is None else 0.0) if every is None else every
     smoothing = 0.5 if smoothing is None else smoothing
+    videos = {i: video_frames(item, every, seconds) for i, item in enumerate(items) if is_video(item)}
     write, opened = (None, nullcontext()) if annotated is None else _annotator(annotated, items, every)
     finder = finder or FaceFinder(device=self.device)
     tables: list = []
     trackers: dict = {}
     with opened:
-        for batch in _batches(progress(_frames(items, kept, every, seconds), "find faces"), n_frames):
+        for batch in _batches(progress(_frames(items, videos, skip_broken), "find faces"), n_frames):
             tables += (new := list(_faces_of_batch(self, finder, batch, trackers, bs, smoothing)))
             if write:
                 for (*_, second, image), table in zip(batch, new):
                     write(second, image, table)
+        if not tables:
+            raise ValueError(f"none of the {len(items)} files can be read")
     faces = [t for t in tables if len(t)]
     return pd.concat(faces, ignore_index=True) if faces else tables[0]
 

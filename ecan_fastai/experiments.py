@@ -476,8 +476,8 @@ def _make_runs(runs, make, say):
     """Make the runs that no other process is training; return those left to other processes
 
     Runs in use are tried again until a pass over them makes none. One that diverges, or whose settings change
-    nothing, does not hold up the others."""
-    pending = list(runs)
+    nothing, does not hold up the others; if that happens to all, the last error is raised."""
+    pending, failed = list(runs), []
     while True:
         left = []
         for cfg in pending:
@@ -486,9 +486,10 @@ def _make_runs(runs, make, say):
             except InUse:
                 left.append(cfg)
             except (Diverged, NoEffect) as e:
-                if len(runs) == 1:
+                failed.append(run_stem(cfg))
+                if len(failed) == len(runs):
                     raise
-                say(f"{run_stem(cfg)}: {e}")
+                say(f"{failed[-1]}: {e}")
         if len(left) in (0, len(pending)):
             return left
         pending = left

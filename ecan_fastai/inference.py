@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.transforms import Normalize
+from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fasttransform import compose_tfms
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from .augment import crop_size, eval_boxes, image_side, resize_to
 from .config import RunConfig
-from .data import EachView, FaceImage, FaceTransform, PhotoCrop, existing_device, read_face
+from .data import FaceImage, FaceTransform, PhotoCrop, existing_device, read_face
 from .layers import channels_last_is_faster
 from .loaders import broken_faces, without_broken
 from .metrics import calibrated_temperature, per_class_table, split_metrics
@@ -298,7 +298,8 @@ def _learner_transforms(dls):
         raise ValueError(
             "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
         )
-    if _act_in_evaluation([t for t in dls.after_batch.fs if isinstance(t, EachView)], tfm.views):
+    others = [t for t in dls.valid.after_batch.fs if not isinstance(t, (IntToFloatTensor, Normalize))]
+    if _act_in_evaluation(others, tfm.views):
         raise ValueError(
             "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"
         )
@@ -492,12 +493,13 @@ def evaluate(
     kind: str = "auto",  # Kind of the data
     splits: str | list | None = None,  # Default all but train and valid, or all if there are no others
     skip_broken: bool = False,  # Leave out images that cannot be read, with a warning
+    **reading,  # Other arguments of `read_faces`, such as the `fold` that a model of CK+48 was trained without
 ) -> dict:  # classes, left_out, unseen, crops, and splits: of each, what `split_metrics` returns, and per_class
     """Measure a model on labelled faces
 
     Images of classes that the model does not have are left out and counted in left_out. Predictions are over all of
     its classes. Raises `ValueError` for an unknown split, no shared class, or images that cannot be read."""
-    faces = read_faces(path, kind)
+    faces = read_faces(path, kind, **reading)
     names = list(dict.fromkeys(f.split for f in faces))
     chosen = _chosen_splits(splits, names, path)
     faces = [f for f in faces if f.split in chosen]

@@ -204,13 +204,10 @@ class _Label(Categorize):
 _LOADER_OPTIONS = (
     "num_workers",
     "device",
-    "val_bs",
     "shuffle",
-    "val_shuffle",
     "drop_last",
     "pin_memory",
     "timeout",
-    "verbose",
 )
 
 
@@ -310,7 +307,8 @@ def _loaders(
     batch_tfms: "Callable | list | None" = None,  # fastai transforms of each view; a `Normalize` sets the statistics
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
-    _check_options(kwargs, (*_LOADER_OPTIONS, *inspect.signature(_loaders).parameters))
+    own = set(inspect.signature(_loaders).parameters) - {"cls", "faces", "kwargs"}
+    _check_options(kwargs, (*_LOADER_OPTIONS, "val_bs", "val_shuffle", "verbose", *own))
     if kwargs.get("device") is not None:
         existing_device(kwargs["device"])
     stats, batch_tfms = _split_normalize(batch_tfms)

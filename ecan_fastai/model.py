@@ -128,14 +128,7 @@ def _read_weights(path):
     "Read tensors by name from named weights, a run's folder, a safetensors file or a checkpoint, without running code"
     if path in NAMES:
         return named_weights(path)
-    file = weights_file(path)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no such file: {file}"
-            if file == Path(path)
-            else f"{path} is not the folder of a finished run: no model.safetensors in it"
-        )
-    check_file(file)
+    check_file(file := weights_file(path))
     try:
         state = load_file(file) if file.suffix == ".safetensors" else _safe_load(file)
     except pickle.UnpicklingError as e:
@@ -198,13 +191,16 @@ def _match_report(path, n_matched, n_tensors, prefix, left):
 def load_encoder(
     encoder: nn.Module,  # A timm model without classifier
     path,  # Name of weights (`weights.available()`), folder of a finished run, `.safetensors` file, or torch checkpoint
+    network: nn.Module | None = None,  # Network that has the encoder's layers under names of its own, in the file too
 ) -> str:  # How many tensors matched, and what was left out
     """Load an encoder's weights in place; wrappers, prefixes of names and the head of the file are skipped
 
     Raises `FileNotFoundError`, and `ValueError` if fewer than half of the encoder's tensors match, if the file holds a
     deeper network, or values that are not finite, or if it cannot be read."""
-    tensors, state = encoder.state_dict(), _read_weights(path)
-    prefix, matched = _best_prefix(tensors, state)
+    state = _read_weights(path)
+    found = [(net, *_best_prefix(net.state_dict(), state)) for net in (encoder, network) if net is not None]
+    net, prefix, matched = max(found, key=lambda f: len(f[2]))
+    tensors = net.state_dict()
     left = [k for k in state if k.removeprefix(prefix) not in matched]
     report = _match_report(path, len(matched), len(tensors), prefix, left)
     if 2 * len(matched) < len(tensors):
@@ -215,7 +211,7 @@ def load_encoder(
     spoiled = next((prefix + k for k, v in matched.items() if not v.isfinite().all()), None)
     if spoiled is not None:
         raise ValueError(f"{path} has values in {spoiled} that are not finite numbers")
-    encoder.load_state_dict({**tensors, **matched})
+    net.load_state_dict({**tensors, **matched})
     return report
 
 # %% ../nbs/05_model.ipynb #6d070501
@@ -252,13 +248,19 @@ def choose_arch(
     arch,  # As `FaceClassifier.create` takes it, or None
     pretrained,  # As `FaceClassifier.create` takes it
 ):
-    "Return the architecture to build: the given one, that of named weights or of a run, or ResNet-18"
+    """Return the architecture to build: the given one, that of named weights or of a run, or ResNet-18
+
+    Raises `ValueError` for a name that timm does not know."""
     weights_arch = weights_settings(pretrained).get("arch") if isinstance(pretrained, (str, Path)) else None
     if pretrained in NAMES and arch not in (None, weights_arch):
         raise ValueError(
             f"the weights {pretrained} are of {weights_arch}, and not of {arch_name(arch)}: leave the architecture out"
         )
-    return arch or weights_arch or "resnet18"
+    arch = arch or weights_arch or "resnet18"
+    if isinstance(arch, str) and not timm.is_model(arch):
+        near = timm.list_models(f"*{arch}*")[:5]
+        raise ValueError(f"timm has no model {arch!r}" + (f", did you mean one of {', '.join(near)}?" if near else ""))
+    return arch
 
 # %% ../nbs/05_model.ipynb #7f79063e
 def arch_name(
@@ -269,9 +271,6 @@ def arch_name(
 
 # %% ../nbs/05_model.ipynb #40af912b
 def _timm_encoder(arch, in_chans, pretrained):
-    if not timm.is_model(arch):
-        near = timm.list_models(f"*{arch}*")[:5]
-        raise ValueError(f"timm has no model {arch!r}" + (f", did you mean one of {', '.join(near)}?" if near else ""))
     init = dict(zero_init_last=False) if is_model_in_modules(arch, ["resnet"]) else {}
     try:
         return timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=in_chans, **init)
@@ -296,7 +295,9 @@ def _n_below_head(model):
 
 
 def _body(arch, in_chans, pretrained):
-    "Make a network by a function and cut off its head, as fastai does; raises `ValueError` if that cuts off too much"
+    """Make a network by a function and cut off its head, as fastai does; return the body and the whole network
+
+    Raises `ValueError` if that cuts off too much."""
     as_module = f"give a module that ends in its features instead, {arch_name(arch)}(...)"
     try:
         whole = arch(pretrained=pretrained)
@@ -311,7 +312,7 @@ def _body(arch, in_chans, pretrained):
             f"without the layers from its last pooling on, {arch_name(arch)} keeps {kept:,} of {total:,} parameters "
             f"below its head: {as_module}"
         )
-    return body
+    return body, whole
 
 
 @torch.no_grad()
@@ -343,7 +344,7 @@ def _encoder(arch, in_chans, pretrained, size):
     arch = choose_arch(arch, pretrained)
     if in_chans not in (1, 3):
         raise ValueError(f"in_chans must be 1 or 3, got {in_chans}")
-    is_module = isinstance(arch, nn.Module)
+    is_module, network = isinstance(arch, nn.Module), None
     if (
         callable(arch)
         and not is_module
@@ -356,17 +357,18 @@ def _encoder(arch, in_chans, pretrained, size):
             raise ValueError(
                 "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
             )
-        encoder = _module_encoder(arch, in_chans, size)
+        encoder, network = _module_encoder(arch, in_chans, size), arch
     elif isinstance(arch, str):
         encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):
-        encoder = _with_pooling(_body(arch, in_chans, pretrained is True))
+        body, network = _body(arch, in_chans, pretrained is True)
+        encoder = _with_pooling(body)
     else:
         raise ValueError(
             f"arch must be the name of a timm model, a function that makes a model, or a module, got {arch!r}"
         )
     if pretrained and pretrained is not True:
-        print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained)}")
+        print(f"{arch_name(arch)}: {load_encoder(encoder, pretrained, network)}")
     d = getattr(encoder, "head_hidden_size", None) if isinstance(arch, str) else None  # a module may have its own head
     d = d or _features(encoder, in_chans, size).shape[1]
     return speed_up_small_maps(encoder), d

@@ -82,7 +82,7 @@ def _sums(folder):
     "Map file names to the digests that they may have"
     file, digests = folder / SUMS, {}
     if file.is_file():
-        for line in file.read_text(errors="replace").splitlines():
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             digest, _, name = line.partition("  ")
             digests.setdefault(name, []).append(digest)
     return digests
@@ -90,7 +90,7 @@ def _sums(folder):
 
 def _write_sums(folder, digests):
     lines = [f"{digest}  {name}\n" for name, known in sorted(digests.items()) for digest in known]
-    write_whole(folder / SUMS, lambda f: f.write_text("".join(lines)))
+    write_whole(folder / SUMS, lambda f: f.write_text("".join(lines), encoding="utf-8"))
 
 
 def sha256(file):

@@ -32,6 +32,7 @@ from ecan_fastai.layers import channels_last_is_faster, fast_precision
 from ecan_fastai.learner import baseline_learner, check_fits, ecan_learner, images_per_step
 from ecan_fastai.loaders import ExpressionDataLoaders
 from ecan_fastai.losses import ECANLoss, PaperReading
+from ecan_fastai.model import choose_arch
 from ecan_fastai.readers.factory import detect_kind
 from ecan_fastai.readers.records import data_root
 from ecan_fastai.runfiles import (
@@ -221,8 +222,11 @@ def check_start(
     "Raise `ValueError` if the weights that a run started from have changed"
     if "pretrained_sha256" not in about or not isinstance(cfg.pretrained, str):
         return
-    file = weights_file(cfg.pretrained)
-    if file.is_file() and sha256(file) != about["pretrained_sha256"]:  # a missing one is told where it is needed
+    try:
+        found = sha256(weights_file(cfg.pretrained))
+    except (FileNotFoundError, ValueError):  # a missing one is told where it is needed
+        return
+    if found != about["pretrained_sha256"]:
         raise ValueError(
             f"{name} started from other weights than {cfg.pretrained} holds now: put the original back, or choose "
             "another folder"
@@ -353,6 +357,9 @@ def _check_new(out):
 def _start(cfg, out):
     resolve_config(cfg)
     _check_small(cfg)
+    choose_arch(cfg.arch, cfg.pretrained)  # its errors, before images are read
+    if isinstance(cfg.pretrained, str):
+        weights_file(cfg.pretrained)
     set_seed(cfg.seed, reproducible=True)
     dls = _first_process_first(run_loaders, cfg, out)
     learn = run_learner(cfg, dls, out)

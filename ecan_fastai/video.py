@@ -102,7 +102,7 @@ def video_frames(
     every: float = 1.0,  # Seconds between frames; 0 for every frame
     seconds: float | None = None,  # Stop after this many seconds; required for a camera
 ) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
-    """Yield frames of a video at regular intervals; warns of a file that is shorter than it says
+    """Yield frames of a video at regular intervals; opens it for the first one; warns if it is shorter than it says
 
     Raises `FileNotFoundError`, and `ValueError` for a file that is no video, a frame that cannot be decoded, a camera
     that is not there or has no `seconds`, and a value out of range."""
@@ -113,6 +113,10 @@ def video_frames(
     camera = camera_index(file) is not None
     if camera and seconds is None:
         raise ValueError(f"{file}: a camera has no end, say after how many seconds to stop")
+    return _frames_of(file, every, seconds, camera)
+
+
+def _frames_of(file, every, seconds, camera):
     video = _open(file)
     rate, due, second = _rate(video), 0.0, -math.inf
     try:

@@ -72,11 +72,18 @@ def named_weights(
 def weights_file(
     weights: str | Path,  # One of `NAMES`, a run's folder, or a file of weights
 ) -> Path:
-    "Return the file that holds weights; raises `ValueError` if the extra that holds them is not installed"
+    "Return the file that holds weights; raises `FileNotFoundError`, or `ValueError` if its extra is not installed"
     if weights == "imagenet":
         return _imagenet_file()
     path = shipped_run(weights) if weights in NAMES else Path(weights)
-    return path / "model.safetensors" if path.is_dir() else path
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no such file: {file}"
+            if file == path
+            else f"{path} is not the folder of a finished run: no model.safetensors in it"
+        )
+    return file
 
 # %% ../nbs/00_weights.ipynb #65dc4b0a
 def _written(weights):
@@ -99,6 +106,11 @@ def weights_settings(
     "Return the run settings that weights need"
     if weights == "":
         raise ValueError("pretrained is empty: expected the name of weights, or a path")
+    if weights in NAMES and Path(weights, "model.safetensors").exists():
+        raise ValueError(
+            f"{weights} names weights of the package, but a run is in a folder of this name here: give ./{weights} for "
+            "the run, or change the current folder"
+        )
     if weights == "imagenet":
         return dict(arch=_IMAGENET["arch"], channels=3)
     config = _written(weights).get("config", {})

@@ -747,6 +747,8 @@ def test_only_steps_that_the_keys_can_follow_count():
     assert said.startswith("27 steps are few")
     (said,) = short_fits(noise_learner(GradientAccumulation(12), momentum=0.9), lambda learn: learn.fit(29))
     assert said.startswith("29 steps are few")  # one for three batches
+    (said,) = short_fits(noise_learner(GradientAccumulation(6), momentum=0.9), lambda learn: learn.fit(9))
+    assert said.startswith("13 steps are few")  # one for two batches of four, of which 6 is no multiple
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from small_runs import small_config
+from test_video import Played
 
 from ecan_fastai.cli import ecan_predict
 from ecan_fastai.data import read_face
@@ -430,7 +431,7 @@ def test_options_of_a_video_are_refused_without_one(photo, finder, run):
             Predictor(run).predict_faces(photo, finder, **{option: 2})
     with pytest.raises(ValueError, match="margin: expected more than -1"):
         FaceFinder(margin=-2)
-    with pytest.raises(ValueError, match="no such device here: nowhere"):
+    with pytest.raises(ValueError, match="cannot use device nowhere: .*nowhere"):
         FaceFinder(device="nowhere")
 
 
@@ -445,6 +446,54 @@ def test_a_video_that_cannot_be_read_does_not_hold_up_the_rest(tmp_path):
         assert readable_media(Reads(), files) == [0, 2]
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="none of the 1 files"):
         readable_media(Reads(), files[1:2])
+
+
+def test_a_video_that_breaks_off_costs_no_other_file(photo, finder, run, tmp_path, monkeypatch):
+    class Breaks(Played):
+        "The third frame cannot be decoded; a video with `empty` in its name has no frame"
+
+        def __init__(self, file):
+            super().__init__(file)
+            self.empty = "empty" in file
+
+        def grab(self):
+            return not self.empty and super().grab()
+
+        def retrieve(self):
+            return (False, None) if self.i == 2 else self.video.retrieve()
+
+    for name in ("film.avi", "empty.avi"):
+        with VideoWriter(tmp_path / name, 1) as video:
+            for i in range(4):
+                video.write(i, np.asarray(photo))
+    monkeypatch.setattr(cv2, "VideoCapture", Breaks)
+    items, predictor = [tmp_path / "film.avi", tmp_path / "empty.avi", np.asarray(photo)], Predictor(run)
+    with pytest.raises(ValueError, match="cannot decode the frame at 2.00 s of .*film.avi"):
+        predictor.predict_faces(items, finder)
+    with pytest.warns(UserWarning, match="left out: cannot ") as caught:
+        table = predictor.predict_faces(items, finder, skip_broken=True)
+    assert [n for w in caught for n in ("film", "empty") if f"{n}.avi" in str(w.message)] == ["film", "empty"]
+    assert list(table["image"]) == [str(items[0])] * 2 + ["image 2"]
+    with pytest.warns(UserWarning, match="empty.avi"):
+        assert readable_media(predictor, items) == [0, 2]
+    with pytest.warns(UserWarning, match="empty.avi"), pytest.raises(ValueError, match="none of the 1 files can be"):
+        predictor.predict_faces(items[1], finder, skip_broken=True)
+
+
+def test_options_of_videos_are_checked_before_any_image_is_read(run, tmp_path):
+    predictor, nothing = Predictor(run), tmp_path / "none.jpg"
+    with pytest.raises(ValueError, match="webcam: a camera has no end"):
+        predictor.predict_faces([nothing, "webcam"], object())
+    with pytest.raises(ValueError, match="every: expected 0 or more seconds"):
+        predictor.predict_faces([nothing, tmp_path / "film.avi"], object(), every=-1)
+
+
+def test_a_lower_threshold_finds_more_faces(photo):
+    "The detector itself drops what it gives less than 0.7"
+    low, high = (
+        [f.score for f in FaceFinder(threshold, min_size=20, device="cpu")(photo)] for threshold in (0.05, 0.7)
+    )
+    assert len(high) == 1 and len(low) > 1 and 0.05 <= min(low) < 0.7
 
 
 def test_predict_faces_leaves_out_what_is_broken_if_asked(photo, finder, run, tmp_path):

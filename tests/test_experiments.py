@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -475,6 +475,17 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(tmp_path, monkeypatch):
         reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append, only=stems[0])
 
 
+def test_runs_that_all_diverge_are_an_error(tmp_path, monkeypatch):
+    def diverge(folder):
+        raise Diverged(f"the training loss of {folder.name} became nan")
+
+    fake_run(monkeypatch, diverge)
+    said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
+    with pytest.raises(Diverged, match=f"{stems[1]} became nan"):
+        reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append)
+    assert f"{stems[0]}: the training loss of {stems[0]} became nan" in said
+
+
 def test_a_row_that_changes_nothing_does_not_hold_up_the_others(tmp_path, monkeypatch):
     "Images of 32 pixels cannot begin smaller, at 32"
     started, said, given = fake_run(monkeypatch), [], dict(size=32, level="weak", workers=0, precision="fp32")
@@ -741,7 +752,10 @@ def test_a_run_is_neither_resumed_nor_counted_with_weights_that_changed(faces, t
     with pytest.raises(ValueError, match="started from other weights than .*best.pth holds now"):
         reproduce("affinity", faces, out=tmp_path, pretrained=str(weights), say=lambda s: None)
     weights.unlink()  # a finished run needs them no more
-    runs.check_start(read_json(folder / "config.json")["about"], cfg, folder)
+    about = read_json(folder / "config.json")["about"]
+    runs.check_start(about, cfg, folder)
+    monkeypatch.setattr("ecan_fastai.weights.find_spec", lambda name: None)  # nor an extra
+    runs.check_start(about, replace(cfg, pretrained="imagenet"), folder)
 
 
 def test_records_of_other_labels_are_not_put_into_one_table(faces, tmp_path, monkeypatch):

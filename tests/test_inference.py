@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -13,10 +14,12 @@ import pandas as pd
 import pytest
 import torch
 from fastcore.foundation import L
+from fasttransform import Transform
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import small_config
 
+from ecan_fastai.check import check_data
 from ecan_fastai.cli import ecan_evaluate, ecan_predict
 from ecan_fastai.inference import Predictor, shared_classes
 from ecan_fastai.learner import baseline_learner, ecan_learner
@@ -389,7 +392,7 @@ def test_damaged_runs_are_named(run, tmp_path):
         with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
             Predictor(tmp_path)
     for device in ("gpu", "cuda:7", "meta"):
-        with pytest.raises(ValueError, match=f"no such device here: {device}"):
+        with pytest.raises(ValueError, match=f"cannot use device {device}: ."):
             Predictor(run, device=device)
     with pytest.raises(ValueError, match="unknown evaluation crops 'six'"):
         Predictor(run, "six")
@@ -680,6 +683,25 @@ def test_batch_transforms_that_act_in_evaluation_are_refused(make_dls, made, is_
         probs, _ = learn.get_preds(dl=dls["test"])
         images = [f.image for f in dls["test"].dataset.items]
         assert np.allclose(Predictor.from_learner(learn).probabilities(images), probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["valid", "all"])
+def test_transforms_that_were_added_to_the_loaders_are_refused(make_dls, of):
+    dls = make_dls(n_views=1)
+    dls.add_tfms([Transform(t) for t in brighter()], "after_batch", *([of] if of == "valid" else []))
+    with pytest.raises(ValueError, match="cannot apply batch_tfms that act in evaluation"):
+        Predictor.from_learner(baseline_learner(dls, "resnet10t"))
+
+
+def test_data_is_measured_and_checked_as_it_is_read(tmp_path):
+    for s, k in product(range(30), range(2)):
+        folder = tmp_path / "CK+48" / ("anger", "happy")[k]
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"S{s:03}_00{k}_0000001{k}.png"), np.full((48, 48), s, np.uint8))
+    assert Predictor().evaluate(tmp_path, "ckplus", fold=9)["splits"]["test"]["n"] == 6
+    for reads in (Predictor().evaluate, check_data):
+        with pytest.raises(ValueError, match="expected a fold from 0 to 9, got 10"):
+            reads(tmp_path, "ckplus", fold=10)
 
 
 def test_learners_of_other_models_are_refused(make_dls):

@@ -474,16 +474,23 @@ def loaders(faces, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "wrong,near", [("lvl", "level"), ("num_worker", "num_workers"), ("validpct", "valid_pct"), ("zzzz", None)]
+    "wrong,near",
+    [("lvl", "level"), ("num_worker", "num_workers"), ("validpct", "valid_pct"), ("zzzz", None), ("kwargs", None)],
 )
 def test_an_argument_that_is_none_is_named_with_the_nearest(faces, wrong, near):
     with pytest.raises(TypeError, match=f"no argument '{wrong}'" + (f", did you mean '{near}'" if near else "$")):
         loaders(faces, **{wrong: 1})
 
 
+@pytest.mark.parametrize("option", ["val_bs", "val_shuffle", "verbose"])
+def test_a_loader_of_other_images_refuses_what_it_would_not_use(faces, option):
+    with pytest.raises(TypeError, match=f"no argument {option!r}"):
+        loaders(faces).test_dl([faces / "a.jpg"], **{option: 8})
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:7", "meta"])
 def test_a_device_that_is_not_here_is_named_before_any_image_is_read(device):
-    with pytest.raises(ValueError, match=f"no such device here: {device}"):
+    with pytest.raises(ValueError, match=f"cannot use device {device}: ."):
         ExpressionDataLoaders.from_faces([Face("none.png", "happy"), Face("none.png", "sad")], device=device)
 
 

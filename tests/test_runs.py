@@ -568,6 +568,21 @@ def test_the_tuned_preset_gives_way_to_what_is_typed():
         RunConfig("x", "folder", preset="tuned").resolve()
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(arch="resnet81"), "timm has no model 'resnet81'"),
+        (dict(pretrained="best.pth"), "no such file: .*best.pth"),
+        (dict(pretrained="."), "is not the folder of a finished run: no model.safetensors in it"),
+    ],
+)
+def test_wrong_networks_are_told_before_images_are_read(faces, tmp_path, monkeypatch, wrong, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "run_loaders", lambda *args: pytest.fail("images are read"))
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        start_run(config(faces, **wrong), tmp_path / "run")
+
+
 def test_batch_size_and_rate_follow_the_data(faces, tmp_path):
     cfg = config(faces, bs=None, opt="paper").resolve()
     dls = runs.run_loaders(cfg, tmp_path)

@@ -61,6 +61,38 @@ def test_a_colour_stem_answers_grey_pictures_as_before_and_back(tmp_path):
         assert torch.allclose(back.encoder(grey.repeat(1, 3, 1, 1)), model.encoder(grey), atol=1e-4)
 
 
+class Maps(torch.nn.Module):
+    "A backbone of one's own that gives feature maps"
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 16, 3)
+
+    def forward(self, x):
+        return self.last(self.stem(x))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_of_a_function_or_of_a_module_with_maps_have_the_names_of_their_network(tmp_path, channels):
+    net = face_network()
+    x = torch.randn(2, channels, 64, 64)
+    model = FaceClassifier.create(torchvision.models.resnet18, 7, channels, pretrained=checkpoint(tmp_path, net))
+    net.fc = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.allclose(model.eval().encoder(x), net.eval()(x.expand(-1, 3, -1, -1)), atol=1e-4)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")  # the names of the body, as `learn.save` writes them
+    again = FaceClassifier.create(torchvision.models.resnet18, 7, channels, pretrained=tmp_path / "saved.pth")
+    with torch.no_grad():
+        assert torch.allclose(again.eval().encoder(x), model.encoder(x), atol=1e-5)
+
+
+def test_weights_of_a_module_with_maps_have_its_own_names(tmp_path):
+    maps, x = Maps(), torch.randn(2, 3, 64, 64)
+    model = FaceClassifier.create(Maps(), 7, 3, pretrained=checkpoint(tmp_path, maps)).eval()
+    with torch.no_grad():
+        assert torch.allclose(model.encoder(x), maps(x).mean((2, 3)), atol=1e-5)
+
+
 def test_both_encoders_start_from_the_file(tmp_path):
     model = ECANModel("resnet18", 7, 1, pretrained=checkpoint(tmp_path, face_network()))
     assert all(

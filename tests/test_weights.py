@@ -145,6 +145,16 @@ def test_a_missing_extra_is_told_in_one_sentence(monkeypatch):
     assert not available().loc["imagenet", "installed"]
 
 
+def test_a_run_in_a_folder_of_the_name_of_weights_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fer2013").mkdir()  # of images, perhaps
+    assert weights_settings("fer2013")["arch"] == "resnet18_cifar"
+    (tmp_path / "fer2013" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="a run is in a folder of this name here: give ./fer2013 for the run"):
+        weights_settings("fer2013")
+    assert weights_settings("./fer2013") == {}
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no shipped model 'vgg'"):
         shipped_run("vgg")
