@@ -21,14 +21,14 @@ import numpy as np
 import pandas as pd
 
 import ecan_fastai
-from .config import UNUSED, RunConfig, means_sample
+from .config import UNUSED, RunConfig
 from .inference import Predictor
 from .interpret import plot_class_counts, plot_confusions, plot_sweep, plot_tsne
 from .loaders import without_broken
-from .readers.factory import detect_kind, read_faces
+from .readers.factory import read_faces
 from .readers.records import existing_folder
 from .runfiles import InUse, as_json, check_file, lock_run, read_json, read_table, write_whole
-from .runs import NoEffect, check_start, read_config, resolve_config, resume_run, start_run
+from .runs import NoEffect, check_start, data_kind, read_config, resolve_config, resume_run, start_run
 from .runstate import Diverged
 from .sample import sample_faces
 from .weights import markdown_table, weights_settings
@@ -436,12 +436,6 @@ def run_stem(
     return f"{run_name(cfg)}-seed{cfg.seed}"
 
 # %% ../nbs/13_experiments.ipynb #2e9766b6
-def _kind(data, kind):
-    if kind != "auto":
-        return kind
-    return "sample" if means_sample(data) else detect_kind(data)
-
-
 def planned_runs(
     name: str,  # Name of the experiment
     data: str,  # Path of a data set, or `sample`
@@ -456,7 +450,7 @@ def planned_runs(
         raise ValueError("seeds are counted from 0: give their number as seeds")
     if not _experiment(name)["runs"] and (settings or seeds > 1):
         raise ValueError(f"{name} has no runs: settings and seeds have no effect")
-    kind = _kind(data, kind)
+    kind = data_kind(data, kind)
     return [run for seed in range(seeds) for run in experiment_runs(name, data, kind, seed=seed, **settings).items()]
 
 # %% ../nbs/13_experiments.ipynb #8042b1a9
@@ -580,7 +574,7 @@ def reproduce(
     """Make the missing runs of an experiment, then its table (Markdown, CSV) and figure (PNG) from all finished runs
 
     Confusion matrices and t-SNE show seed 0. A run that another process trains is left to it."""
-    exp, out, kind = _experiment(name), Path(out), _kind(data, kind)
+    exp, out, kind = _experiment(name), Path(out), data_kind(data, kind)
     records = Path(records) if records else out / "records"
     runs = planned_runs(name, data, seeds, kind, **settings)
     chosen = _chosen(name, runs, only)

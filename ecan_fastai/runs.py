@@ -58,12 +58,21 @@ OPTIMIZERS = {"paper": {}, "adam": dict(opt_func=Adam, lr=2e-3, wd=1e-2)}
 # Data and learner
 
 
+def data_kind(
+    data,  # Path of a data set, or `sample`
+    kind="auto",  # If it is known
+):
+    "Kind of data: the given one, `sample`, or the one that its files have"
+    if kind != "auto":
+        return kind
+    return "sample" if means_sample(data) else detect_kind(data)
+
+
 def resolve_config(cfg):
     """Fill in the settings that are not given, in place, make paths absolute, and return the configuration
 
     Recognises the kind from the data; the weights of `pretrained` give their settings, the preset all others."""
-    if cfg.kind == "auto" and not means_sample(cfg.data):
-        cfg.kind = detect_kind(cfg.data)
+    cfg.kind = data_kind(cfg.data, cfg.kind)
     if isinstance(cfg.pretrained, str):
         for name, value in weights_settings(cfg.pretrained).items():
             if getattr(cfg, name) is None:
