@@ -603,8 +603,8 @@ def _commands(given):
 
     script = Path(sys.executable).with_name("ecan_reproduce")
     command = [str(script) if script.exists() else script.name, given.experiment]
-    drawn = given.data == "sample" and given.kind in ("auto", "sample")
-    command += ["--data", given.data if drawn else os.path.abspath(given.data)]
+    drawn = given.data == "sample" and given.kind == "auto"  # else a folder of this name
+    command += ["--data", "sample" if drawn else os.path.abspath(given.data)]
     command += ["--kind", given.kind, "--seeds", str(given.seeds), "--out", os.path.abspath(given.out)]
     if given.records is not None:
         command += ["--records", os.path.abspath(given.records)]

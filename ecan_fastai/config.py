@@ -3,6 +3,7 @@ at once."""
 
 import math
 import os
+import reprlib
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_args
@@ -72,7 +73,9 @@ class RunConfig:
         ("paper", "tuned"),
     )
     arch: str | None = _setting(
-        "method", "name of a timm model, or resnet18_cifar or resnet18_half (stems for small images)"
+        "method",
+        "name of a timm model, or resnet18_cifar or resnet18_half (stems for small images)",
+        valid=("a name of less than 100 characters", lambda v: len(v) < 100),
     )
     pretrained: str | bool = _setting(
         "method",
@@ -266,7 +269,7 @@ def means_sample(
     if str(data) == "sample" and os.path.exists("sample"):
         raise ValueError(
             "sample means faces that the package draws, but something of this name is here: write its full path to use "
-            "it, or --kind sample to draw faces"
+            "it, or give it another name to draw faces"
         )
     return str(data) == "sample"
 
@@ -280,11 +283,11 @@ def _check_value(f, value):
     types, allowed, valid = get_args(f.type) or (f.type,), f.metadata["choices"], f.metadata["valid"]
     allowed_types = (*types, int) if float in types else types
     if not isinstance(value, allowed_types) or isinstance(value, bool) and bool not in types:
-        raise ValueError(f"{f.name} must be of type {types[0].__name__}, got {value!r}")
+        raise ValueError(f"{f.name} must be of type {types[0].__name__}, got {reprlib.repr(value)}")
     if allowed and value not in allowed:
-        raise ValueError(f"unknown {f.name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"unknown {f.name} {reprlib.repr(value)}, expected one of {', '.join(map(str, allowed))}")
     if valid and not valid[1](value):
-        raise ValueError(f"{f.name} must be {valid[0]}, got {value}")
+        raise ValueError(f"{f.name} must be {valid[0]}, got {reprlib.repr(value)}")
 
 
 # Settings that have no effect in a run of a method

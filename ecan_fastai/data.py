@@ -203,12 +203,12 @@ def _process_seed():
 
 # %% ../nbs/02_data.ipynb #674de89d
 def _item_pipeline(item_tfms):
-    "Pipeline of item transforms; refuses one that would leave every image as it is"
+    "Pipeline of item transforms; refuses those of tensors, which would leave every image as it is"
     if not item_tfms:
         return None
     pipeline, image = Pipeline(item_tfms), PILImage.create(np.zeros((1, 1, 3), np.uint8))
     for tfm in pipeline.fs:
-        if not acts_on(tfm, image):
+        if acts_on(tfm, TensorImage(0)) and not acts_on(tfm, image):
             raise ValueError(
                 f"{tfm.name.split()[0]} does not act on a PILImage, only on batches: give it as batch_tfms"
             )
@@ -303,7 +303,7 @@ def existing_device(
     try:
         torch.zeros(1, device=(device := torch.device(device))).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"cannot use device {device}: {str(e).partition(chr(10))[0]}") from e
+        raise ValueError(f"no such device here: {device} ({str(e).partition(chr(10))[0]})") from e
     return device
 
 # %% ../nbs/02_data.ipynb #5d7e0c1a

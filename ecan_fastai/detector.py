@@ -156,16 +156,17 @@ def readable_media(
 def _frames(items, videos, skip_broken):
     "Yield the index, name, second (of a video's frame) and image of all items; `videos` are frames by index"
     for i, item in enumerate(items):
-        name = str(item) if isinstance(item, (str, Path)) else f"image {i}"
+        name, second = str(item) if isinstance(item, (str, Path)) else f"image {i}", math.nan
         try:
             if i in videos:
-                yield from ((i, name, second, frame) for second, frame in videos[i])
+                for second, frame in videos[i]:
+                    yield i, name, second, frame
             else:
-                yield i, name, math.nan, read_face(item, 3)
+                yield i, name, second, read_face(item, 3)
         except (ValueError, OSError) as e:
-            if not skip_broken:
+            if not skip_broken or camera_index(item) is not None:
                 raise
-            warnings.warn(f"left out: {e}")
+            warnings.warn(f"left out: {e}" if math.isnan(second) else f"the rest of {name} is left out: {e}")
 
 # %% ../nbs/12_detector.ipynb #89fbc766
 _PIXELS_AT_ONCE = 2**24  # of all images in a batch
@@ -236,7 +237,7 @@ def predict_faces(
     smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
-    skip_broken: bool = False,  # Leave out photographs and (rests of) videos that cannot be read, with a warning
+    skip_broken: bool = False,  # Leave out what cannot be read, with a warning; not with `annotated`, nor of a camera
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
     """Find and label the faces in photographs and videos, one row per face
 
@@ -256,7 +257,7 @@ def predict_faces(
     tables: list = []
     trackers: dict = {}
     with opened:
-        for batch in _batches(progress(_frames(items, videos, skip_broken), "find faces"), n_frames):
+        for batch in _batches(progress(_frames(items, videos, skip_broken and not write), "find faces"), n_frames):
             tables += (new := list(_faces_of_batch(self, finder, batch, trackers, bs, smoothing)))
             if write:
                 for (*_, second, image), table in zip(batch, new):

@@ -480,10 +480,11 @@ def _make_runs(runs, make, say):
             except InUse:
                 left.append(cfg)
             except (Diverged, NoEffect) as e:
-                failed.append(run_stem(cfg))
+                failed.append(cfg)
+                if len(runs) > 1:
+                    say(f"{run_stem(cfg)}: {e}")
                 if len(failed) == len(runs):
                     raise
-                say(f"{failed[-1]}: {e}")
         if len(left) in (0, len(pending)):
             return left
         pending = left

@@ -298,7 +298,8 @@ def _learner_transforms(dls):
         raise ValueError(
             "Predictor.from_learner needs DataLoaders built on TwoViewBlock, such as ExpressionDataLoaders"
         )
-    others = [t for t in dls.valid.after_batch.fs if not isinstance(t, (IntToFloatTensor, Normalize))]
+    evaluation = (dls.loaders[1:] or dls.loaders)[0]
+    others = [t for t in evaluation.after_batch.fs if not isinstance(t, (IntToFloatTensor, Normalize))]
     if _act_in_evaluation(others, tfm.views):
         raise ValueError(
             "Predictor.from_learner cannot apply batch_tfms that act in evaluation: use learn.predict instead"

@@ -159,21 +159,25 @@ def _fit_channels(w, want):
     return w.repeat(1, 3, 1, 1) / 3 if (w.shape[1], want[1]) == (1, 3) else w
 
 # %% ../nbs/05_model.ipynb #cd7247ea
-def _best_prefix(tensors, state):
-    "Return the prefix under which most of an encoder's `tensors` are in `state`, and the tensors found there"
-    prefixes = dict.fromkeys(
+def _prefixes(names, state):
+    "Prefixes with which at least one of `names` is in `state`, in the order of the file"
+    return dict.fromkeys(
         name[: -len(k)]
         for name in state
-        for k in tensors
+        for k in names
         if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
     )
+
+
+def _best_prefix(tensors, state):
+    "Return the prefix under which most of an encoder's `tensors` are in `state`, and the tensors found there"
 
     def found(prefix):
         fitted = {k: _fit_channels(state[prefix + k], v.shape) for k, v in tensors.items() if prefix + k in state}
         return {k: w for k, w in fitted.items() if w.shape == tensors[k].shape}
 
     # of two prefixes with as many matches (MoCo's query and key encoder), the first in the file
-    prefix = max(prefixes or [""], key=lambda p: len(found(p)))
+    prefix = max(_prefixes(tensors, state) or [""], key=lambda p: len(found(p)))
     return prefix, found(prefix)
 
 # %% ../nbs/05_model.ipynb #b620eab1
@@ -197,21 +201,26 @@ def load_encoder(
 
     Raises `FileNotFoundError`, and `ValueError` if fewer than half of the encoder's tensors match, if the file holds a
     deeper network, or values that are not finite, or if it cannot be read."""
-    state = _read_weights(path)
-    found = [(net, *_best_prefix(net.state_dict(), state)) for net in (encoder, network) if net is not None]
-    net, prefix, matched = max(found, key=lambda f: len(f[2]))
-    tensors = net.state_dict()
-    left = [k for k in state if k.removeprefix(prefix) not in matched]
+    tensors, state = encoder.state_dict(), _read_weights(path)
+    prefix, matched = _best_prefix(tensors, state)
+    if network is not None:
+        own = {v.data_ptr() for v in tensors.values()}
+        others = {k: v for k, v in network.state_dict().items() if v.data_ptr() in own}  # without its head
+        found = _best_prefix(others, state)
+        if len(found[1]) > len(matched):
+            encoder, tensors, (prefix, matched) = network, others, found
+    left = [k for k in state if k not in {prefix + m for m in matched}]
     report = _match_report(path, len(matched), len(tensors), prefix, left)
     if 2 * len(matched) < len(tensors):
         raise ValueError(f"{report}; expected at least half: are these the weights of the same architecture?")
-    parts = tuple({prefix + k.partition(".")[0] + "." for k in tensors})  # a head or a copy has another name
-    if 2 * sum(k.startswith(parts) for k in left) > len(matched):
+    whole = [p for p in _prefixes(matched, state) if all(p + k in state for k in matched)]
+    copies = {p + k for p in whole for k in matched}  # of the encoder, such as running averages
+    if 2 * sum(k.startswith(prefix) and k not in copies for k in left) > len(matched):
         raise ValueError(f"{report}: these are the weights of a deeper network")
     spoiled = next((prefix + k for k, v in matched.items() if not v.isfinite().all()), None)
     if spoiled is not None:
         raise ValueError(f"{path} has values in {spoiled} that are not finite numbers")
-    net.load_state_dict({**tensors, **matched})
+    encoder.load_state_dict(matched, strict=False)
     return report
 
 # %% ../nbs/05_model.ipynb #6d070501
@@ -357,7 +366,7 @@ def _encoder(arch, in_chans, pretrained, size):
             raise ValueError(
                 "pretrained=True has no effect with a module: load its weights into it first, or use pretrained=PATH"
             )
-        encoder, network = _module_encoder(arch, in_chans, size), arch
+        encoder, network = _module_encoder(arch, in_chans, size), arch  # the same, or inside of it
     elif isinstance(arch, str):
         encoder = _timm_encoder(arch, in_chans, pretrained is True)
     elif callable(arch):

@@ -103,7 +103,7 @@ def _written(weights):
 def weights_settings(
     weights: str | Path,  # One of `NAMES`, a run's folder or its model.safetensors, or another file of weights
 ) -> dict:  # arch and channels; of a run also size and recipe; empty if unknown
-    "Return the run settings that weights need"
+    "Return the run settings that weights need; raises `ValueError` if a name is also the folder of a run here"
     if weights == "":
         raise ValueError("pretrained is empty: expected the name of weights, or a path")
     if weights in NAMES and Path(weights, "model.safetensors").exists():

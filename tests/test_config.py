@@ -154,7 +154,7 @@ def test_data_called_sample_is_not_passed_over(tmp_path, monkeypatch, folder):
     assert RunConfig("sample").resolve().kind == "sample"
     (tmp_path / "sample").symlink_to(tmp_path) if folder else (tmp_path / "sample").write_text("image,label")
     for resolve in (lambda cfg: cfg.resolve(), resolve_config, lambda cfg: planned_runs("affinity", cfg.data)):
-        with pytest.raises(ValueError, match="write its full path to use it, or --kind sample to draw faces"):
+        with pytest.raises(ValueError, match="write its full path to use it, or give it another name to draw faces"):
             resolve(RunConfig("sample"))
     assert RunConfig("sample", "sample").resolve().kind == "sample"
     assert RunConfig(tmp_path / "sample", "folder").resolve().kind == "folder"

@@ -363,7 +363,17 @@ def test_item_transforms_that_act_on_batches_alone_are_refused():
         def __call__(self, x, **kwargs):
             return x
 
-    for tfm in (FlipItem, Own(), np.asarray, Transform(lambda image: image.rotate(90)), [FlipItem(), np.asarray]):
+    def dark(x: np.ndarray):
+        return x // 2
+
+    for tfm in (
+        FlipItem,
+        Own(),
+        np.asarray,
+        [np.asarray, dark],
+        Transform(lambda image: image.rotate(90)),
+        [FlipItem(), np.asarray],
+    ):
         assert TwoViewBlock(item_tfms=tfm).type_tfms[0].item_tfms
 
 

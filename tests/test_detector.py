@@ -431,7 +431,7 @@ def test_options_of_a_video_are_refused_without_one(photo, finder, run):
             Predictor(run).predict_faces(photo, finder, **{option: 2})
     with pytest.raises(ValueError, match="margin: expected more than -1"):
         FaceFinder(margin=-2)
-    with pytest.raises(ValueError, match="cannot use device nowhere: .*nowhere"):
+    with pytest.raises(ValueError, match=r"no such device here: nowhere \(.+\)"):
         FaceFinder(device="nowhere")
 
 
@@ -470,9 +470,16 @@ def test_a_video_that_breaks_off_costs_no_other_file(photo, finder, run, tmp_pat
     items, predictor = [tmp_path / "film.avi", tmp_path / "empty.avi", np.asarray(photo)], Predictor(run)
     with pytest.raises(ValueError, match="cannot decode the frame at 2.00 s of .*film.avi"):
         predictor.predict_faces(items, finder)
+    annotated = tmp_path / "boxes.avi"
+    with pytest.raises(ValueError, match="cannot decode the frame at 2.00 s of .*film.avi"):
+        predictor.predict_faces(items[0], finder, skip_broken=True, annotated=annotated)
+    assert not annotated.exists()
     with pytest.warns(UserWarning, match="left out: cannot ") as caught:
         table = predictor.predict_faces(items, finder, skip_broken=True)
-    assert [n for w in caught for n in ("film", "empty") if f"{n}.avi" in str(w.message)] == ["film", "empty"]
+    assert [w.message.args[0].partition(": cannot")[0] for w in caught] == [
+        f"the rest of {items[0]} is left out",
+        "left out",
+    ]
     assert list(table["image"]) == [str(items[0])] * 2 + ["image 2"]
     with pytest.warns(UserWarning, match="empty.avi"):
         assert readable_media(predictor, items) == [0, 2]

@@ -477,13 +477,13 @@ def test_a_run_that_diverges_does_not_hold_up_the_others(tmp_path, monkeypatch):
 
 def test_runs_that_all_diverge_are_an_error(tmp_path, monkeypatch):
     def diverge(folder):
-        raise Diverged(f"the training loss of {folder.name} became nan")
+        raise Diverged("the training loss became nan")
 
     fake_run(monkeypatch, diverge)
     said, stems = [], [run_stem(cfg) for _, cfg in planned_runs("affinity", "x", 1, "folder")]
-    with pytest.raises(Diverged, match=f"{stems[1]} became nan"):
+    with pytest.raises(Diverged, match="the training loss became nan"):
         reproduce("affinity", "x", 1, tmp_path, "folder", say=said.append)
-    assert f"{stems[0]}: the training loss of {stems[0]} became nan" in said
+    assert [f"{stem}: the training loss became nan" for stem in stems] == [s for s in said if "nan" in s]
 
 
 def test_a_row_that_changes_nothing_does_not_hold_up_the_others(tmp_path, monkeypatch):

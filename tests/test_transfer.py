@@ -61,6 +61,21 @@ def test_a_colour_stem_answers_grey_pictures_as_before_and_back(tmp_path):
         assert torch.allclose(back.encoder(grey.repeat(1, 3, 1, 1)), model.encoder(grey), atol=1e-4)
 
 
+def test_a_deeper_network_is_refused_whatever_its_names(tmp_path):
+    "Layers of a Sequential are numbered, so those of a deeper one have names at the top"
+    shallow, deep = (torch.nn.Sequential(*[torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(n)]) for n in (4, 8))
+    torch.save(deep.state_dict(), tmp_path / "deep.pth")
+    with pytest.raises(ValueError, match="8 of 8 tensors found in .*: these are the weights of a deeper network"):
+        load_encoder(shallow, tmp_path / "deep.pth")
+
+
+def test_the_head_of_a_network_made_by_a_function_is_not_used(tmp_path):
+    state = torchvision.models.resnet18().state_dict() | {"fc.weight": torch.full((1000, 512), torch.nan)}
+    torch.save(state, tmp_path / "head.pth")
+    model = FaceClassifier.create(torchvision.models.resnet18, 7, 3, pretrained=tmp_path / "head.pth")
+    assert torch.equal(model.state_dict()["encoder.0.0.weight"], state["conv1.weight"])
+
+
 class Maps(torch.nn.Module):
     "A backbone of one's own that gives feature maps"
 
@@ -143,7 +158,8 @@ def test_a_copy_beside_the_encoder_is_left_out(tmp_path, copy_first):
     encoder, net = FaceClassifier.create("resnet18", 7, 3).encoder, face_network()
     state, ema = net.state_dict(), {f"ema.{k}": v + 1 for k, v in net.state_dict().items()}
     torch.save({**ema, **state} if copy_first else {**state, **ema}, tmp_path / "ema.pth")
-    assert "120 of 120" in load_encoder(encoder, tmp_path / "ema.pth")
+    said = load_encoder(encoder, tmp_path / "ema.pth")
+    assert "120 of 120" in said and f".bias, {'conv1.weight' if copy_first else 'ema.conv1.weight'}" in said
     assert torch.equal(encoder.conv1.weight, net.conv1.weight + copy_first)
 
 

@@ -8,6 +8,7 @@ Docs: https://ecan-fastai.github.io/ecan_fastai/published.html.md"""
 __all__ = ['READERS', 'Reader', 'detect_kind', 'read_faces', 'KINDS']
 
 # %% ../../nbs/03h_published.ipynb #2582522b
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,11 @@ def read_faces(
     kind = detect_kind(path) if kind == "auto" else kind
     if kind not in KINDS:
         raise ValueError(f"unknown kind of data {kind!r}, expected one of {', '.join(KINDS)}")
-    faces = READERS[kind].faces(path, **kwargs)
+    reader = READERS[kind].faces
+    for name in kwargs:
+        if name not in inspect.signature(reader).parameters:
+            raise TypeError(f"no argument {name!r} for data of kind {kind}")
+    faces = reader(path, **kwargs)
     if not faces:
         raise ValueError(f"{path} has no labelled image")
     check_names(f.label for f in faces)
