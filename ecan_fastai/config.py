@@ -38,8 +38,7 @@ _COUNT = ("at least 1", lambda v: v >= 1)
 _SHARE = ("between 0 and 1", lambda v: 0 <= v <= 1)
 _OPEN_SHARE = ("above 0 and below 1", lambda v: 0 < v < 1)
 
-_KEYS = ("ecan", "center", "supcon", "ensc")  # methods with a key encoder
-_CONTRAST = ("ecan", "supcon", "ensc")
+_CONTRAST = ("ecan", "supcon", "ensc")  # methods with a contrastive loss, which reads the keys
 
 
 def _setting(
@@ -139,7 +138,7 @@ class RunConfig:
         "method",
         "momentum of the key encoder (m)",
         valid=("from 0 to below 1", lambda v: 0 <= v < 1),
-        methods=_KEYS,
+        methods=_CONTRAST,
     )
     bank_groups: int = _setting(
         "method", "batches that the memory bank holds (K)", 16, valid=_COUNT, methods=("ecan", "ensc")
@@ -166,7 +165,7 @@ class RunConfig:
         "method",
         "run the key encoder in evaluation mode, and update its running statistics like its parameters",
         False,
-        methods=_KEYS,
+        methods=_CONTRAST,
     )
     balance: str = _setting(
         "method",

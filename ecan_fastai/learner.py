@@ -218,11 +218,11 @@ def _check_splitter(splitter, model):
         raise ValueError("splitter: no group has the class centres (model.centers), which the loss trains: add them")
 
 
-_BANK_GROUPS = 16
+_BANK_GROUPS, _MOMENTUM = 16, 0.999
 
 
-def _check_groups(loss, bank_groups):
-    "Raise `ValueError` for an empty bank, and warn if MVA asks for more groups than there are, or if nothing reads it"
+def _check_memory(loss, bank_groups, momentum):
+    "Raise `ValueError` for an empty bank; warn of more groups than there are, and of settings that nothing reads"
     if bank_groups < 1 or bank_groups % 1:
         raise ValueError(f"bank_groups must be a whole number of at least 1, got {bank_groups}")
     if loss.l2 and loss.compact == "mva" and loss.n_groups > bank_groups + 1:
@@ -234,6 +234,8 @@ def _check_groups(loss, bank_groups):
     by_compact = loss.l2 and loss.compact == "mva" and loss.n_groups > 1
     if bank_groups not in (1, _BANK_GROUPS) and not (by_contrast or by_compact):
         warnings.warn("bank_groups has no effect: no term of the loss reads the bank")
+    if momentum != _MOMENTUM and not loss.reads_keys:
+        warnings.warn("momentum has no effect: no term of the loss reads the key encoder")
 
 # %% ../nbs/07_learner.ipynb #5e77a1e7
 def _all_callbacks(built_in, cbs):
@@ -255,7 +257,7 @@ def ecan_learner(
     l2: float | None = None,  # Weight of MVA in the loss; default 0.7
     n_groups: int | None = None,  # V: feature groups of MVA, the current one included; default 5
     temperature: float | None = None,  # Temperature of ENSC; default 0.1
-    momentum: float = 0.999,  # m of the key encoder, which averages over about 1/(1-m) steps
+    momentum: float = _MOMENTUM,  # m of the key encoder, which averages over about 1/(1-m) steps
     bank_groups: int = _BANK_GROUPS,  # K: number of batches that the memory bank holds
     reading: PaperReading | None = None,  # How the paper is read where it leaves a choice
     loss_func: ECANLoss | None = None,  # Instead of l1, l2, n_groups, temperature and reading, which are then refused
@@ -275,7 +277,7 @@ def ecan_learner(
     arch = choose_arch(arch, pretrained)
     loss_func = _ecan_loss(loss_func, dict(l1=l1, l2=l2, n_groups=n_groups, temperature=temperature, reading=reading))
     views, n_classes = _two_views(dls)
-    _check_groups(loss_func, bank_groups)
+    _check_memory(loss_func, bank_groups, momentum)
     crops = views[0].shape[0] if views[0].ndim == 4 else 1
     in_chans, *size = views[0].shape[-3:]
     bank_size, key_eval = int(bank_groups) * images_per_step(dls) * crops, loss_func.reading.key_eval

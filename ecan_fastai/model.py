@@ -162,10 +162,7 @@ def _fit_channels(w, want):
 def _prefixes(names, state):
     "Prefixes with which at least one of `names` is in `state`, in the order of the file"
     return dict.fromkeys(
-        name[: -len(k)]
-        for name in state
-        for k in names
-        if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
+        name[: -len(k)] for name in state for k in names if name.endswith(k) and (name == k or name[-len(k) - 1] == ".")
     )
 
 

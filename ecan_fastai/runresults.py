@@ -21,7 +21,6 @@ from ecan_fastai.augment import uses_five_crops
 from ecan_fastai.inference import Predictor
 from ecan_fastai.interpret import plot_confusion, plot_history
 from ecan_fastai.metrics import calibrated_temperature, calibration_error, per_class_table, split_metrics
-from ecan_fastai.model import ECANModel
 from ecan_fastai.runfiles import as_json, read_json, write_run_file, write_table
 from ecan_fastai.weights import model_card
 
@@ -103,7 +102,8 @@ def _evaluate(learn, cfg, out):
     both = cfg.eval_crops == "center" and uses_five_crops(cfg.level, cfg.recipe)
     predictor, vocab = Predictor.from_learner(learn, "ten" if both else None), list(learn.dls.vocab)
     metrics, outputs = {}, {}
-    keys = Predictor.from_learner(learn, key=True) if isinstance(learn.model, ECANModel) else None
+    reads_keys = getattr(learn.loss_func, "reads_keys", False)
+    keys = Predictor.from_learner(learn, key=True) if reads_keys else None
     for name in learn.dls.split_names[1:]:
         faces = learn.dls[name].dataset.items
         if not len(faces):

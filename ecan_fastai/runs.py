@@ -160,7 +160,8 @@ def run_learner(cfg, dls, out):
     else:
         groups = 1 if "bank_groups" in UNUSED[cfg.method] else cfg.bank_groups
         loss = _ecan_loss(cfg, dls, **terms)
-        learn = ecan_learner(dls, momentum=cfg.momentum, bank_groups=groups, loss_func=loss, **kwargs)
+        momentum = {} if "momentum" in UNUSED[cfg.method] else dict(momentum=cfg.momentum)
+        learn = ecan_learner(dls, bank_groups=groups, loss_func=loss, **momentum, **kwargs)
     cfg.lr, cfg.wd = learn.lr, learn.wd
     if cfg.pretrained:
         learn.unfreeze()  # one fit trains everything, as the paper does on RAF-DB

@@ -877,6 +877,19 @@ def test_a_size_of_a_bank_that_no_term_reads_is_warned_of(make, settings, unread
     ] * unread
 
 
+@pytest.mark.parametrize(
+    "settings, unread", [(dict(l1=0, compact="center"), True), (dict(l1=0), False), (dict(l2=0), False)]
+)
+def test_a_momentum_of_a_key_encoder_that_no_term_reads_is_warned_of(make, settings, unread):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        make(loss_func=ECANLoss(**settings), momentum=0.9)
+        make(loss_func=ECANLoss(**settings))
+    assert [str(w.message) for w in seen if "no term of the loss reads" in str(w.message)] == [
+        "momentum has no effect: no term of the loss reads the key encoder"
+    ] * unread
+
+
 def test_another_loss_of_an_ecan_learner_is_refused_before_training(make):
     learn = make()
     learn.loss_func = CrossEntropyLossFlat()
