@@ -264,8 +264,7 @@ def predict_faces(
                     write(second, image, table)
         if not tables:
             raise ValueError(f"none of the {len(items)} files can be read")
-    faces = [t for t in tables if len(t)]
-    return pd.concat(faces, ignore_index=True) if faces else tables[0]
+    return pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
 
 # %% ../nbs/12_detector.ipynb #ed2dd165
 def _nfc(name):

@@ -231,8 +231,12 @@ def _split_normalize(batch_tfms):
     return tuple(t.flatten().tolist() for t in (norms[0].mean, norms[0].std)), others
 
 # %% ../nbs/03j_loaders.ipynb #02dab632
-def _check_sampling(bs, balanced, options):
-    "Check the sampling options before any image is read"
+def _check_given(bs, balanced, options):
+    "Check the options of the loaders before any image is read"
+    own = set(inspect.signature(_loaders).parameters) - {"cls", "faces", "kwargs"}
+    _check_options(options, (*_LOADER_OPTIONS, "val_bs", "val_shuffle", "verbose", *own))
+    if options.get("device") is not None:
+        existing_device(options["device"])
     if bs is not None and not bs > 0:
         raise ValueError(f"batch size must be above 0, got {bs}")
     if balanced and options.get("shuffle", True) is not True:
@@ -307,12 +311,8 @@ def _loaders(
     batch_tfms: "Callable | list | None" = None,  # fastai transforms of each view; a `Normalize` sets the statistics
     **kwargs,  # fastai's num_workers, device, val_bs, shuffle, val_shuffle, drop_last, pin_memory, timeout
 ):
-    own = set(inspect.signature(_loaders).parameters) - {"cls", "faces", "kwargs"}
-    _check_options(kwargs, (*_LOADER_OPTIONS, "val_bs", "val_shuffle", "verbose", *own))
-    if kwargs.get("device") is not None:
-        existing_device(kwargs["device"])
+    _check_given(bs, balanced, kwargs)
     stats, batch_tfms = _split_normalize(batch_tfms)
-    _check_sampling(bs, balanced, kwargs)
     views = TwoViewBlock(level, recipe, size, channels, n_views, all_crops, eval_crops, stats, item_tfms)
     faces, vocab = _usable_faces(list(faces), vocab, channels, image_size, skip_broken)
     splits = _splits(faces, valid_pct, seed, train_all, valid)

@@ -96,26 +96,7 @@ def _grabbed(video, rate, is_camera):
         last = second
         yield second
 
-# %% ../nbs/12a_video.ipynb #3893ff76
-def video_frames(
-    file,  # Video file that OpenCV reads, or `webcam`
-    every: float = 1.0,  # Seconds between frames; 0 for every frame
-    seconds: float | None = None,  # Stop after this many seconds; required for a camera
-) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
-    """Yield frames of a video at regular intervals; opens it for the first one; warns if it is shorter than it says
-
-    Raises `FileNotFoundError`, and `ValueError` for a file that is no video, a frame that cannot be decoded, a camera
-    that is not there or has no `seconds`, and a value out of range."""
-    if not 0 <= every < math.inf:
-        raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds: expected more than 0 seconds of video, got {seconds}")
-    camera = camera_index(file) is not None
-    if camera and seconds is None:
-        raise ValueError(f"{file}: a camera has no end, say after how many seconds to stop")
-    return _frames_of(file, every, seconds, camera)
-
-
+# %% ../nbs/12a_video.ipynb #3893ff75
 def _frames_of(file, every, seconds, camera):
     video = _open(file)
     rate, due, second = _rate(video), 0.0, -math.inf
@@ -137,6 +118,25 @@ def _frames_of(file, every, seconds, camera):
         video.release()
     if second == -math.inf:
         raise ValueError(f"cannot read {file}: no frame in it")
+
+# %% ../nbs/12a_video.ipynb #3893ff76
+def video_frames(
+    file,  # Video file that OpenCV reads, or `webcam`
+    every: float = 1.0,  # Seconds between frames; 0 for every frame
+    seconds: float | None = None,  # Stop after this many seconds; required for a camera
+) -> "Iterator":  # (second, uint8 (height, width, 3) in RGB order)
+    """Yield frames of a video at regular intervals; opens it for the first one; warns if it is shorter than it says
+
+    Raises `FileNotFoundError`, and `ValueError` for a file that is no video, a frame that cannot be decoded, a camera
+    that is not there or has no `seconds`, and a value out of range."""
+    if not 0 <= every < math.inf:
+        raise ValueError(f"every: expected 0 or more seconds from one frame to the next, got {every}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds: expected more than 0 seconds of video, got {seconds}")
+    camera = camera_index(file) is not None
+    if camera and seconds is None:
+        raise ValueError(f"{file}: a camera has no end, say after how many seconds to stop")
+    return _frames_of(file, every, seconds, camera)
 
 # %% ../nbs/12a_video.ipynb #3ab1c5de
 def _match(boxes, tracks, min_iou):
