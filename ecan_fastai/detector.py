@@ -156,7 +156,8 @@ def readable_media(
 def _frames(items, videos, skip_broken):
     "Yield the index, name, second (of a video's frame) and image of all items; `videos` are frames by index"
     for i, item in enumerate(items):
-        name, second = str(item) if isinstance(item, (str, Path)) else f"image {i}", math.nan
+        name = str(item) if isinstance(item, (str, Path)) else f"image {i}"
+        second = math.nan
         try:
             if i in videos:
                 for second, frame in videos[i]:
@@ -237,7 +238,7 @@ def predict_faces(
     smoothing: float | None = None,  # Time constant for a video's probabilities in seconds, 0 for none; default 0.5
     annotated: str | Path | None = None,  # File to write `x` to, one photograph or video, with boxes and labels
     n_frames: int = 16,  # Frames at a time, fewer if they are large
-    skip_broken: bool = False,  # Leave out what cannot be read, with a warning; not with `annotated`, nor of a camera
+    skip_broken: bool = False,  # Leave out files that cannot be read, with a warning; without effect with `annotated`
 ) -> pd.DataFrame:  # image, second, track, left, top, right, bottom, score, label, probability, p_<class> of each
     """Find and label the faces in photographs and videos, one row per face
 

@@ -206,7 +206,8 @@ def load_encoder(
         found = _best_prefix(others, state)
         if len(found[1]) > len(matched):
             encoder, tensors, (prefix, matched) = network, others, found
-    left = [k for k in state if k not in {prefix + m for m in matched}]
+    taken = {prefix + k for k in matched}
+    left = [k for k in state if k not in taken]
     report = _match_report(path, len(matched), len(tensors), prefix, left)
     if 2 * len(matched) < len(tensors):
         raise ValueError(f"{report}; expected at least half: are these the weights of the same architecture?")
